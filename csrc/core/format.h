@@ -1,0 +1,194 @@
+// The formats, and the layout of a packed weight: the one place that knows both.
+#pragma once
+
+#include <cstdint>
+
+namespace qkernels {
+
+// ---- Formats ------------------------------------------------------------------------------------
+
+enum class Format : int { int8 = 0, int4 = 1, nf4 = 2, int16 = 3 };
+
+struct FormatInfo {
+  Format format;
+  const char* name;
+  int bits;
+  // Codes a symmetric and an asymmetric quantizer may use, as numbers (int4 symmetric is stored
+  // with offset 8, so that the kernels always read an unsigned nibble).
+  int symmetric_min, symmetric_max;
+  int asymmetric_min, asymmetric_max;
+  // A symmetric scale is amax / symmetric_range. int4 uses 7.5: the largest magnitude lands half a
+  // step outside of [-8, 7] on either side, which costs less than leaving code -8 unused.
+  float symmetric_range;
+  bool has_zero_point;  // the format knows asymmetric quantization
+  bool packs;           // the format can be a packed weight
+};
+
+inline constexpr FormatInfo kFormats[] = {
+    {Format::int8, "int8", 8, -127, 127, -128, 127, 127.0f, true, true},
+    {Format::int4, "int4", 4, -8, 7, 0, 15, 7.5f, true, true},
+    {Format::nf4, "nf4", 4, 0, 15, 0, 15, 1.0f, false, true},
+    {Format::int16, "int16", 16, -32767, 32767, -32768, 32767, 32767.0f, true, false},
+};
+inline constexpr int kFormatCount = sizeof(kFormats) / sizeof(kFormats[0]);
+
+inline constexpr const FormatInfo& info(Format format) {
+  return kFormats[static_cast<int>(format)];
+}
+
+// Stored offset of symmetric int4 codes: nibble = code + 8.
+inline constexpr int kInt4Offset = 8;
+
+// The NF4 levels: quantiles of a normal distribution, scaled to [-1, 1] with an exact zero
+// (Dettmers et al., "QLoRA", 2023, appendix E).
+inline constexpr float kNf4Levels[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+// Element types of activations, outputs and scales; the first three may be a scale's type.
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, i32 = 4 };
+
+inline constexpr int64_t bytes_of(DType type) {
+  constexpr int64_t bytes[] = {4, 2, 2, 1, 4};
+  return bytes[static_cast<int>(type)];
+}
+
+// Bytes of `count` consecutive elements of a row in storage; a 4-bit row ends on a full byte.
+inline constexpr int64_t storage_bytes(Format format, int64_t count) {
+  return (count * info(format).bits + 7) / 8;
+}
+
+// ---- Packed weights -----------------------------------------------------------------------------
+
+// One integer says everything about a packed block but its shape. It travels with the bytes, so a
+// weight packed for another device or by another version is an error and never a wrong result.
+struct Layout {
+  Format format;
+  DType scale;
+  bool symmetric;
+  int device;
+  int version;
+};
+
+inline constexpr int kDeviceX86 = 1;
+inline constexpr int kLayoutVersion = 1;
+
+inline constexpr int64_t encode_layout(const Layout& layout) {
+  return static_cast<int64_t>(layout.version) | static_cast<int64_t>(layout.device) << 8 |
+         static_cast<int64_t>(layout.scale) << 12 | static_cast<int64_t>(!layout.symmetric) << 16 |
+         static_cast<int64_t>(layout.format) << 20;
+}
+
+// False when `id` is not a layout that any version has written.
+inline constexpr bool decode_layout(int64_t id, Layout* layout) {
+  layout->version = static_cast<int>(id & 0xff);
+  layout->device = static_cast<int>(id >> 8 & 0xf);
+  const int scale = static_cast<int>(id >> 12 & 0xf);
+  const int asymmetric = static_cast<int>(id >> 16 & 0xf);
+  const int64_t format = id >> 20;
+  if (id < 0 || scale > 2 || asymmetric > 1 || format >= kFormatCount) return false;
+  layout->scale = static_cast<DType>(scale);
+  layout->symmetric = asymmetric == 0;
+  layout->format = static_cast<Format>(format);
+  return info(layout->format).packs && (layout->symmetric || info(layout->format).has_zero_point);
+}
+
+// A packed weight is uint8 [ceil(N / 16), bytes]; a row of it holds 16 output features ("lanes"):
+//
+//   codes   int8: per 4 k one 64-byte line,  byte[lane * 4 + k % 4] = code
+//           4 bit: per 8 k one 64-byte line, byte[lane * 4 + k % 4] = code(k) | code(k + 4) << 4
+//   scales  [groups][16] in their stored type
+//   zeros   [groups][16] bytes, asymmetric only
+//   sums    [groups][16] int32, sum of the codes, int8 only: undoes the sign flip that vpdpbusd asks
+//   bias    [16] float, integer formats only: sum over k of the dequantized weight, which turns an
+//           activation's zero point into one multiplication
+//
+// Every group is padded to a multiple of 8 k with code 0 (activations are padded with 0 there), so
+// a group starts on a line. Each part starts on a 64-byte line, and rows are whole lines.
+inline constexpr int kLanes = 16;
+inline constexpr int64_t kLine = 64;
+inline constexpr int kGroupPad = 8;
+
+inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+struct BlockShape {
+  int64_t k;             // in_features
+  int64_t group_size;    // in k; the last group may be shorter
+  int64_t groups;        // per output feature
+  int64_t group_padded;  // padded k of every group but the last
+  int64_t k_padded;      // sum of the padded groups
+  int64_t scales, zeros, sums, bias;  // byte offsets in a row; codes start at 0
+  int64_t bytes;                      // of one row
+
+  constexpr int64_t group_begin(int64_t g) const { return g * group_size; }
+  constexpr int64_t group_length(int64_t g) const {
+    return g + 1 < groups ? group_size : k - g * group_size;
+  }
+  constexpr int64_t padded_begin(int64_t g) const { return g * group_padded; }
+  constexpr int64_t padded_length(int64_t g) const { return round_up(group_length(g), kGroupPad); }
+};
+
+// group_size is -1 (one group) or at least 1.
+inline constexpr BlockShape block_shape(const Layout& layout, int64_t k, int64_t group_size) {
+  BlockShape s{};
+  s.k = k;
+  s.group_size = group_size < 0 || group_size > k ? k : group_size;
+  s.groups = group_size < 0 ? 1 : (k + group_size - 1) / group_size;
+  s.group_padded = round_up(s.group_size, kGroupPad);
+  s.k_padded =
+      s.groups == 0 ? 0 : (s.groups - 1) * s.group_padded + s.padded_length(s.groups - 1);
+  int64_t at = s.k_padded * kLanes * info(layout.format).bits / 8;
+  auto part = [&at](int64_t bytes) {
+    const int64_t begin = at;
+    at = round_up(at + bytes, kLine);
+    return begin;
+  };
+  const bool integer = layout.format != Format::nf4;
+  s.scales = part(s.groups * kLanes * bytes_of(layout.scale));
+  s.zeros = part(layout.symmetric ? 0 : s.groups * kLanes);
+  s.sums = part(layout.format == Format::int8 ? s.groups * kLanes * 4 : 0);
+  s.bias = part(integer ? kLanes * 4 : 0);
+  s.bytes = at;
+  return s;
+}
+
+// Byte offset of code k_padded `kp` of `lane` in a packed row, and the nibble's shift for 4 bits.
+inline constexpr int64_t code_offset(Format format, int64_t kp, int lane) {
+  return info(format).bits == 8 ? kp / 4 * kLine + lane * 4 + kp % 4
+                                : kp / 8 * kLine + lane * 4 + kp % 4;
+}
+inline constexpr int code_shift(int64_t kp) {
+  return kp % 8 < 4 ? 0 : 4;
+}
+
+// ---- Codes of an op's arguments -----------------------------------------------------------------
+
+enum class Activation : int { float_ = 0, int8_symmetric = 1, int8_asymmetric = 2 };
+enum class Epilogue : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+inline constexpr int kActivationCount = 3;
+inline constexpr int kEpilogueCount = 5;
+
+// The longest accumulation whose int32 sum cannot overflow: 128 * 128 * 131071 < 2^31. Asymmetric
+// int8 weights reach 255 * 128 per product.
+inline constexpr int64_t max_accumulation(Format format, bool symmetric) {
+  return format == Format::int8 && !symmetric ? 65793 : 131071;
+}
+
+}  // namespace qkernels

@@ -1,0 +1,115 @@
+// The kernel table: one function pointer per operation, one table per ISA. Kernels take ranges and
+// never start threads; ops/ splits the work.
+#pragma once
+
+#include <cstdint>
+
+#include "core/codec.h"
+#include "core/params.h"
+
+namespace qkernels {
+
+struct Kernels {
+  const char* isa;
+
+  // Rows [begin, end): scales, zero points and codes, one pass over memory.
+  void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end);
+  // The same with the scales given.
+  void (*quantize_with)(const QuantizeArgs&, int64_t begin, int64_t end);
+  // Range of `count` consecutive elements, for a scale shared by the tensor.
+  Range (*range)(const void* x, DType type, int64_t begin, int64_t end);
+  void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);
+
+  // Rows per tile of a prepared panel, and blocks of 16 output features that a tile spans. Work is
+  // best split on these; any split is correct as long as `prepare` begins on a row tile.
+  int (*row_tile)(const LinearArgs&);
+  int (*block_tile)(const LinearArgs&);
+  // Bytes of the whole panel for args.rows rows.
+  int64_t (*panel_bytes)(const LinearArgs&);
+  // Rows [begin, end) of x into the workspace; begin is a multiple of the row tile.
+  void (*prepare)(const LinearArgs&, int64_t begin, int64_t end);
+  // Blocks [block_begin, block_end) times rows [row_begin, row_end); row_begin as above.
+  void (*linear)(const LinearArgs&, int64_t block_begin, int64_t block_end, int64_t row_begin,
+                 int64_t row_end);
+  // The name of the tile that `linear` runs.
+  const char* (*linear_name)(const Layout&, Activation, int64_t rows);
+
+  // Columns [begin, end) of dx, counted in steps of `backward_step` k inside each group.
+  // scratch: backward_scratch floats.
+  void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end, int64_t k_begin,
+                   int64_t k_end, float* scratch);
+
+  // Rows [begin, end) of y.
+  void (*embedding)(const EmbeddingArgs&, int64_t begin, int64_t end);
+};
+
+// Floats of scratch that `backward` may use, and the widest k range it takes in one call.
+inline constexpr int64_t kBackwardScratch = 64 * 1024;
+inline constexpr int64_t kBackwardColumns = 64;
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// The table in use: the best that this machine runs, or the one that QKERNELS_ISA names. Throws
+// std::runtime_error when it names one that is unknown or that the machine lacks.
+const Kernels& kernels();
+
+struct Isa {
+  const char* name;
+  const Kernels* (*table)();
+  bool (*available)();
+};
+extern const Isa kIsas[];
+extern const int kIsaCount;
+
+// ---- Packing: byte shuffles, the same for every ISA (pack.cpp) ----------------------------------
+
+struct PackArgs {
+  const void* data;        // [n, row_bytes], storage layout
+  const void* scale;       // [n, groups], in the layout's type
+  const void* zero_point;  // [n, groups] or null
+  uint8_t* packed;         // [blocks, shape.bytes]
+  int64_t n, row_bytes;
+  Layout layout;
+  BlockShape shape;
+};
+// Blocks [begin, end).
+void pack_blocks(const PackArgs&, int64_t begin, int64_t end);
+
+struct UnpackArgs {
+  const uint8_t* packed;
+  void* data;
+  void* scale;
+  void* zero_point;
+  int64_t n, row_bytes;
+  Layout layout;
+  BlockShape shape;
+};
+void unpack_blocks(const UnpackArgs&, int64_t begin, int64_t end);
+
+// Packs columns of a plain int8 matrix b[k, n] (any strides) as an int8 weight without scales.
+void pack_int8_columns(const int8_t* b, int64_t stride_k, int64_t stride_n, int64_t n,
+                       const BlockShape& shape, uint8_t* packed, int64_t begin, int64_t end);
+
+// ---- Reading a packed row, lane by lane ---------------------------------------------------------
+
+static inline int packed_code(const uint8_t* row, Format format, int64_t kp, int lane) {
+  const uint8_t byte = row[code_offset(format, kp, lane)];
+  if (format == Format::int8) return static_cast<int8_t>(byte);
+  return byte >> code_shift(kp) & 0xf;
+}
+
+static inline float packed_scale(const uint8_t* row, const Layout& layout, const BlockShape& shape,
+                                 int64_t group, int lane) {
+  return load_float(row + shape.scales, layout.scale, group * kLanes + lane);
+}
+
+static inline int packed_zero(const uint8_t* row, const Layout& layout, const BlockShape& shape,
+                              int64_t group, int lane) {
+  if (layout.symmetric) return symmetric_zero(layout.format);
+  const uint8_t byte = row[shape.zeros + group * kLanes + lane];
+  return layout.format == Format::int8 ? static_cast<int8_t>(byte) : byte;
+}
+
+}  // namespace qkernels

@@ -1,0 +1,32 @@
+// Steps that every ISA's `prepare` shares: they depend on single rows and scales, not on vectors.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace qkernels {
+
+// Element i of row `row` of x as the matmul sees it: permuted, then multiplied.
+static inline float activation_at(const LinearArgs& a, int64_t row, int64_t i) {
+  const int64_t column = a.perm == nullptr ? i : a.perm[i];
+  const float x = load_float(a.x, a.x_type, row * a.shape.k + column);
+  return a.premul == nullptr ? x : x * a.premul[column];
+}
+
+// Scale and zero point of a row of activations.
+static inline Affine activation_affine(const LinearArgs& a, const Range& range) {
+  if (!a.is_static) {
+    return choose_affine(range, Format::int8, a.activation == Activation::int8_symmetric,
+                         DType::f32);
+  }
+  const float scale = range.finite() ? a.static_scale : NAN;
+  return {scale, 1.0f / a.static_scale, a.static_zero_point};
+}
+
+// Unsigned sums of the packed codes of one lane turn the activation's zero point into one product.
+static inline float finish(const LinearArgs& a, int64_t row, float sum, float weight_sum,
+                           float bias) {
+  if (a.activation == Activation::int8_asymmetric) sum = std::fma(-a.row_zero[row], weight_sum, sum);
+  return apply_epilogue(std::fma(a.row_scale[row], sum, bias), a.epilogue);
+}
+
+}  // namespace qkernels

@@ -1,0 +1,253 @@
+// The reference: every kernel in plain loops. Other ISAs copy this table and override rows; the
+// integer paths must equal it to the bit.
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+namespace qkernels {
+namespace scalar {
+
+// ---- Quantize -----------------------------------------------------------------------------------
+
+Range range(const void* x, DType type, int64_t begin, int64_t end) {
+  Range result;
+  for (int64_t i = begin; i < end; ++i) extend(&result, load_float(x, type, i));
+  return result;
+}
+
+void encode_group(const QuantizeArgs& a, int64_t row, int64_t begin, int64_t end,
+                  const Affine& affine) {
+  uint8_t* out = static_cast<uint8_t*>(a.data) + row * a.row_bytes;
+  for (int64_t k = begin; k < end; ++k) {
+    const float x = load_float(a.x, a.x_type, row * a.cols + k);
+    store_code(out, a.format, k, encode(x, a.format, affine, a.symmetric));
+  }
+}
+
+void quantize(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const int64_t begin = g * a.group_size;
+      const int64_t end = begin + a.group_size < a.cols ? begin + a.group_size : a.cols;
+      const Range r = range(a.x, a.x_type, row * a.cols + begin, row * a.cols + end);
+      const Affine affine = choose_affine(r, a.format, a.symmetric, a.scale_type);
+      store_float(a.scale, a.scale_type, row * a.groups + g, affine.scale);
+      if (!a.symmetric) {
+        store_zero_point(a.zero_point, a.format, row * a.groups + g, affine.zero_point);
+      }
+      encode_group(a, row, begin, end, affine);
+    }
+  }
+}
+
+void quantize_with(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const int64_t begin = g * a.group_size;
+      const int64_t end = begin + a.group_size < a.cols ? begin + a.group_size : a.cols;
+      const int64_t at = a.shared_scale ? 0 : row * a.groups + g;
+      const float scale = load_float(a.scale, a.scale_type, at);
+      const int zero = a.symmetric ? symmetric_zero(a.format)
+                                   : load_zero_point(a.zero_point, a.format, at);
+      encode_group(a, row, begin, end, {scale, 1.0f / scale, zero});
+    }
+  }
+}
+
+void dequantize(const DequantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const uint8_t* codes = static_cast<const uint8_t*>(a.data) + row * a.row_bytes;
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const int64_t begin = g * a.group_size;
+      const int64_t end = begin + a.group_size < a.cols ? begin + a.group_size : a.cols;
+      const int64_t at = a.shared_scale ? 0 : row * a.groups + g;
+      const float scale = load_float(a.scale, a.scale_type, at);
+      const int zero = a.zero_point == nullptr ? symmetric_zero(a.format)
+                                               : load_zero_point(a.zero_point, a.format, at);
+      for (int64_t k = begin; k < end; ++k) {
+        const float value = decode(load_code(codes, a.format, k), a.format, scale, zero);
+        store_float(a.y, a.y_type, row * a.cols + k, value);
+      }
+    }
+  }
+}
+
+// ---- Linear -------------------------------------------------------------------------------------
+// Panel: int8 or float [rows][k_padded], zero in the padding.
+
+bool is_float(const LinearArgs& a) {
+  return a.activation == Activation::float_;
+}
+
+int row_tile(const LinearArgs&) {
+  return 1;
+}
+int block_tile(const LinearArgs&) {
+  return 1;
+}
+int64_t panel_bytes(const LinearArgs& a) {
+  return a.rows * a.shape.k_padded * (is_float(a) ? 4 : 1);
+}
+
+void prepare_float(const LinearArgs& a, int64_t row, float* panel) {
+  for (int64_t g = 0; g < a.shape.groups; ++g) {
+    float* out = panel + a.shape.padded_begin(g);
+    const int64_t length = a.shape.group_length(g);
+    for (int64_t i = 0; i < length; ++i) {
+      out[i] = activation_at(a, row, a.shape.group_begin(g) + i);
+    }
+    for (int64_t i = length; i < a.shape.padded_length(g); ++i) out[i] = 0.0f;
+  }
+}
+
+void prepare_int8(const LinearArgs& a, int64_t row, int8_t* panel) {
+  Affine affine{1.0f, 1.0f, 0};
+  const bool given = a.x_type == DType::i8;
+  if (!given) {
+    Range r;
+    for (int64_t i = 0; i < a.shape.k; ++i) extend(&r, activation_at(a, row, i));
+    affine = activation_affine(a, r);
+    a.row_scale[row] = affine.scale;
+    a.row_zero[row] = static_cast<float>(affine.zero_point);
+  }
+  const bool symmetric = a.activation == Activation::int8_symmetric;
+  for (int64_t g = 0; g < a.shape.groups; ++g) {
+    int8_t* out = panel + a.shape.padded_begin(g);
+    const int64_t length = a.shape.group_length(g);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t k = a.shape.group_begin(g) + i;
+      const int code = given ? static_cast<const int8_t*>(a.x)[row * a.shape.k + k]
+                             : encode(activation_at(a, row, k), Format::int8, affine, symmetric);
+      out[i] = static_cast<int8_t>(code);
+      sum += code;
+    }
+    for (int64_t i = length; i < a.shape.padded_length(g); ++i) out[i] = 0;
+    a.group_sums[row * a.shape.groups + g] = sum;
+  }
+}
+
+void prepare(const LinearArgs& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    uint8_t* panel = a.panel + row * a.shape.k_padded * (is_float(a) ? 4 : 1);
+    if (is_float(a)) {
+      prepare_float(a, row, reinterpret_cast<float*>(panel));
+    } else {
+      prepare_int8(a, row, reinterpret_cast<int8_t*>(panel));
+    }
+  }
+}
+
+// Exact sum over a group of code(x) * (code(w) - zero(w)).
+int32_t dot(const LinearArgs& a, const uint8_t* weight, int64_t row, int64_t g, int lane) {
+  const int64_t begin = a.shape.padded_begin(g);
+  const int8_t* x = reinterpret_cast<const int8_t*>(a.panel) + row * a.shape.k_padded + begin;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < a.shape.padded_length(g); ++i) {
+    sum += x[i] * packed_code(weight, a.layout.format, begin + i, lane);
+  }
+  const int zero = packed_zero(weight, a.layout, a.shape, g, lane);
+  return sum - zero * a.group_sums[row * a.shape.groups + g];
+}
+
+float dot_float(const LinearArgs& a, const uint8_t* weight, int64_t row, int64_t g, int lane) {
+  const int64_t begin = a.shape.padded_begin(g);
+  const float* x = reinterpret_cast<const float*>(a.panel) + row * a.shape.k_padded + begin;
+  const int zero = packed_zero(weight, a.layout, a.shape, g, lane);
+  float sum = 0.0f;
+  for (int64_t i = 0; i < a.shape.group_length(g); ++i) {
+    const int code = packed_code(weight, a.layout.format, begin + i, lane);
+    sum = std::fma(x[i], decode(code, a.layout.format, 1.0f, zero), sum);
+  }
+  return sum;
+}
+
+void linear(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t row_begin,
+            int64_t row_end) {
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const uint8_t* weight = a.packed + block * a.shape.bytes;
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      for (int lane = 0; lane < kLanes && block * kLanes + lane < a.n; ++lane) {
+        const int64_t n = block * kLanes + lane;
+        if (a.y_type == DType::i32) {
+          static_cast<int32_t*>(a.y)[row * a.n + n] = dot(a, weight, row, 0, lane);
+          continue;
+        }
+        float sum = 0.0f;
+        for (int64_t g = 0; g < a.shape.groups; ++g) {
+          const float part = is_float(a) ? dot_float(a, weight, row, g, lane)
+                                         : static_cast<float>(dot(a, weight, row, g, lane));
+          sum = std::fma(part, packed_scale(weight, a.layout, a.shape, g, lane), sum);
+        }
+        const float bias = a.bias == nullptr ? 0.0f : load_float(a.bias, a.bias_type, n);
+        float y;
+        if (is_float(a)) {
+          y = apply_epilogue(sum + bias, a.epilogue);
+        } else {
+          const float weight_sum = load_float(weight + a.shape.bias, DType::f32, lane);
+          y = finish(a, row, sum, weight_sum, bias);
+        }
+        store_float(a.y, a.y_type, row * a.n + n, y);
+      }
+    }
+  }
+}
+
+const char* linear_name(const Layout& layout, Activation activation, int64_t) {
+  const bool float_activation = activation == Activation::float_;
+  switch (layout.format) {
+    case Format::int8:
+      return float_activation ? "matmul_w8a16_scalar" : "matmul_w8a8_scalar";
+    case Format::int4:
+      return float_activation ? "matmul_w4a16_scalar" : "matmul_w4a8_scalar";
+    default:
+      return "matmul_nf4a16_scalar";
+  }
+}
+
+// ---- Backward and embedding ---------------------------------------------------------------------
+
+float weight_at(const uint8_t* packed, const Layout& layout, const BlockShape& shape, int64_t n,
+                int64_t k) {
+  const uint8_t* row = packed + n / kLanes * shape.bytes;
+  const int lane = static_cast<int>(n % kLanes);
+  const int64_t g = k / shape.group_size;
+  const int64_t kp = shape.padded_begin(g) + k - shape.group_begin(g);
+  return decode(packed_code(row, layout.format, kp, lane), layout.format,
+                packed_scale(row, layout, shape, g, lane),
+                packed_zero(row, layout, shape, g, lane));
+}
+
+void backward(const BackwardArgs& a, int64_t row_begin, int64_t row_end, int64_t k_begin,
+              int64_t k_end, float*) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    for (int64_t k = k_begin; k < k_end; ++k) {
+      float sum = 0.0f;
+      for (int64_t n = 0; n < a.n; ++n) {
+        sum = std::fma(a.dy[row * a.n + n], weight_at(a.packed, a.layout, a.shape, n, k), sum);
+      }
+      store_float(a.dx, a.dx_type, row * a.shape.k + k, sum);
+    }
+  }
+}
+
+void embedding(const EmbeddingArgs& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t k = 0; k < a.shape.k; ++k) {
+      store_float(a.y, a.y_type, row * a.shape.k + k,
+                  weight_at(a.packed, a.layout, a.shape, a.indices[row], k));
+    }
+  }
+}
+
+const Kernels kTable = {
+    "scalar",     quantize, quantize_with, range,       dequantize, row_tile, block_tile,
+    panel_bytes,  prepare,  linear,        linear_name, backward,   embedding,
+};
+
+}  // namespace scalar
+
+const Kernels* scalar_kernels() {
+  return &scalar::kTable;
+}
+
+}  // namespace qkernels

@@ -1,0 +1,174 @@
+// Argument checks: every op says its name, the argument, what it expected, what it got and the way
+// out. Checks run before any work, so nothing is written when one fails.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/format.h"
+#include "ops/torch_api.h"
+
+namespace qkernels {
+
+// std::runtime_error reaches Python as RuntimeError with exactly this text.
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << "qkernels::" << op << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string text_of(const Shape& shape) {
+  std::string text = "(";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  }
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+inline std::string shape_text(const Tensor& t) {
+  return text_of(shape_of(t));
+}
+
+// torch's Python names, for the types that users meet.
+inline std::string dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  if (!t.is_cpu()) {
+    fail(op, name, " is on another device than the CPU tensors of the call; move it with .cpu()");
+  }
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
+  check_cpu(op, name, t);
+  if (t.scalar_type() != want) {
+    fail(op, name, " must be ", dtype_text(want), ", got ", dtype_text(t.scalar_type()),
+         "; convert it with .to(torch.", dtype_text(want), ")");
+  }
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, const Shape& want) {
+  if (shape_of(t) != want) {
+    fail(op, name, " must have shape ", text_of(want), ", got ", shape_text(t));
+  }
+}
+
+inline std::optional<DType> float_dtype(ScalarType type) {
+  if (type == ScalarType::Float) return DType::f32;
+  if (type == ScalarType::BFloat16) return DType::bf16;
+  if (type == ScalarType::Half) return DType::f16;
+  return std::nullopt;
+}
+
+// The DType of a tensor that must hold floats.
+inline DType check_float(const char* op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  const auto type = float_dtype(t.scalar_type());
+  if (!type) {
+    fail(op, name, " must be float32, bfloat16 or float16, got ", dtype_text(t.scalar_type()),
+         "; convert it with .float()");
+  }
+  return *type;
+}
+
+inline DType check_float_type(const char* op, const char* name, ScalarType type) {
+  const auto known = float_dtype(type);
+  if (!known) {
+    fail(op, name, " must be torch.float32, torch.bfloat16 or torch.float16, got torch.",
+         dtype_text(type));
+  }
+  return *known;
+}
+
+inline Format check_format(const char* op, int64_t format) {
+  if (format < 0 || format >= kFormatCount) {
+    fail(op, "format must be a code from 0 to ", kFormatCount - 1, ", got ", format,
+         "; qkernels.formats lists them");
+  }
+  return static_cast<Format>(format);
+}
+
+inline void check_group_size(const char* op, int64_t group_size) {
+  if (group_size != -1 && group_size < 1) {
+    fail(op, "group_size must be -1 (one group per row) or at least 1, got ", group_size);
+  }
+}
+
+inline int64_t code_bytes(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Short ? 2 : 1;
+}
+
+// The dtype of codes and of zero points in storage.
+inline ScalarType storage_type(Format format) {
+  if (format == Format::int16) return ScalarType::Short;
+  return format == Format::int8 ? ScalarType::Char : ScalarType::Byte;
+}
+
+// The layout behind an id, which must be one that this device's kernels read.
+inline Layout check_layout(const char* op, int64_t id) {
+  Layout layout;
+  if (!decode_layout(id, &layout)) {
+    fail(op, "layout ", id, " is not a packed layout that qkernels has written; take it from ",
+         "qkernels._C.layout(format, scale_dtype, symmetric)");
+  }
+  if (layout.device != kDeviceX86) {
+    fail(op, "the weight is packed for another device (family ", layout.device,
+         ") but the call runs on the CPU; unpack it there, or move the module with .cpu()");
+  }
+  if (layout.version != kLayoutVersion) {
+    fail(op, "the weight is packed in layout version ", layout.version, " but this build reads ",
+         kLayoutVersion, "; load the model from its file again");
+  }
+  return layout;
+}
+
+// Checks that `packed` is the packed form of [out_features, in_features]; returns it contiguous.
+inline Tensor check_packed(const char* op, const Tensor& packed, const BlockShape& shape,
+                           int64_t out_features) {
+  check_dtype(op, "packed", packed, ScalarType::Byte);
+  const Shape want{(out_features + kLanes - 1) / kLanes, shape.bytes};
+  if (shape_of(packed) != want) {
+    fail(op, "packed must have shape ", text_of(want), " for a weight of (", out_features, ", ",
+         shape.k, ") in this layout, got ", shape_text(packed),
+         "; pack it with torch.ops.qkernels.pack and the same layout, sizes and group_size");
+  }
+  return dense(packed);
+}
+
+inline void check_sizes(const char* op, int64_t in_features, int64_t out_features,
+                        int64_t group_size) {
+  if (in_features < 0 || out_features < 0) {
+    fail(op, "in_features and out_features must not be negative, got ", in_features, " and ",
+         out_features);
+  }
+  check_group_size(op, group_size);
+}
+
+}  // namespace qkernels

@@ -1,0 +1,143 @@
+// What Python may ask about this build and this machine. No torch here: pybind11 and the tables.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace qkernels {
+namespace {
+
+Layout decode(int64_t id) {
+  Layout layout;
+  if (!decode_layout(id, &layout)) {
+    throw std::invalid_argument("layout " + std::to_string(id) +
+                                " is not a packed layout that qkernels has written");
+  }
+  return layout;
+}
+
+py::list formats() {
+  py::list rows;
+  for (const FormatInfo& f : kFormats) {
+    py::dict row;
+    row["name"] = f.name;
+    row["code"] = static_cast<int>(f.format);
+    row["bits"] = f.bits;
+    row["symmetric_min"] = f.symmetric_min;
+    row["symmetric_max"] = f.symmetric_max;
+    row["asymmetric_min"] = f.asymmetric_min;
+    row["asymmetric_max"] = f.asymmetric_max;
+    row["symmetric_range"] = f.symmetric_range;
+    row["has_zero_point"] = f.has_zero_point;
+    row["packs"] = f.packs;
+    row["storage"] = f.format == Format::int16  ? "int16"
+                     : f.format == Format::int8 ? "int8"
+                                                : "uint8";
+    rows.append(row);
+  }
+  return rows;
+}
+
+std::vector<std::string> isas(bool only_available) {
+  std::vector<std::string> names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (!only_available || kIsas[i].available()) names.emplace_back(kIsas[i].name);
+  }
+  return names;
+}
+
+int64_t layout(int format, int scale_dtype, bool symmetric) {
+  const Layout wanted{static_cast<Format>(format), static_cast<DType>(scale_dtype), symmetric,
+                      kDeviceX86, kLayoutVersion};
+  Layout checked;
+  if (format < 0 || scale_dtype < 0 || !decode_layout(encode_layout(wanted), &checked)) {
+    throw std::invalid_argument(
+        "no packed layout holds format " + std::to_string(format) + " with scale dtype " +
+        std::to_string(scale_dtype) + (symmetric ? " and no zero points" : " and zero points") +
+        "; formats are 0 (int8), 1 (int4), 2 (nf4, symmetric only), scale dtypes 0 (float32), 1 "
+        "(bfloat16), 2 (float16)");
+  }
+  return encode_layout(wanted);
+}
+
+py::dict describe_layout(int64_t id) {
+  const Layout l = decode(id);
+  constexpr const char* scales[] = {"float32", "bfloat16", "float16"};
+  py::dict result;
+  result["format"] = info(l.format).name;
+  result["scale_dtype"] = scales[static_cast<int>(l.scale)];
+  result["symmetric"] = l.symmetric;
+  result["device"] = l.device == kDeviceX86 ? "cpu" : "other";
+  result["version"] = l.version;
+  return result;
+}
+
+int64_t block_bytes(int64_t id, int64_t in_features, int64_t group_size) {
+  if (in_features < 0 || (group_size != -1 && group_size < 1)) {
+    throw std::invalid_argument("in_features must be >= 0 and group_size -1 or >= 1, got " +
+                                std::to_string(in_features) + " and " +
+                                std::to_string(group_size));
+  }
+  return block_shape(decode(id), in_features, group_size).bytes;
+}
+
+std::string kernel_name(int64_t id, int activation, int64_t rows) {
+  if (activation < 0 || activation >= kActivationCount) {
+    throw std::invalid_argument("activation must be 0, 1 or 2, got " + std::to_string(activation));
+  }
+  return kernels().linear_name(decode(id), static_cast<Activation>(activation), rows);
+}
+
+py::dict cpu_features() {
+  py::dict result;
+  __builtin_cpu_init();
+#define QK_FEATURE(name) result[name] = __builtin_cpu_supports(name) != 0
+  QK_FEATURE("avx");
+  QK_FEATURE("avx2");
+  QK_FEATURE("fma");
+  QK_FEATURE("avx512f");
+  QK_FEATURE("avx512bw");
+  QK_FEATURE("avx512dq");
+  QK_FEATURE("avx512vl");
+  QK_FEATURE("avx512vnni");
+  QK_FEATURE("avx512bf16");
+  QK_FEATURE("gfni");
+#undef QK_FEATURE
+  return result;
+}
+
+py::dict build_info() {
+  py::dict result;
+  result["version"] = QKERNELS_VERSION;
+  result["compiler"] = "g++ " __VERSION__;
+  result["torch_abi"] = "stable, torch >= 2.10";
+  result["layout_version"] = kLayoutVersion;
+  return result;
+}
+
+}  // namespace
+}  // namespace qkernels
+
+PYBIND11_MODULE(_C, m) {
+  using namespace qkernels;
+  m.doc() = "What this build of qkernels contains and what this machine runs.";
+  m.def("formats", &formats, "One dict per format, in the order of their codes.");
+  m.def("isas", [] { return isas(false); }, "Instruction sets compiled in, the best last.");
+  m.def("available_isas", [] { return isas(true); }, "Those that this machine can run.");
+  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
+  m.def("cpu_features", &cpu_features, "Features of this CPU that kernels may use.");
+  m.def("layout", &layout, py::arg("format"), py::arg("scale_dtype"), py::arg("symmetric"),
+        "Id of the packed layout for a format, scale dtype code and symmetry.");
+  m.def("describe_layout", &describe_layout, py::arg("layout"), "What a layout id stands for.");
+  m.def("block_bytes", &block_bytes, py::arg("layout"), py::arg("in_features"),
+        py::arg("group_size"), "Bytes of a packed row, which holds 16 output features.");
+  m.def("kernel_name", &kernel_name, py::arg("layout"), py::arg("activation"), py::arg("rows"),
+        "The kernel that linear runs for `rows` rows.");
+  m.def("build_info", &build_info, "Version, compiler and interface of this build.");
+}

@@ -1,0 +1,44 @@
+// Every op's schema. The fakes and gradients are in qkernels/ops.py.
+#include "ops/torch_api.h"
+
+STABLE_TORCH_LIBRARY(qkernels, m) {
+  m.def(
+      "quantize(Tensor x, int format, int? group_size=-1, bool symmetric=True, "
+      "ScalarType? scale_dtype=None) -> (Tensor data, Tensor scale, Tensor zero_point)");
+  m.def(
+      "quantize.out(Tensor x, int format, int? group_size=-1, bool symmetric=True, *, "
+      "Tensor(a!) data, Tensor(b!) scale, Tensor(c!) zero_point) -> ()");
+  m.def(
+      "quantize_with(Tensor x, Tensor scale, Tensor? zero_point, int format, "
+      "int? group_size=-1) -> Tensor");
+  m.def(
+      "quantize_with.out(Tensor x, Tensor scale, Tensor? zero_point, int format, "
+      "int? group_size=-1, *, Tensor(a!) out) -> ()");
+  m.def(
+      "dequantize(Tensor data, Tensor scale, Tensor? zero_point, int format, int? group_size, "
+      "int features, ScalarType dtype) -> Tensor");
+  m.def(
+      "dequantize.out(Tensor data, Tensor scale, Tensor? zero_point, int format, int? group_size, "
+      "*, Tensor(a!) out) -> ()");
+  m.def(
+      "pack(Tensor data, Tensor scale, Tensor? zero_point, int layout, int in_features, "
+      "int group_size) -> Tensor");
+  m.def(
+      "unpack(Tensor packed, int layout, int in_features, int out_features, int group_size) "
+      "-> (Tensor data, Tensor scale, Tensor zero_point)");
+  m.def("int_mm(Tensor a, Tensor b) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? x_scale, Tensor? x_zero_point, "
+      "Tensor? x_premul, Tensor? k_perm, int layout, int in_features, int out_features, "
+      "int group_size, int activation, int epilogue) -> Tensor");
+  m.def(
+      "linear_differentiable(Tensor x, Tensor packed, Tensor? bias, Tensor? x_scale, "
+      "Tensor? x_zero_point, Tensor? x_premul, Tensor? k_perm, int layout, int in_features, "
+      "int out_features, int group_size, int activation, int epilogue) -> Tensor");
+  m.def(
+      "linear_backward_input(Tensor grad, Tensor packed, int layout, int in_features, "
+      "int out_features, int group_size) -> Tensor");
+  m.def(
+      "embedding(Tensor indices, Tensor packed, int layout, int num_embeddings, "
+      "int embedding_dim, int group_size, ScalarType dtype) -> Tensor");
+}

@@ -1,0 +1,40 @@
+"""What this build of qkernels contains and what this machine runs."""
+
+from typing import TypedDict
+
+class FormatRow(TypedDict):
+    name: str
+    code: int
+    bits: int
+    symmetric_min: int
+    symmetric_max: int
+    asymmetric_min: int
+    asymmetric_max: int
+    symmetric_range: float
+    has_zero_point: bool
+    packs: bool
+    storage: str
+
+class LayoutInfo(TypedDict):
+    format: str
+    scale_dtype: str
+    symmetric: bool
+    device: str
+    version: int
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    torch_abi: str
+    layout_version: int
+
+def formats() -> list[FormatRow]: ...
+def isas() -> list[str]: ...
+def available_isas() -> list[str]: ...
+def isa() -> str: ...
+def cpu_features() -> dict[str, bool]: ...
+def layout(format: int, scale_dtype: int, symmetric: bool) -> int: ...
+def describe_layout(layout: int) -> LayoutInfo: ...
+def block_bytes(layout: int, in_features: int, group_size: int) -> int: ...
+def kernel_name(layout: int, activation: int, rows: int) -> str: ...
+def build_info() -> BuildInfo: ...

@@ -1,0 +1,240 @@
+"""What torch must know of the ops beside their kernels: fakes, gradients, autocast.
+
+The schemas are in csrc/ops/schema.cpp. A fake says the shape and dtype of a result without
+computing it, which is what ``torch.compile`` and ``torch.export`` trace with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import _C
+
+_FORMATS = _C.formats()
+_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _storage(format: int) -> torch.dtype:
+    dtype = getattr(torch, _FORMATS[format]["storage"])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _stored_size(format: int, features: int) -> int:
+    return (features + 1) // 2 if _FORMATS[format]["bits"] == 4 else features
+
+
+def _scale_shape(shape: torch.Size, group_size: int | None) -> list[int]:
+    if group_size is None:
+        return []
+    groups = 1 if group_size == -1 else (shape[-1] + group_size - 1) // group_size
+    return [*shape[:-1], groups]
+
+
+# ---- quantize, dequantize ------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qkernels::quantize")
+def _quantize(
+    x: Tensor,
+    format: int,
+    group_size: int | None = -1,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale_shape = _scale_shape(x.shape, group_size)
+    data = [*x.shape[:-1], _stored_size(format, x.shape[-1])]
+    return (
+        x.new_empty(data, dtype=_storage(format)),
+        x.new_empty(scale_shape, dtype=scale_dtype or torch.float32),
+        x.new_empty([0] if symmetric else scale_shape, dtype=_storage(format)),
+    )
+
+
+@torch.library.register_fake("qkernels::quantize.out")
+def _quantize_out(*args: Any, **outs: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("qkernels::quantize_with")
+def _quantize_with(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, format: int, group_size: int | None = -1
+) -> Tensor:
+    data = [*x.shape[:-1], _stored_size(format, x.shape[-1])]
+    return x.new_empty(data, dtype=_storage(format))
+
+
+@torch.library.register_fake("qkernels::quantize_with.out")
+def _quantize_with_out(*args: Any, **outs: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("qkernels::dequantize")
+def _dequantize(
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: int,
+    group_size: int | None,
+    features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return data.new_empty([*data.shape[:-1], features], dtype=dtype)
+
+
+@torch.library.register_fake("qkernels::dequantize.out")
+def _dequantize_out(*args: Any, **outs: Tensor) -> None:
+    return None
+
+
+# ---- Packed weights ------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qkernels::pack")
+def _pack(
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    layout: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    blocks = (data.shape[0] + 15) // 16
+    row = _C.block_bytes(layout, in_features, group_size)
+    return data.new_empty([blocks, row], dtype=torch.uint8)
+
+
+@torch.library.register_fake("qkernels::unpack")
+def _unpack(
+    packed: Tensor, layout: int, in_features: int, out_features: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    what = _C.describe_layout(layout)
+    row = next(row for row in _FORMATS if row["name"] == what["format"])
+    storage = _storage(row["code"])
+    groups = 1 if group_size == -1 else (in_features + group_size - 1) // group_size
+    return (
+        packed.new_empty([out_features, _stored_size(row["code"], in_features)], dtype=storage),
+        packed.new_empty([out_features, groups], dtype=_SCALE_DTYPES[what["scale_dtype"]]),
+        packed.new_empty([0] if what["symmetric"] else [out_features, groups], dtype=storage),
+    )
+
+
+@torch.library.register_fake("qkernels::embedding")
+def _embedding(
+    indices: Tensor,
+    packed: Tensor,
+    layout: int,
+    num_embeddings: int,
+    embedding_dim: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty([*indices.shape, embedding_dim], dtype=dtype)
+
+
+# ---- Matmul --------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qkernels::int_mm")
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty([a.shape[0], b.shape[1]], dtype=torch.int32)
+
+
+@torch.library.register_fake("qkernels::linear")
+@torch.library.register_fake("qkernels::linear_differentiable")
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    x_premul: Tensor | None,
+    k_perm: Tensor | None,
+    layout: int,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    activation: int,
+    epilogue: int,
+) -> Tensor:
+    torch._check(
+        x.shape[-1] == in_features,
+        lambda: (
+            f"qkernels::linear: x has {x.shape[-1]} features but the weight has "
+            f"in_features={in_features}; pass x of shape (..., {in_features})"
+        ),
+    )
+    return x.new_empty([*x.shape[:-1], out_features])
+
+
+@torch.library.register_fake("qkernels::linear_backward_input")
+def _linear_backward_input(
+    grad: Tensor,
+    packed: Tensor,
+    layout: int,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    return grad.new_empty([*grad.shape[:-1], in_features])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, bias, _, _, premul, perm, *sizes, _activation, epilogue = inputs
+    if epilogue != 0:
+        raise RuntimeError(
+            f"qkernels::linear_differentiable: epilogue must be 0 (none), got {epilogue}; apply "
+            "the activation function to the result, so that torch differentiates it"
+        )
+    ctx.save_for_backward(packed, premul, perm)
+    ctx.sizes = sizes
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias; quantizing x counts as the identity (straight-through)."""
+    packed, premul, perm = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qkernels.linear_backward_input(grad, packed, *ctx.sizes)
+        if perm is not None:
+            grad_x = torch.zeros_like(grad_x).index_add(-1, perm, grad_x)
+        if premul is not None:
+            grad_x = (grad_x * premul).to(grad.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, grad_bias, *[None] * 10
+
+
+torch.library.register_autograd(
+    "qkernels::linear_differentiable", _linear_backward, setup_context=_save_for_backward
+)
+
+# ---- Autocast ------------------------------------------------------------------------------------
+# Only x is cast. torch.library.register_autocast casts every float argument, and a scale in
+# bfloat16 is another scale.
+
+_library = torch.library.Library("qkernels", "IMPL")
+
+
+def _register_autocast(name: str) -> None:
+    op = getattr(torch.ops.qkernels, name).default
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def cast_first(x: Tensor, *args: Any) -> Any:
+        if x.dtype in _AUTOCAST_DTYPES:
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(x, *args)
+
+    implementation: Callable[..., Any] = cast_first
+    _library.impl(name, implementation, "AutocastCPU")
+
+
+for _name in ("linear", "linear_differentiable"):
+    _register_autocast(_name)
