@@ -1,0 +1,38 @@
+// The AVX2 table: the scalar one with rows overridden. Headers come before the target region, so
+// that nothing of theirs is compiled for this ISA and then shared with code that runs elsewhere.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace qkernels {
+namespace avx2 {
+namespace {
+
+#include "cpu/simd_avx2.h"
+
+}  // namespace
+}  // namespace avx2
+}  // namespace qkernels
+
+#pragma GCC pop_options
+
+namespace qkernels {
+
+const Kernels* avx2_kernels() {
+  static const Kernels table = [] {
+    Kernels t = *scalar_kernels();
+    t.isa = "avx2";
+    return t;
+  }();
+  return &table;
+}
+
+}  // namespace qkernels

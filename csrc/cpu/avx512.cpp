@@ -1,0 +1,42 @@
+// The AVX-512 table: the scalar one with rows overridden. Headers come before the target region, so
+// that nothing of theirs is compiled for this ISA and then shared with code that runs elsewhere.
+
+// GCC 12's own header trips over its _mm512_undefined_*() once it is inlined (PR 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+
+namespace qkernels {
+namespace avx512 {
+namespace {
+
+#include "cpu/simd_avx512.h"
+
+}  // namespace
+}  // namespace avx512
+}  // namespace qkernels
+
+#pragma GCC pop_options
+
+namespace qkernels {
+
+const Kernels* avx512_kernels() {
+  static const Kernels table = [] {
+    Kernels t = *scalar_kernels();
+    t.isa = "avx512";
+    return t;
+  }();
+  return &table;
+}
+
+}  // namespace qkernels

@@ -1,0 +1,189 @@
+// AVX-512 (F, BW, DQ, VL) under the names that the .inl kernels use; simd_avx2.h has the same names.
+// Include it inside the ISA's namespace and target region. Conversions equal core/codec.h to the
+// bit. Everything is forced inline: a call from code of another ISA does not compile.
+#define SIMD static inline __attribute__((always_inline))
+
+constexpr int kWidth = 16;  // float lanes of a vector
+using F = __m512;           // floats
+using I = __m512i;          // int32
+using M = __mmask16;        // one truth value per lane
+
+// ---- Constants, bits, masks ---------------------------------------------------------------------
+
+SIMD F splat(float x) { return _mm512_set1_ps(x); }
+SIMD I splat(int32_t x) { return _mm512_set1_epi32(x); }
+SIMD I bits(F x) { return _mm512_castps_si512(x); }
+SIMD F floats(I x) { return _mm512_castsi512_ps(x); }
+
+// The first `count` lanes, 0 <= count <= kWidth.
+SIMD M first(int count) { return static_cast<M>((1u << count) - 1); }
+
+// ---- Arithmetic ---------------------------------------------------------------------------------
+
+SIMD F add(F a, F b) { return _mm512_add_ps(a, b); }
+SIMD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+SIMD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+SIMD F div(F a, F b) { return _mm512_div_ps(a, b); }
+SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+// a < b ? a : b and a > b ? a : b, so a NaN in either gives b.
+SIMD F min(F a, F b) { return _mm512_min_ps(a, b); }
+SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
+SIMD F abs(F x) { return floats(_mm512_and_si512(bits(x), splat(0x7fffffff))); }
+SIMD F negate(F x) { return floats(_mm512_xor_si512(bits(x), splat(INT32_MIN))); }
+
+SIMD I add(I a, I b) { return _mm512_add_epi32(a, b); }
+SIMD I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+SIMD I max(I a, I b) { return _mm512_max_epi32(a, b); }
+SIMD I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+SIMD I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+SIMD I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
+template <int Count>
+SIMD I shift_left(I x) { return _mm512_slli_epi32(x, Count); }
+template <int Count>
+SIMD I shift_right(I x) { return _mm512_srli_epi32(x, Count); }  // fills with zeros
+
+SIMD F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+SIMD I round_int(F x) { return _mm512_cvtps_epi32(x); }  // half to even
+
+// ---- Comparisons: false when an operand is NaN, but for not_less_equal and is_nan ---------------
+
+SIMD M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+SIMD M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+SIMD M not_less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+SIMD M is_nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+SIMD F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+SIMD I select(M m, I yes, I no) { return _mm512_mask_blend_epi32(m, no, yes); }
+SIMD F zero_unless(M m, F x) { return _mm512_maskz_mov_ps(m, x); }
+SIMD I zero_unless(M m, I x) { return _mm512_maskz_mov_epi32(m, x); }
+SIMD F zero_nan(F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x); }
+// 2 * x + m: how a binary search walks.
+SIMD I double_plus(I x, M m) {
+  const I twice = _mm512_add_epi32(x, x);
+  return _mm512_mask_add_epi32(twice, m, twice, splat(1));
+}
+
+// ---- Reductions ---------------------------------------------------------------------------------
+
+SIMD float reduce_min(F x) { return _mm512_reduce_min_ps(x); }  // no NaN inside
+SIMD float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
+SIMD int32_t reduce_max(I x) { return _mm512_reduce_max_epi32(x); }
+SIMD int32_t reduce_add(I x) { return _mm512_reduce_add_epi32(x); }
+
+// ---- Tables -------------------------------------------------------------------------------------
+
+// Entries by index; only the bits that the table needs are read.
+struct Table8 { F entries; };
+struct Table16 { F entries; };
+SIMD Table8 table8(const float* entries) {
+  return {_mm512_broadcast_f32x8(_mm256_loadu_ps(entries))};
+}
+SIMD Table16 table16(const float* entries) { return {_mm512_loadu_ps(entries)}; }
+SIMD F lookup(const Table8& t, I index) { return _mm512_permutexvar_ps(index, t.entries); }
+SIMD F lookup(const Table16& t, I index) { return _mm512_permutexvar_ps(index, t.entries); }
+
+// ---- Floats in memory ---------------------------------------------------------------------------
+
+SIMD F load(const float* p) { return _mm512_loadu_ps(p); }
+SIMD I load(const int32_t* p) { return _mm512_loadu_si512(p); }
+SIMD void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+SIMD void store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+
+SIMD F from_bf16(__m256i x) {
+  return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+SIMD __m256i to_bf16(F x) {
+  // Rounds by integer addition: the hardware instruction flushes subnormals.
+  const I b = bits(x);
+  const I odd = bit_and(shift_right<16>(b), splat(1));
+  const I rounded = shift_right<16>(add(b, add(odd, splat(0x7fff))));
+  const I quiet = bit_or(shift_right<16>(b), splat(0x40));
+  return _mm512_cvtepi32_epi16(select(is_nan(x), quiet, rounded));
+}
+SIMD __m256i to_f16(F x) {
+  return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// kWidth elements from data[i] on. T is a float type.
+template <DType T>
+SIMD F load_as(const void* data, int64_t i) {
+  if constexpr (T == DType::f32) return load(static_cast<const float*>(data) + i);
+  const __m256i half = _mm256_loadu_si256(
+      reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + i));
+  if constexpr (T == DType::bf16) return from_bf16(half);
+  return _mm512_cvtph_ps(half);
+}
+// The first `count` of them, 0 in the other lanes; nothing past them is touched.
+template <DType T>
+SIMD F load_as(const void* data, int64_t i, int count) {
+  if constexpr (T == DType::f32) {
+    return _mm512_maskz_loadu_ps(first(count), static_cast<const float*>(data) + i);
+  }
+  const __m256i half =
+      _mm256_maskz_loadu_epi16(first(count), static_cast<const uint16_t*>(data) + i);
+  if constexpr (T == DType::bf16) return from_bf16(half);
+  return _mm512_cvtph_ps(half);
+}
+template <DType T>
+SIMD void store_as(void* data, int64_t i, F x) {
+  if constexpr (T == DType::f32) return store(static_cast<float*>(data) + i, x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + i),
+                      T == DType::bf16 ? to_bf16(x) : to_f16(x));
+}
+template <DType T>
+SIMD void store_as(void* data, int64_t i, F x, int count) {
+  if constexpr (T == DType::f32) {
+    return _mm512_mask_storeu_ps(static_cast<float*>(data) + i, first(count), x);
+  }
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + i, first(count),
+                           T == DType::bf16 ? to_bf16(x) : to_f16(x));
+}
+
+// ---- Integers in memory: kWidth (or the first `count`, the others 0) as int32 -------------------
+
+SIMD I load_i8(const void* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+SIMD I load_i8(const void* p, int count) {
+  return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(count), p));
+}
+SIMD I load_i16(const void* p) {
+  return _mm512_cvtepi16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+SIMD I load_i16(const void* p, int count) {
+  return _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(first(count), p));
+}
+// Two codes per byte, the even one in the low nibble.
+SIMD I spread_nibbles(__m128i bytes) {
+  const __m512i wide = _mm512_cvtepu8_epi64(bytes);
+  return bit_and(_mm512_or_si512(wide, _mm512_slli_epi64(wide, 28)), splat(0xf));
+}
+SIMD I load_u4(const void* p) {
+  return spread_nibbles(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+SIMD I load_u4(const void* p, int count) {
+  return spread_nibbles(_mm_maskz_loadu_epi8(first((count + 1) / 2), p));
+}
+
+// Lanes hold numbers that fit.
+SIMD void store_i8(void* p, I x) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+SIMD void store_i8(void* p, I x, int count) {
+  _mm_mask_storeu_epi8(p, first(count), _mm512_cvtepi32_epi8(x));
+}
+SIMD void store_i16(void* p, I x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+}
+SIMD void store_i16(void* p, I x, int count) {
+  _mm256_mask_storeu_epi16(p, first(count), _mm512_cvtepi32_epi16(x));
+}
+SIMD __m128i join_nibbles(I x) {
+  return _mm512_cvtepi64_epi8(_mm512_or_si512(x, _mm512_srli_epi64(x, 28)));
+}
+SIMD void store_u4(void* p, I x) {
+  _mm_storel_epi64(static_cast<__m128i*>(p), join_nibbles(x));
+}
+// Writes whole bytes: an odd `count` clears the last high nibble.
+SIMD void store_u4(void* p, I x, int count) {
+  _mm_mask_storeu_epi8(p, first((count + 1) / 2), join_nibbles(zero_unless(first(count), x)));
+}
