@@ -37,7 +37,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
 
 compiler = os.environ.get("CXX", "c++")
 if shutil.which(compiler.split()[0]) is None:
-    fail(f"the C++ compiler {compiler!r} was not found; install g++ 11 or newer, or name one in CXX")
+    fail(f"the C++ compiler {compiler!r} was not found; install g++ 11 or newer, or set CXX")
 
 # Two jobs fit a small machine: one kernel file takes about 1 GB to compile.
 os.environ.setdefault("MAX_JOBS", "2")

@@ -1,0 +1,133 @@
+"""Each ring of the design includes only what lies below it, and Python leaves kernels alone."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qkernels
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "qkernels"
+
+# What a file of each ring may include; anything else fails. A header of the C++ standard library
+# has neither a dot nor a slash in its name.
+STANDARD = r"<[a-z_0-9]+>"
+MAY_INCLUDE = {
+    "core": [STANDARD, '"core/.*"'],
+    "cpu": [STANDARD, '"(core|cpu)/.*"'],
+    "cuda": [STANDARD, '"(core|cuda)/.*"', r"<cuda\w*\.h>", r"<cuda/.*>"],
+    "ops": [
+        STANDARD,
+        '"(core|cpu|cuda|ops)/.*"',
+        "<torch/csrc/stable/.*>",
+        "<torch/headeronly/.*>",
+        "<torch/csrc/inductor/aoti_torch/c/.*>",
+    ],
+}
+# Files that may include more than their ring does, each for one reason.
+ALSO = {
+    "cpu/dispatch.cpp": ["<cpuid.h>"],
+    "ops/introspect.cpp": [r"<pybind11/\w+\.h>"],
+}
+INTRINSICS = re.compile(r"cpu/(simd_)?(avx|amx|sse)\w*\.(h|cpp)")
+# Kernels take ranges; ops/ splits the work and asks torch's own pool to run it.
+THREADS = re.compile(
+    r"<(thread|mutex|shared_mutex|future|condition_variable|execution|latch|barrier|semaphore)>"
+    r"|<omp\.h>|#\s*pragma\s+omp"
+)
+
+FILES = sorted(
+    path.relative_to(CSRC).as_posix()
+    for path in CSRC.rglob("*")
+    if path.suffix in {".h", ".inl", ".cpp", ".cu", ".cuh"}
+)
+
+
+def includes(file: str) -> list[str]:
+    text = (CSRC / file).read_text()
+    return re.findall(r'^\s*#\s*include\s+(<[^>]+>|"[^"]+")', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_includes(file: str) -> None:
+    allowed = [*MAY_INCLUDE[file.split("/")[0]], *ALSO.get(file, [])]
+    if INTRINSICS.fullmatch(file):
+        allowed.append("<immintrin.h>")
+    wrong = [name for name in includes(file) if not re.fullmatch("|".join(allowed), name)]
+    assert not wrong, f"csrc/{file} includes {', '.join(wrong)}; its ring may include {allowed}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_threads_of_our_own(file: str) -> None:
+    assert not THREADS.search((CSRC / file).read_text())
+
+
+def test_introspection_is_free_of_torch() -> None:
+    assert not [name for name in includes("ops/introspect.cpp") if "torch" in name]
+
+
+def test_pybind11_is_in_one_file() -> None:
+    users = [file for file in FILES if any("pybind11" in name for name in includes(file))]
+    assert users == ["ops/introspect.cpp"]
+
+
+def spoken_names(source: str) -> list[tuple[int, str]]:
+    """Identifiers and string constants of a Python source, without docstrings and comments."""
+    tree = ast.parse(source)
+    prose = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            names.append((node.lineno, node.id))
+        elif isinstance(node, ast.Attribute):
+            names.append((node.lineno, node.attr))
+        elif isinstance(node, ast.Constant) and id(node) not in prose:
+            names.append((node.lineno, str(node.value)))
+    return names
+
+
+# An ISA as a value of its own, or a kernel's name such as matmul_w4a8_avx512_8x48. A sentence that
+# a user reads may speak of AVX2.
+KERNEL_NAME = re.compile(r"scalar|avx2|avx512\w*|amx\w*|sm_?[0-9]{2}a?|\w+_(avx|amx|sm_?[0-9])\w*")
+
+
+@pytest.mark.parametrize(
+    "file", sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+)
+def test_python_never_names_a_kernel(file: str) -> None:
+    found = [
+        f"line {line}: {name}"
+        for line, name in spoken_names((PACKAGE / file).read_text())
+        if KERNEL_NAME.fullmatch(name)
+    ]
+    assert not found, f"qkernels/{file} names kernels or ISAs: {found}; ask qkernels._C instead"
+
+
+def test_kernel_names_are_recognized() -> None:
+    source = '"""avx2"""\nuse("avx512", "AVX2 is slower")\nmatmul_w4a8_avx2_4x16(x)'
+    found = [name for _, name in spoken_names(source) if KERNEL_NAME.fullmatch(name)]
+    assert sorted(found) == ["avx512", "matmul_w4a8_avx2_4x16"]
+
+
+@pytest.mark.parametrize("blocked", ["matplotlib", "transformers", "sklearn", "pandas"])
+def test_import_needs_no_optional_package(blocked: str) -> None:
+    code = f"import sys; sys.modules[{blocked!r}] = None; import qkernels, qkernels.cli"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_import_needs_no_compiler() -> None:
+    code = "import os; os.environ['PATH'] = ''; import qkernels; qkernels.quantize"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_tests_run_on_this_tree() -> None:
+    assert Path(qkernels.__file__).parent == PACKAGE

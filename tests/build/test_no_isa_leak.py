@@ -1,0 +1,156 @@
+"""Code that needs more than the oldest x86-64 stays inside its ISA's namespace.
+
+A wheel is built once and runs on every x86-64 machine, so outside `qkernels::avx2` and
+`qkernels::avx512` there may be no instruction that came after SSE2. One inline function that the
+compiler emits for the wrong target is enough to crash a user's process at import, and no other test
+would notice on a machine that has the instruction. So this one reads the machine code.
+"""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+
+from qkernels import _C
+
+# What may precede the opcode: operand and address size, repeat, lock, segments.
+LEGACY_PREFIXES = {"66", "67", "f2", "f3", "f0", "2e", "36", "3e", "26", "64", "65"}
+
+# Later than SSE2 without a VEX prefix: SSE3, SSSE3, SSE4, POPCNT, LZCNT, MOVBE, ADX. TZCNT is not
+# here: older machines run its bytes as BSF, which compilers count on.
+AFTER_SSE2 = re.compile(
+    r"(addsubp[sd]|hadd\w+|hsub\w+|lddqu|mov(ddup|shdup|sldup)"
+    r"|pshufb|ph(add|sub)s?[wd]|pmaddubsw|pmulhrsw|psign[bwd]|pabs[bwd]|palignr"
+    r"|p?blend\w+|dpp[sd]|extractps|insertps|mpsadbw|packusdw|pcmp(eq|gt)q|pcmp[ei]str[im]"
+    r"|pextr[bdq]|pinsr[bdq]|pm(ax|in)(s[bd]|u[wd])|pmov[sz]x\w+|pmul(dq|ld)|ptest|round[ps][sd]"
+    r"|movntdqa|crc32\w*|popcnt|lzcnt|movbe|ad[co]x|phminposuw)"
+)
+# Each ISA's namespace may use what dispatch.cpp asks the CPU for, and no more.
+FORBIDDEN_IN_AVX2 = re.compile(r"vpdp|vpmadd52|vsha|vsm[34]|vaes|vgf2p8|vpclmul|.*bf16")
+# AVX-512 F, BW, DQ, VL and VNNI are asked for; VBMI, BF16, FP16 and the others are not.
+FORBIDDEN_IN_AVX512 = re.compile(
+    r".*bf16|vperm([it]2)?b|vpmultishiftqb|vp(compress|expand)[bw]|vpsh[lr]dv?[wdq]|vpopcnt"
+    r"|vpshufbitqmb|vgf2p8|vaes|vpclmul|vpmadd52|vp2intersect|v\w+(ph|sh)$|t(dp|ile)"
+)
+FORBIDDEN_IN_AVX512_BUT = {"vcvtps2ph"}  # F16C
+
+
+class Instruction(NamedTuple):
+    function: str
+    bytes: list[str]
+    mnemonic: str
+    text: str
+
+    @property
+    def encoding(self) -> str:
+        """In 64-bit code these three bytes can begin nothing but a VEX or an EVEX instruction."""
+        first = next((byte for byte in self.bytes if byte not in LEGACY_PREFIXES), "")
+        return {"c4": "VEX", "c5": "VEX", "62": "EVEX"}.get(first, "legacy")
+
+
+@cache
+def instructions() -> list[Instruction]:
+    listing = subprocess.run(
+        ["objdump", "--disassemble", "--wide", _C.__file__],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    return list(parse(listing))
+
+
+def parse(listing: str) -> Iterator[Instruction]:
+    function = ""
+    for line in listing.splitlines():
+        if start := re.fullmatch(r"[0-9a-f]+ <(.+)>:", line):
+            function = start[1]
+        elif (parts := line.split("\t"))[2:]:
+            # "rep", "lock" and the like are printed before the mnemonic.
+            words = re.sub(r"^((rep\w*|lock|bnd|notrack|data16|cs|ds) )+", "", parts[2]).split()
+            yield Instruction(function, parts[1].split(), words[0] if words else "", parts[2])
+
+
+def isa_of(function: str) -> str:
+    """The ISA whose namespace a function is in, read from its mangled name ("" for none).
+
+    Only the name's own scope counts: a standard library template that takes a type of
+    `qkernels::avx2` as its argument is emitted outside the namespace, for the target that happened
+    to be set, and is just the kind of leak to look for.
+    """
+    scope = re.match(r"_Z+N[KVrRO]*8qkernels(?:4(avx2)|6(avx512))", function)
+    return (scope[1] or scope[2]) if scope else ""
+
+
+def fault(instruction: Instruction) -> str:
+    """Why an instruction must not stand where it stands ("" if it may)."""
+    isa, mnemonic = isa_of(instruction.function), instruction.mnemonic
+    if isa == "":
+        if instruction.encoding != "legacy":
+            return f"{instruction.encoding} outside the ISA namespaces"
+        return "later than SSE2" if AFTER_SSE2.fullmatch(mnemonic) else ""
+    if isa == "avx2":
+        if instruction.encoding == "EVEX":
+            return "EVEX in avx2"
+        return "not in AVX2, FMA or F16C" if FORBIDDEN_IN_AVX2.match(mnemonic) else ""
+    forbidden = FORBIDDEN_IN_AVX512.match(mnemonic) and mnemonic not in FORBIDDEN_IN_AVX512_BUT
+    return "more than AVX-512 F, BW, DQ, VL and VNNI" if forbidden else ""
+
+
+def test_no_instruction_leaves_its_isa() -> None:
+    leaks: dict[str, str] = {}
+    for instruction in instructions():
+        if why := fault(instruction):
+            leaks.setdefault(instruction.function, f"{why}: {instruction.text.strip()}")
+    assert not leaks, "\n".join(f"{name}: {what}" for name, what in leaks.items())
+
+
+@pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm")])
+def test_the_namespaces_hold_their_isa(isa: str, register: str) -> None:
+    """Or else the test above would look at nothing."""
+    assert isa in _C.isas()
+    code = [instruction for instruction in instructions() if isa_of(instruction.function) == isa]
+    assert sum(register in instruction.text for instruction in code) > 100
+    assert any(isa_of(instruction.function) == "" for instruction in instructions())
+
+
+@pytest.mark.parametrize(
+    ("function", "isa"),
+    [
+        ("_ZN8qkernels4avx26linearERKNS_10LinearArgsE", "avx2"),
+        ("_ZN8qkernels6avx512L4tileERKNS_10LinearArgsE.constprop.0", "avx512"),
+        ("_ZZN8qkernels4avx24rowsEvENKUliE_clEi", "avx2"),
+        ("_ZN8qkernels6scalar6linearERKNS_10LinearArgsE", ""),
+        ("_ZSt3minIN8qkernels4avx24VecFEERKT_S5_S5_", ""),
+        ("_GLOBAL__sub_I_avx2.cpp", ""),
+    ],
+)
+def test_namespace_of_a_mangled_name(function: str, isa: str) -> None:
+    assert isa_of(function) == isa
+
+
+@pytest.mark.parametrize(
+    ("function", "line", "found"),
+    [
+        ("main", "c5 fc 58 c1\tvaddps %ymm1,%ymm0,%ymm0", "VEX outside the ISA namespaces"),
+        ("main", "62 f1 7c 48 58 c1\tvaddps %zmm1,%zmm0,%zmm0", "EVEX outside the ISA namespaces"),
+        ("main", "f3 0f b8 c7\tpopcnt %edi,%eax", "later than SSE2"),
+        ("main", "66 0f 38 00 c1\tpshufb %xmm1,%xmm0", "later than SSE2"),
+        ("main", "f3 a4\trep movsb %ds:(%rsi),%es:(%rdi)", ""),
+        ("main", "0f 58 c1\taddps %xmm1,%xmm0", ""),
+        ("_ZN8qkernels4avx21fEv", "c5 fc 58 c1\tvaddps %ymm1,%ymm0,%ymm0", ""),
+        ("_ZN8qkernels4avx21fEv", "62 f1 7c 28 58 c1\tvaddps %ymm17,%ymm0,%ymm0", "EVEX in avx2"),
+        (
+            "_ZN8qkernels6avx5121fEv",
+            "62 f2 76 48 52 c2\tvdpbf16ps %zmm2,%zmm1,%zmm0",
+            "more than AVX-512 F, BW, DQ, VL and VNNI",
+        ),
+        ("_ZN8qkernels6avx5121fEv", "c4 e3 7d 1d c1 00\tvcvtps2ph $0x0,%ymm0,%xmm1", ""),
+    ],
+)
+def test_a_leak_is_found(function: str, line: str, found: str) -> None:
+    (instruction,) = parse(f"0000000000001000 <{function}>:\n    1000:\t{line}")
+    assert fault(instruction) == found
