@@ -1,4 +1,4 @@
-"""The documents name only what exists: paths, `make` targets, Python names, ops. The README runs."""
+"""The documents name only what exists: paths, `make` targets, Python names, ops. README runs."""
 
 import ast
 import dataclasses
