@@ -35,8 +35,8 @@ ALSO = {
     "ops/introspect.cpp": [r"<pybind11/\w+\.h>"],
 }
 INTRINSICS = re.compile(r"cpu/(simd_)?(avx|amx|sse)\w*\.(h|cpp)")
-# ops/ splits the work and asks torch's own pool to run it: nobody starts threads, and kernels, which
-# take ranges, have nothing to lock either.
+# ops/ splits the work and asks torch's own pool to run it: nobody starts threads, and kernels take
+# ranges and have nothing to lock.
 THREADS = r"<(thread|future|execution)>|<omp\.h>|#\s*pragma\s+omp"
 LOCKS = r"<(mutex|shared_mutex|condition_variable|latch|barrier|semaphore)>"
 
@@ -79,7 +79,7 @@ def test_pybind11_is_in_one_file() -> None:
 
 # An ISA as a value of its own, or a kernel's name such as matmul_w4a8_avx512_8x48. A sentence that
 # a user reads may speak of AVX2.
-ISA_NAME = r"scalar|avx2|avx512\w*|amx\w*|sm_?[0-9]{2}a?"
+ISA_NAME = r"avx2|avx512\w*|amx\w*|sm_?[0-9]{2}a?"
 KERNEL_NAME = r"\w+_(avx|amx|sm_?[0-9])\w*"
 
 
