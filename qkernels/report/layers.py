@@ -1,0 +1,135 @@
+"""Per-layer comparison by forward hooks on the modules that two models share by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from qkernels.report.accumulate import Noise
+from qkernels.report.outputs import drop_padding, to_device
+
+
+@dataclass
+class LayerRecord:
+    """What is accumulated for one layer: inside its model, and on the reference's own input."""
+
+    name: str
+    calls: int = 0
+    total: Noise = field(default_factory=Noise)
+    own: Noise | None = None
+
+
+class LayerProbe:
+    """Compares the outputs of matching layers, batch by batch.
+
+    Layers are the reference's modules without children that have parameters; the module of the
+    same name in the model is the counterpart. The outputs of one batch at a time are held between
+    the run of the reference and the run of the model.
+
+    Args:
+        model: the model under test.
+        reference: the model it is compared with.
+        is_quantized: says which modules of `model` also run on the reference's input, which
+            separates a layer's own error from what it inherits.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module, is_quantized: Any) -> None:
+        counterparts = dict(model.named_modules())
+        leaves = {
+            name: module
+            for name, module in reference.named_modules()
+            if name and not any(module.children()) and any(True for _ in module.parameters())
+        }
+        self.reference_layers = {n: m for n, m in leaves.items() if n in counterparts}
+        self.model_layers = {n: counterparts[n] for n in self.reference_layers}
+        self.unmatched = tuple(n for n in leaves if n not in counterparts)
+        self.records: dict[str, LayerRecord] = {}  # in the order of first execution
+        self._is_quantized = is_quantized
+        self._held: dict[str, list[Tensor]] = {}
+        self._mask: Tensor | None = None
+        self._busy = False  # the probe itself runs a layer, which the two models may share
+
+    @contextmanager
+    def on_reference(self, mask: Tensor | None) -> Iterator[None]:
+        """Hold what every layer of the reference answers in the enclosed run."""
+        self._mask = mask
+        self._held = {}
+        with _hooks(self.reference_layers, self._from_reference):
+            yield
+
+    @contextmanager
+    def on_model(self, mask: Tensor | None) -> Iterator[None]:
+        """Compare every layer of the model with what is held; hold nothing afterwards."""
+        self._mask = mask
+        try:
+            with _hooks(self.model_layers, self._from_model):
+                yield
+        finally:
+            self._held = {}
+
+    def _from_reference(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        tensor = _floating(output)
+        if tensor is None or self._busy:
+            return
+        record = self.records.setdefault(name, LayerRecord(name))
+        # A clone, because a module behind (ReLU(inplace=True)) may overwrite the output.
+        self._held.setdefault(name, []).append(drop_padding(tensor.detach(), self._mask).clone())
+        layer = self.model_layers[name]
+        if self._is_quantized(layer):
+            device = next(layer.parameters()).device
+            self._busy = True
+            try:
+                own = _floating(layer(*to_device(args, device), **to_device(kwargs, device)))
+            finally:
+                self._busy = False
+            if own is not None:
+                record.own = record.own or Noise()
+                _add(name, record.own, drop_padding(own, self._mask), self._held[name][-1])
+
+    def _from_model(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        tensor, held = _floating(output), self._held.get(name)
+        if tensor is None or not held:
+            return
+        record = self.records[name]
+        record.calls += 1
+        _add(name, record.total, drop_padding(tensor, self._mask), held.pop(0))
+
+
+def _add(name: str, noise: Noise, output: Tensor, reference: Tensor) -> None:
+    if output.shape != reference.shape:
+        raise ValueError(
+            f"compare: layer '{name}' returns shape {tuple(output.shape)} in the model but "
+            f"{tuple(reference.shape)} in the reference; the two must be the same architecture, or "
+            f"pass per_layer=False to compare their outputs alone"
+        )
+    noise.add(output, reference)
+
+
+def _floating(output: Any) -> Tensor | None:
+    """A layer's output tensor, the first one of a tuple (recurrent layers, attention)."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) and output.is_floating_point() else None
+
+
+@contextmanager
+def _hooks(layers: dict[str, nn.Module], report: Any) -> Iterator[None]:
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            report(name, args, kwargs, output)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_for(name), with_kwargs=True)
+        for name, module in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

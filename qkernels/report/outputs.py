@@ -1,0 +1,163 @@
+"""How a batch is given to a model, and which tensor of its answer is compared."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What Hugging Face models name the answer of a task head, and of a bare encoder or decoder.
+_PREFERRED = ("logits", "last_hidden_state")
+
+
+@dataclass(frozen=True)
+class MainOutput:
+    """The tensor of a model's answer that is compared, and the name it goes by."""
+
+    name: str
+    tensor: Tensor
+
+
+class Caller:
+    """Calls a model on batches the way its `forward` takes them.
+
+    A tensor is the only argument, a tuple or list the positional arguments, a mapping the keyword
+    arguments. What `forward` has no parameter for (labels, for instance) is not passed, and
+    `left_out` names it. Tensors go to the model's device first.
+
+    Args:
+        model: the module to call.
+        call: `call(model, batch)` for models that are called in another way.
+    """
+
+    def __init__(
+        self, model: nn.Module, call: Callable[[nn.Module, Any], Any] | None = None
+    ) -> None:
+        self.model = model
+        self.left_out: set[str] = set()
+        self._call = call
+        self._positional, self._keywords = _parameters(model)
+        self._device = next(
+            (t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu")
+        )
+
+    def __call__(self, batch: Any) -> Any:
+        batch = to_device(batch, self._device)
+        if self._call is not None:
+            return self._call(self.model, batch)
+        if isinstance(batch, Tensor):
+            return self.model(batch)
+        if isinstance(batch, Mapping):
+            taken = {
+                name: value
+                for name, value in batch.items()
+                if self._keywords is None or name in self._keywords
+            }
+            self.left_out.update(f"'{name}'" for name in batch if name not in taken)
+            if not taken:
+                raise ValueError(
+                    f"compare: no key of the batch ({', '.join(map(str, batch))}) is a parameter "
+                    f"of {type(self.model).__name__}.forward; pass call=lambda model, batch: ..."
+                )
+            return self.model(**taken)
+        if isinstance(batch, (tuple, list)):
+            count = len(batch) if self._positional is None else self._positional
+            self.left_out.update(f"element {i}" for i in range(count, len(batch)))
+            return self.model(*batch[:count])
+        raise TypeError(
+            f"compare: a batch must be a tensor, a tuple or list of arguments, or a mapping of "
+            f"keyword arguments, got {type(batch).__name__}; pass call=lambda model, batch: ..."
+        )
+
+
+def _parameters(model: nn.Module) -> tuple[int | None, frozenset[str] | None]:
+    """How many positional arguments and which keywords `forward` takes; None for any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = {p.kind for p in parameters}
+    positional = None
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    keywords = None
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        keywords = frozenset(
+            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        )
+    return positional, keywords
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The same nest of tuples, lists and mappings with every tensor on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def main_output(output: Any) -> MainOutput:
+    """Choose the tensor to compare from what a model returned.
+
+    A tensor is taken as it is. From a mapping, a Hugging Face `ModelOutput` or any object with
+    such attributes: `logits`, else `last_hidden_state`, else the first floating-point tensor with
+    at least one dimension. From a tuple or list: its first such tensor.
+
+    Args:
+        output: the model's answer.
+
+    Raises:
+        TypeError: there is no floating-point tensor in it.
+
+    Example:
+        >>> main_output({"loss": torch.tensor(0.5), "logits": torch.zeros(2, 3)}).name
+        'logits'
+    """
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return MainOutput("output", output)
+    for name in _PREFERRED:
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return MainOutput(name, value)
+    items: list[tuple[str, Any]] = []
+    if isinstance(output, Mapping):
+        items = [(str(key), value) for key, value in output.items()]
+    elif isinstance(output, (tuple, list)):
+        items = [(f"output[{i}]", value) for i, value in enumerate(output)]
+    for name, value in items:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+            return MainOutput(name, value)
+    raise TypeError(
+        f"compare: the model returned {type(output).__name__} without a floating-point tensor to "
+        f"compare; pass call=lambda model, batch: ... that returns the tensor that counts"
+    )
+
+
+def padding_mask(batch: Any) -> Tensor | None:
+    """The boolean `attention_mask` of a Hugging Face batch (True = a real token), if it has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def drop_padding(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of real tokens, [tokens, ...], if the tensor starts with the mask's shape."""
+    if mask is None or tensor.dim() < 3 or tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor[mask.to(tensor.device)]
+
+
+def shape_text(batch: Any) -> str:
+    """The shapes of a batch for people: `input_ids 32×128, attention_mask 32×128`."""
+    if isinstance(batch, Tensor):
+        return "×".join(map(str, batch.shape)) or "scalar"
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{k} {shape_text(v)}" for k, v in batch.items() if isinstance(v, Tensor))
+    if isinstance(batch, (tuple, list)):
+        return ", ".join(shape_text(item) for item in batch if isinstance(item, Tensor))
+    return type(batch).__name__

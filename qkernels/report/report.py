@@ -1,0 +1,173 @@
+"""What `compare` found out, and the ways to read it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+from qkernels.report.files import write_atomically
+from qkernels.timing import Timing
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of both models. SQNR in dB, sizes in bytes.
+
+    `sqnr_db` is measured inside the model, so it holds the error of all layers before;
+    `own_sqnr_db` on the reference's input to the layer (quantized layers only). None: never ran.
+    """
+
+    name: str
+    kind: str
+    quantized: bool
+    calls: int
+    sqnr_db: float | None
+    own_sqnr_db: float | None
+    max_abs_error: float
+    nonfinite: int
+    bytes: int
+    reference_bytes: int
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The user's own measure of both models."""
+
+    name: str
+    model: float
+    reference: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of one batch, both models interleaved in one process."""
+
+    batch: str
+    model: Timing
+    reference: Timing
+
+    @property
+    def speedup(self) -> float:
+        """Median of the reference over median of the model: above 1 the model is faster."""
+        return self.reference.median / self.model.median
+
+
+@dataclass(frozen=True)
+class Report:
+    """A comparison of a model with its reference, as `qkernels.compare` returns it.
+
+    Args:
+        model, reference: what the two sides are called.
+        output: which output was compared (`logits`, `last_hidden_state`, `output` …).
+        batches, rows: how many batches and output vectors it was measured on.
+        agreement: share of equal argmax predictions, None where the output is not logits.
+        predictions: how many predictions that is a share of.
+        cosine_mean, cosine_min: cosine over output vectors, None if none was finite.
+        sqnr_db: signal to quantization noise of the output, inf if identical.
+        max_abs_error: largest difference of two output values.
+        nonfinite, nonfinite_reference: output vectors that hold NaN or Inf.
+        metric: the user's metric, or None.
+        layers: in the order of first execution.
+        bytes, reference_bytes: parameters and buffers, each storage once.
+        latency: None if it was not measured.
+        machine: processor, ISA, threads, versions.
+        notes: what a reader has to know about the measurement, as sentences.
+    """
+
+    model: str
+    reference: str
+    output: str
+    batches: int
+    rows: int
+    agreement: float | None
+    predictions: int
+    cosine_mean: float | None
+    cosine_min: float | None
+    sqnr_db: float | None
+    max_abs_error: float
+    nonfinite: int
+    nonfinite_reference: int
+    metric: Metric | None
+    layers: tuple[Layer, ...]
+    bytes: int
+    reference_bytes: int
+    latency: Latency | None
+    machine: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def compression(self) -> float:
+        """Bytes of the reference over bytes of the model."""
+        return self.reference_bytes / self.bytes if self.bytes else math.inf
+
+    @property
+    def verdict(self) -> str:
+        """The comparison in one or two sentences."""
+        from qkernels.report.words import verdict
+
+        return verdict(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as JSON types.
+
+        JSON has no infinity: a number that is inf or nan becomes the string "inf", "-inf", "nan".
+        """
+        plain = asdict(self)
+        if self.latency is not None:
+            plain["latency"] = {
+                "batch": self.latency.batch,
+                "model": self.latency.model.to_dict(),
+                "reference": self.latency.reference.to_dict(),
+                "speedup": self.latency.speedup,
+            }
+        plain["compression"] = self.compression
+        plain["verdict"] = self.verdict
+        result: dict[str, Any] = _json_safe(plain)
+        return result
+
+    def save_json(self, path: str | PathLike[str]) -> None:
+        """Write `to_dict()` as JSON; an existing file is replaced in one step or not at all.
+
+        Args:
+            path: the file to write.
+        """
+        write_atomically(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    def save_html(self, path: str | PathLike[str]) -> None:
+        """Write one self-contained HTML page with numbers, plots and tables.
+
+        Plots need matplotlib (`pip install qkernels[plot]`); without it the page says so and holds
+        the tables alone. An existing file is replaced in one step or not at all.
+
+        Args:
+            path: the file to write.
+        """
+        from qkernels.report.html import render
+
+        write_atomically(path, render(self))
+
+    def print(self) -> None:
+        """Print the report with colours if the terminal has them."""
+        from rich.console import Console
+
+        from qkernels.report.text import renderable
+
+        Console().print(renderable(self))
+
+    def __str__(self) -> str:
+        from qkernels.report.text import plain_text
+
+        return plain_text(self)
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
