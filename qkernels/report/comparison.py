@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from qkernels.report.modules import is_compiled, is_quantized, kind_of, label_of
 from qkernels.report.outputs import (
     Caller,
     drop_padding,
+    evaluating,
     main_output,
     padding_mask,
     shape_text,
@@ -90,7 +90,7 @@ def compare(
         True
     """
     _check(model, reference, batches, metric, evaluate)
-    with _evaluating(model, reference), torch.no_grad():
+    with evaluating(model, reference), torch.no_grad():
         run = _Comparison(model, reference, call, agreement)
         if per_layer:
             run.probe_layers()
@@ -315,19 +315,6 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
 def _name_of(function: Callable[..., Any]) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     return "metric" if name == "<lambda>" else name
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, then every module's own flag again."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _with_progress(batches: Iterable[T]) -> Iterable[T]:

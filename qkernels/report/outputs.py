@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,19 @@ class Caller:
             f"compare: a batch must be a tensor, a tuple or list of arguments, or a mapping of "
             f"keyword arguments, got {type(batch).__name__}; pass call=lambda model, batch: ..."
         )
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode for a while, then every module's own flag again."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def _parameters(model: nn.Module) -> tuple[int | None, frozenset[str] | None]:
