@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/kernels.h"
@@ -17,6 +18,8 @@ namespace avx2 {
 namespace {
 
 #include "cpu/simd_avx2.h"
+#include "cpu/codes.inl"
+#include "cpu/quantize.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -30,6 +33,10 @@ const Kernels* avx2_kernels() {
   static const Kernels table = [] {
     Kernels t = *scalar_kernels();
     t.isa = "avx2";
+    t.quantize = avx2::quantize;
+    t.quantize_with = avx2::quantize_with;
+    t.range = avx2::range;
+    t.dequantize = avx2::dequantize;
     return t;
   }();
   return &table;

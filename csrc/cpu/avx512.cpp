@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/kernels.h"
@@ -21,6 +22,8 @@ namespace avx512 {
 namespace {
 
 #include "cpu/simd_avx512.h"
+#include "cpu/codes.inl"
+#include "cpu/quantize.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -34,6 +37,10 @@ const Kernels* avx512_kernels() {
   static const Kernels table = [] {
     Kernels t = *scalar_kernels();
     t.isa = "avx512";
+    t.quantize = avx512::quantize;
+    t.quantize_with = avx512::quantize_with;
+    t.range = avx512::range;
+    t.dequantize = avx512::dequantize;
     return t;
   }();
   return &table;

@@ -1,0 +1,186 @@
+// Vector forms of core/codec.h, equal to it to the bit: ranges, encoding, decoding, and codes in
+// storage.
+
+// ---- Dispatch on an element type and a format ---------------------------------------------------
+
+template <DType T>
+using Element = std::integral_constant<DType, T>;
+template <Format Fmt>
+using Code = std::integral_constant<Format, Fmt>;
+
+template <class Body>
+inline void with_float_type(DType type, const Body& body) {
+  switch (type) {
+    case DType::f32:
+      return body(Element<DType::f32>{});
+    case DType::bf16:
+      return body(Element<DType::bf16>{});
+    default:
+      return body(Element<DType::f16>{});
+  }
+}
+
+template <class Body>
+inline void with_format(Format format, const Body& body) {
+  switch (format) {
+    case Format::int8:
+      return body(Code<Format::int8>{});
+    case Format::int4:
+      return body(Code<Format::int4>{});
+    case Format::nf4:
+      return body(Code<Format::nf4>{});
+    case Format::int16:
+      return body(Code<Format::int16>{});
+  }
+}
+
+// ---- Ranges -------------------------------------------------------------------------------------
+
+// kWidth ranges at once. A NaN leaves min and max alone and shows in the magnitude. Lanes filled up
+// with 0 change nothing. (No member initializers: GCC compiles an implicit constructor for the
+// baseline target.)
+struct Ranges {
+  F min, max;
+  I magnitude;
+};
+SIMD Ranges no_ranges() { return {splat(0.0f), splat(0.0f), splat(0)}; }
+
+// A symmetric scale needs the magnitude alone; min and max then stay 0.
+template <bool Signed>
+SIMD void extend(Ranges* r, F x) {
+  r->magnitude = max(r->magnitude, bits(abs(x)));
+  if constexpr (Signed) {
+    r->min = min(x, r->min);
+    r->max = max(x, r->max);
+  }
+}
+
+template <bool Signed>
+SIMD Range reduce(const Ranges& r) {
+  Range result;
+  result.magnitude = static_cast<uint32_t>(reduce_max(r.magnitude));
+  if constexpr (Signed) {
+    result.min = reduce_min(r.min);
+    result.max = reduce_max(r.max);
+  }
+  return result;
+}
+
+template <DType T, bool Signed>
+SIMD Range range_of(const void* x, int64_t begin, int64_t end) {
+  Ranges r = no_ranges();
+  int64_t i = begin;
+  for (; i + kWidth <= end; i += kWidth) extend<Signed>(&r, load_as<T>(x, i));
+  if (i < end) extend<Signed>(&r, load_as<T>(x, i, static_cast<int>(end - i)));
+  return reduce<Signed>(r);
+}
+
+// ---- Numbers to codes and back ------------------------------------------------------------------
+
+// The bounds are taken before the zero point is added.
+template <Format Fmt>
+struct Encoder {
+  F inverse, low, high;
+  I zero;
+};
+// The 15 midpoints between NF4 levels in the order of a binary search: `half` splits the levels,
+// entry i of `quarters` splits half i, and so on.
+template <>
+struct Encoder<Format::nf4> {
+  F inverse, half;
+  Table8 quarters, eighths, sixteenths;
+};
+
+constexpr float nf4_middle(int i) {
+  return static_cast<float>(
+      (static_cast<double>(kNf4Levels[i]) + static_cast<double>(kNf4Levels[i + 1])) * 0.5);
+}
+constexpr float kNf4Quarters[8] = {nf4_middle(3), nf4_middle(11)};
+constexpr float kNf4Eighths[8] = {nf4_middle(1), nf4_middle(5), nf4_middle(9), nf4_middle(13)};
+constexpr float kNf4Sixteenths[8] = {nf4_middle(0),  nf4_middle(2),  nf4_middle(4),
+                                     nf4_middle(6),  nf4_middle(8),  nf4_middle(10),
+                                     nf4_middle(12), nf4_middle(14)};
+
+template <Format Fmt>
+SIMD Encoder<Fmt> make_encoder(const Affine& affine, bool symmetric) {
+  if constexpr (Fmt == Format::nf4) {
+    return {splat(affine.inverse), splat(nf4_middle(7)), table8(kNf4Quarters),
+            table8(kNf4Eighths), table8(kNf4Sixteenths)};
+  } else {
+    const int zero = affine.zero_point;
+    return {splat(affine.inverse), splat(static_cast<float>(code_min(Fmt, symmetric) - zero)),
+            splat(static_cast<float>(code_max(Fmt, symmetric) - zero)), splat(zero)};
+  }
+}
+
+template <Format Fmt>
+SIMD I encode(const Encoder<Fmt>& e, F x) {
+  const F quotient = mul(x, e.inverse);
+  if constexpr (Fmt == Format::nf4) {
+    // A NaN goes down at the first step and up at the others: code 7, which is 0.
+    I code = double_plus(splat(0), greater(quotient, e.half));
+    code = double_plus(code, not_less_equal(quotient, lookup(e.quarters, code)));
+    code = double_plus(code, not_less_equal(quotient, lookup(e.eighths, code)));
+    return double_plus(code, not_less_equal(quotient, lookup(e.sixteenths, code)));
+  } else {
+    // A NaN counts as 0, so its code is the zero point.
+    return add(round_int(min(max(zero_nan(quotient), e.low), e.high)), e.zero);
+  }
+}
+
+template <Format Fmt>
+struct Decoder {
+  F scale;
+  I zero;
+};
+template <>
+struct Decoder<Format::nf4> {
+  F scale;
+  Table16 levels;
+};
+
+template <Format Fmt>
+SIMD Decoder<Fmt> make_decoder(float scale, int zero_point) {
+  if constexpr (Fmt == Format::nf4) {
+    return {splat(scale), table16(kNf4Levels)};
+  } else {
+    return {splat(scale), splat(zero_point)};
+  }
+}
+
+template <Format Fmt>
+SIMD F decode(const Decoder<Fmt>& d, I code) {
+  if constexpr (Fmt == Format::nf4) {
+    return mul(lookup(d.levels, code), d.scale);
+  } else {
+    return mul(to_float(sub(code, d.zero)), d.scale);
+  }
+}
+
+// ---- Codes in storage: kWidth of them from code k of a row on, or the first `count` -------------
+// k is even for the 4-bit formats.
+
+template <Format Fmt>
+SIMD I load_codes(const uint8_t* row, int64_t k) {
+  if constexpr (Fmt == Format::int8) return load_i8(row + k);
+  if constexpr (Fmt == Format::int16) return load_i16(row + k * 2);
+  return load_u4(row + k / 2);
+}
+template <Format Fmt>
+SIMD I load_codes(const uint8_t* row, int64_t k, int count) {
+  if constexpr (Fmt == Format::int8) return load_i8(row + k, count);
+  if constexpr (Fmt == Format::int16) return load_i16(row + k * 2, count);
+  return load_u4(row + k / 2, count);
+}
+template <Format Fmt>
+SIMD void store_codes(uint8_t* row, int64_t k, I codes) {
+  if constexpr (Fmt == Format::int8) return store_i8(row + k, codes);
+  if constexpr (Fmt == Format::int16) return store_i16(row + k * 2, codes);
+  return store_u4(row + k / 2, codes);
+}
+template <Format Fmt>
+SIMD void store_codes(uint8_t* row, int64_t k, I codes, int count) {
+  if constexpr (Fmt == Format::int8) return store_i8(row + k, codes, count);
+  if constexpr (Fmt == Format::int16) return store_i16(row + k * 2, codes, count);
+  return store_u4(row + k / 2, codes, count);
+}

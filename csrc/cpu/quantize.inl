@@ -1,0 +1,131 @@
+// quantize, quantize_with, range and dequantize: storage layout, group after group along a row.
+
+struct Span {
+  int64_t begin, end;  // k of a group in its row
+};
+SIMD Span group_span(int64_t g, int64_t group_size, int64_t cols) {
+  const int64_t begin = g * group_size;
+  return {begin, begin + group_size < cols ? begin + group_size : cols};
+}
+
+// A 4-bit group that starts in the middle of a byte: its first code alone, after which k is even.
+template <Format Fmt>
+SIMD bool starts_inside_byte(const Span& span) {
+  return info(Fmt).bits == 4 && span.begin % 2 != 0 && span.begin < span.end;
+}
+
+// x[at + k] to code k of `out`. Writing in ascending order, a group leaves the high nibble clear
+// that the next one fills.
+template <DType T, Format Fmt>
+SIMD void encode_span(const void* x, int64_t at, const Affine& affine, bool symmetric, Span span,
+                      uint8_t* out) {
+  int64_t k = span.begin;
+  if (starts_inside_byte<Fmt>(span)) {
+    store_code(out, Fmt, k, encode(load_float(x, T, at + k), Fmt, affine, symmetric));
+    ++k;
+  }
+  const Encoder<Fmt> encoder = make_encoder<Fmt>(affine, symmetric);
+  for (; k + kWidth <= span.end; k += kWidth) {
+    store_codes<Fmt>(out, k, encode(encoder, load_as<T>(x, at + k)));
+  }
+  if (k < span.end) {
+    const int count = static_cast<int>(span.end - k);
+    store_codes<Fmt>(out, k, encode(encoder, load_as<T>(x, at + k, count)), count);
+  }
+}
+
+template <DType T, Format Fmt>
+SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const int64_t at = row * a.cols;
+    uint8_t* out = static_cast<uint8_t*>(a.data) + row * a.row_bytes;
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const Span span = group_span(g, a.group_size, a.cols);
+      const Range r = a.symmetric ? range_of<T, false>(a.x, at + span.begin, at + span.end)
+                                  : range_of<T, true>(a.x, at + span.begin, at + span.end);
+      const Affine affine = choose_affine(r, Fmt, a.symmetric, a.scale_type);
+      store_float(a.scale, a.scale_type, row * a.groups + g, affine.scale);
+      if (!a.symmetric) {
+        store_zero_point(a.zero_point, Fmt, row * a.groups + g, affine.zero_point);
+      }
+      // The group is still in the cache.
+      encode_span<T, Fmt>(a.x, at, affine, a.symmetric, span, out);
+    }
+  }
+}
+
+template <DType T, Format Fmt>
+SIMD void quantize_rows_with(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    uint8_t* out = static_cast<uint8_t*>(a.data) + row * a.row_bytes;
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const int64_t i = a.shared_scale ? 0 : row * a.groups + g;
+      const float scale = load_float(a.scale, a.scale_type, i);
+      const int zero = a.symmetric ? symmetric_zero(Fmt) : load_zero_point(a.zero_point, Fmt, i);
+      encode_span<T, Fmt>(a.x, row * a.cols, {scale, 1.0f / scale, zero}, a.symmetric,
+                          group_span(g, a.group_size, a.cols), out);
+    }
+  }
+}
+
+template <DType T, Format Fmt>
+SIMD void dequantize_rows(const DequantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const uint8_t* codes = static_cast<const uint8_t*>(a.data) + row * a.row_bytes;
+    const int64_t at = row * a.cols;
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const int64_t i = a.shared_scale ? 0 : row * a.groups + g;
+      const float scale = load_float(a.scale, a.scale_type, i);
+      const int zero = a.zero_point == nullptr ? symmetric_zero(Fmt)
+                                               : load_zero_point(a.zero_point, Fmt, i);
+      const Span span = group_span(g, a.group_size, a.cols);
+      int64_t k = span.begin;
+      if (starts_inside_byte<Fmt>(span)) {
+        store_float(a.y, T, at + k, decode(load_code(codes, Fmt, k), Fmt, scale, zero));
+        ++k;
+      }
+      const Decoder<Fmt> decoder = make_decoder<Fmt>(scale, zero);
+      for (; k + kWidth <= span.end; k += kWidth) {
+        store_as<T>(a.y, at + k, decode(decoder, load_codes<Fmt>(codes, k)));
+      }
+      if (k < span.end) {
+        const int count = static_cast<int>(span.end - k);
+        store_as<T>(a.y, at + k, decode(decoder, load_codes<Fmt>(codes, k, count)), count);
+      }
+    }
+  }
+}
+
+// ---- Table entries ------------------------------------------------------------------------------
+
+void quantize(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  with_float_type(a.x_type, [&](auto type) {
+    with_format(a.format, [&](auto code) {
+      quantize_rows<decltype(type)::value, decltype(code)::value>(a, row_begin, row_end);
+    });
+  });
+}
+
+void quantize_with(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  with_float_type(a.x_type, [&](auto type) {
+    with_format(a.format, [&](auto code) {
+      quantize_rows_with<decltype(type)::value, decltype(code)::value>(a, row_begin, row_end);
+    });
+  });
+}
+
+Range range(const void* x, DType type, int64_t begin, int64_t end) {
+  Range result;
+  with_float_type(type, [&](auto t) {
+    result = range_of<decltype(t)::value, true>(x, begin, end);
+  });
+  return result;
+}
+
+void dequantize(const DequantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  with_float_type(a.y_type, [&](auto type) {
+    with_format(a.format, [&](auto code) {
+      dequantize_rows<decltype(type)::value, decltype(code)::value>(a, row_begin, row_end);
+    });
+  });
+}
