@@ -7,17 +7,26 @@ import sysconfig
 from glob import glob
 from pathlib import Path
 
-from setuptools import setup
-
-MIN_TORCH = (2, 10)
+import setuptools
 
 
 def fail(sentence):
     raise SystemExit(f"qkernels: {sentence}")
 
 
+def older(version, *parts):
+    return tuple(int(part) for part in version.split(".")[: len(parts)]) < parts
+
+
 if not sys.platform.startswith("linux") or not sysconfig.get_platform().endswith("x86_64"):
     fail(f"the kernels are written for Linux on x86-64, this is {sysconfig.get_platform()}")
+
+if older(setuptools.__version__, 77):
+    fail(
+        f"building from source needs setuptools >= 77, but {setuptools.__version__} is installed "
+        "in this environment; upgrade it, or let pip build in isolation (that is, without "
+        "--no-build-isolation)"
+    )
 
 try:
     import torch
@@ -29,7 +38,7 @@ except ModuleNotFoundError as missing:
         "(that is, without --no-build-isolation), which fetches it for the build"
     )
 
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
+if older(torch.__version__, 2, 10):
     fail(
         f"building from source needs torch >= 2.10 (the first with the stable C++ interface that "
         f"qkernels uses), but torch {torch.__version__} is installed; upgrade torch"
@@ -84,7 +93,7 @@ extension = CppExtension(
 # would tie the extension to one release of torch.
 extension.libraries = ["torch_cpu"]
 
-setup(
+setuptools.setup(
     ext_modules=[extension],
     cmdclass={"build_ext": BuildKernels},
     # pip's editable installs would otherwise compile in a temporary folder, from nothing each time.
