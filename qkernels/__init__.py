@@ -1,0 +1,99 @@
+"""Low-bit layers for PyTorch that really compute in integers: int8, int4 and NF4 on the CPU.
+
+Example:
+    >>> import torch
+    >>> import qkernels as qk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
+    >>> summary = qk.quantize_(model, qk.W8A8())
+    >>> model(torch.randn(2, 64)).shape
+    torch.Size([2, 32])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    raise ImportError(
+        "qkernels needs torch >= 2.10, which is not installed here; install it as "
+        "https://pytorch.org/get-started says and try again"
+    ) from missing
+
+try:
+    from qkernels import _C
+except ImportError as failure:
+    raise ImportError(
+        "qkernels' compiled library (qkernels._C) is missing or does not load with torch "
+        f"{torch.__version__}: {failure}. It needs torch >= 2.10 on Linux x86-64 and the Python "
+        "version that it was built for; `pip install --force-reinstall --no-deps qkernels` brings "
+        "a fitting one, and `pip install .` in a checkout builds it"
+    ) from failure
+
+from qkernels import functional, io, nn, ops
+from qkernels.doctor import doctor
+from qkernels.explain import explain
+from qkernels.functional import Quantized
+from qkernels.io import load_model, save_model
+from qkernels.quantize import dequantize_, quantize_
+from qkernels.schemes import NF4, W4A8, W4A16, W8A8, W8A16, Scheme
+from qkernels.summary import Summary
+
+if TYPE_CHECKING:
+    from qkernels.report import Report, compare
+
+# The module of the same name, imported above, had taken its place.
+quantize = functional.quantize
+
+# Imported when they are first used: most programs need neither.
+_LAZY = {"Report": "qkernels.report", "compare": "qkernels.report"}
+
+__all__ = [
+    "NF4",
+    "Quantized",
+    "Report",
+    "Scheme",
+    "Summary",
+    "W4A8",
+    "W4A16",
+    "W8A8",
+    "W8A16",
+    "compare",
+    "dequantize_",
+    "doctor",
+    "explain",
+    "functional",
+    "io",
+    "load_model",
+    "nn",
+    "ops",
+    "quantize",
+    "quantize_",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module 'qkernels' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("qkernels")
+    except PackageNotFoundError:  # run from a checkout that was built in place
+        return _C.build_info()["version"]

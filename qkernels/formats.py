@@ -1,0 +1,92 @@
+"""The number formats, read from the compiled table (`csrc/core/format.h`) and never restated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qkernels import _C
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the format table.
+
+    Args:
+        name: what users write, for example "int4".
+        code: the number that ops take.
+        bits: bits of one stored code.
+        storage_dtype: element type of stored codes; 4-bit codes are two in a byte.
+        has_zero_point: whether asymmetric quantization exists for it.
+        packs: whether it can be a packed weight; the others only quantize and dequantize.
+
+    Example:
+        >>> format_of("int4").bits
+        4
+    """
+
+    name: str
+    code: int
+    bits: int
+    storage_dtype: torch.dtype
+    has_zero_point: bool
+    packs: bool
+
+    def storage_features(self, features: int) -> int:
+        """Elements of `storage_dtype` that hold `features` codes of one row."""
+        return (features + 1) // 2 if self.bits == 4 else features
+
+
+FORMATS: dict[str, Format] = {
+    row["name"]: Format(
+        name=row["name"],
+        code=row["code"],
+        bits=row["bits"],
+        storage_dtype=getattr(torch, row["storage"]),
+        has_zero_point=row["has_zero_point"],
+        packs=row["packs"],
+    )
+    for row in _C.formats()
+}
+
+# The scale types that ops know, in the order of their codes.
+SCALE_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def format_of(name: str) -> Format:
+    """The format with this name.
+
+    Args:
+        name: "int8", "int4", "nf4" or "int16".
+
+    Raises:
+        ValueError: there is no such format.
+
+    Example:
+        >>> format_of("int8").code
+        0
+    """
+    found = FORMATS.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise ValueError(f"format is {name!r}; expected one of {', '.join(map(repr, FORMATS))}")
+    return found
+
+
+def scale_dtype_code(dtype: torch.dtype) -> int:
+    """The number that stands for a scale's type in a layout.
+
+    Args:
+        dtype: torch.float32, torch.bfloat16 or torch.float16.
+
+    Raises:
+        ValueError: scales are not stored in this type.
+
+    Example:
+        >>> scale_dtype_code(torch.bfloat16)
+        1
+    """
+    if dtype not in SCALE_DTYPES:
+        names = ", ".join(map(str, SCALE_DTYPES))
+        raise ValueError(f"scale_dtype is {dtype!r}; expected one of {names}")
+    return SCALE_DTYPES.index(dtype)

@@ -1,0 +1,390 @@
+"""The ops as functions of tensors, with names instead of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkernels import _C
+from qkernels.formats import format_of
+from qkernels.schemes import ACTIVATIONS
+
+# The numbers that the linear op takes.
+EPILOGUES: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+_EPILOGUE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantized tensor in storage layout: codes, and what they mean.
+
+    Args:
+        data: codes; int8 or int16 of the tensor's shape, or uint8 with two 4-bit codes in a byte,
+            the even one in the low half.
+        scale: one value for each group, row or tensor.
+        zero_point: codes of zero in the shape of `scale`, or None if symmetric.
+        format: "int8", "int4", "nf4" or "int16".
+        group_size: elements of the last dimension that share a scale; -1 for a whole row, None
+            for the whole tensor.
+        shape: shape of the tensor that was quantized.
+
+    Example:
+        >>> q = quantize(torch.randn(4, 6), "int4", group_size=3)
+        >>> q.dequantize(torch.float32).shape
+        torch.Size([4, 6])
+    """
+
+    data: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    format: str
+    group_size: int | None
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        zero_point_bytes = 0 if self.zero_point is None else self.zero_point.nbytes
+        return self.data.nbytes + self.scale.nbytes + zero_point_bytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float tensor that the codes stand for.
+
+        Args:
+            dtype: torch.float32, torch.bfloat16 or torch.float16.
+        """
+        return dequantize(
+            self.data,
+            self.scale,
+            self.zero_point,
+            format=self.format,
+            group_size=self.group_size,
+            features=self.shape[-1] if self.shape else None,
+            dtype=dtype,
+        )
+
+    def __repr__(self) -> str:
+        groups = f"groups of {self.group_size}"
+        per = {None: "per tensor", -1: "per row"}.get(self.group_size, groups)
+        kind = "symmetric" if self.zero_point is None else "asymmetric"
+        scale = str(self.scale.dtype).removeprefix("torch.")
+        return (
+            f"Quantized({self.format} {list(self.shape)}, {per}, {kind}, {scale} scales, "
+            f"{self.nbytes} bytes, device={str(self.data.device)!r})"
+        )
+
+
+def quantize(
+    x: Tensor,
+    format: str,
+    group_size: int | None = -1,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype | None = None,
+) -> Quantized:
+    """Quantize a tensor with scales taken from its own values.
+
+    Args:
+        x: float32, bfloat16 or float16 of any shape.
+        format: "int8", "int4", "nf4" or "int16".
+        group_size: elements of the last dimension that share a scale (the last group may be
+            short); -1 for a whole row, None for the whole tensor.
+        symmetric: no zero points; nf4 has none in any case.
+        scale_dtype: stored type of the scales, float32 by default. Codes are computed with the
+            scales as stored.
+
+    Raises:
+        ValueError: an unknown format.
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        >>> quantize(torch.tensor([[1.0, -2.0, 4.0]]), "int8").data
+        tensor([[  32,  -64,  127]], dtype=torch.int8)
+    """
+    data, scale, zero_point = torch.ops.qkernels.quantize(
+        x, format_of(format).code, group_size, symmetric, scale_dtype
+    )
+    asymmetric = not symmetric and format_of(format).has_zero_point
+    return Quantized(data, scale, zero_point if asymmetric else None, format, group_size, x.shape)
+
+
+def quantize_with(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: str,
+    group_size: int | None = -1,
+) -> Quantized:
+    """Quantize a tensor with scales that are given.
+
+    Args:
+        x: float32, bfloat16 or float16 of any shape.
+        scale: one value for each group, row or tensor, as `quantize` returns it.
+        zero_point: codes of zero in the shape of `scale`, or None for symmetric.
+        format: "int8", "int4", "nf4" or "int16".
+        group_size: as for `quantize`.
+
+    Raises:
+        ValueError: an unknown format.
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        >>> quantize_with(torch.tensor([0.5, 9.0]), torch.tensor(0.5), None, "int8", None).data
+        tensor([ 1, 18], dtype=torch.int8)
+    """
+    code = format_of(format).code
+    data = torch.ops.qkernels.quantize_with(x, scale, zero_point, code, group_size)
+    return Quantized(data, scale, zero_point, format, group_size, x.shape)
+
+
+def dequantize(
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    format: str,
+    group_size: int | None = -1,
+    features: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The float tensor that codes stand for.
+
+    Args:
+        data: codes in storage layout, see `Quantized`.
+        scale: one value for each group, row or tensor.
+        zero_point: codes of zero in the shape of `scale`, or None for symmetric.
+        format: "int8", "int4", "nf4" or "int16".
+        group_size: as for `quantize`.
+        features: size of the result's last dimension; by default as many as `data` can hold,
+            which for 4-bit codes is one too many when the size was odd.
+        dtype: torch.float32, torch.bfloat16 or torch.float16.
+
+    Raises:
+        ValueError: an unknown format.
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        >>> codes = torch.tensor([2, -4], dtype=torch.int8)
+        >>> dequantize(codes, torch.tensor(0.5), format="int8", group_size=None)
+        tensor([ 1., -2.])
+    """
+    form = format_of(format)
+    if features is None:
+        features = data.shape[-1] * (2 if form.bits == 4 else 1) if data.dim() else 1
+    out: Tensor = torch.ops.qkernels.dequantize(
+        data, scale, zero_point, form.code, group_size, features, dtype
+    )
+    return out
+
+
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """The exact int32 product of two int8 matrices.
+
+    Args:
+        a: int8 [M, K].
+        b: int8 [K, N].
+
+    Returns:
+        int32 [M, N].
+
+    Raises:
+        RuntimeError: other types or shapes, or a K so long that a sum could overflow.
+
+    Example:
+        >>> int_mm(torch.ones(1, 3, dtype=torch.int8), torch.full((3, 1), 2, dtype=torch.int8))
+        tensor([[6]], dtype=torch.int32)
+    """
+    out: Tensor = torch.ops.qkernels.int_mm(a, b)
+    return out
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    layout: int,
+    in_features: int,
+    out_features: int,
+    group_size: int = -1,
+    activation: str = "float",
+    epilogue: str = "none",
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    x_premul: Tensor | None = None,
+    k_perm: Tensor | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias` with a packed quantized weight, differentiable in x and bias.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., in_features].
+        packed: uint8 [ceil(out_features / 16), bytes], from `pack`.
+        bias: float [out_features], or None.
+        layout: the weight's layout, `Scheme.layout`.
+        in_features: features of x.
+        out_features: features of the result.
+        group_size: weights of a row that share a scale; -1 for a whole row.
+        activation: "float" leaves x as it is; "symmetric" and "asymmetric" quantize it to int8,
+            and the product is computed in integers.
+        epilogue: function of the result: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+            Fused, unless a gradient is needed: then torch computes it.
+        x_scale: float32, one element: quantize x with this scale instead of one for each row.
+        x_zero_point: one element, the zero point that belongs to x_scale.
+        x_premul: float32 [in_features], x is multiplied by it first.
+        k_perm: int64 [in_features], column i of the weight belongs to feature k_perm[i] of x.
+
+    Returns:
+        [..., out_features] in the type of x.
+
+    Raises:
+        ValueError: an unknown activation or epilogue.
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        >>> scheme = qk.W8A8()
+        >>> packed = pack(quantize(torch.randn(32, 64), "int8"), scheme.layout)
+        >>> x = torch.randn(2, 64)
+        >>> linear(x, packed, layout=scheme.layout, in_features=64, out_features=32).shape
+        torch.Size([2, 32])
+    """
+    try:
+        activation_code, epilogue_code = ACTIVATIONS[activation], EPILOGUES[epilogue]
+    except KeyError as error:
+        raise ValueError(
+            f"linear: {error} is not known; expected activation in {list(ACTIVATIONS)} and "
+            f"epilogue in {list(EPILOGUES)}"
+        ) from None
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    # The op with an autograd formula costs microseconds more on every call, so inference uses the
+    # one without.
+    op = torch.ops.qkernels.linear_differentiable if wants_grad else torch.ops.qkernels.linear
+    y: Tensor = op(
+        x,
+        packed,
+        bias,
+        x_scale,
+        x_zero_point,
+        x_premul,
+        k_perm,
+        layout,
+        in_features,
+        out_features,
+        group_size,
+        activation_code,
+        0 if wants_grad else epilogue_code,
+    )
+    return _EPILOGUE_FUNCTIONS[epilogue](y) if wants_grad else y
+
+
+def embedding(
+    indices: Tensor,
+    packed: Tensor,
+    *,
+    layout: int,
+    num_embeddings: int,
+    embedding_dim: int,
+    group_size: int = -1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows of a packed quantized table, dequantized.
+
+    Args:
+        indices: int64 or int32 of any shape, each in [0, num_embeddings).
+        packed: uint8 [ceil(num_embeddings / 16), bytes], from `pack`; the same bytes may serve as
+            the weight of `linear`.
+        layout: the table's layout, `Scheme.layout`.
+        num_embeddings: rows of the table.
+        embedding_dim: columns of the table.
+        group_size: values of a row that share a scale; -1 for a whole row.
+        dtype: torch.float32, torch.bfloat16 or torch.float16.
+
+    Returns:
+        [*indices.shape, embedding_dim] in `dtype`.
+
+    Raises:
+        RuntimeError: an argument that the op refuses, or an index out of range.
+
+    Example:
+        >>> layout = qk.W8A16().layout
+        >>> packed = pack(quantize(torch.eye(3), "int8"), layout)
+        >>> embedding(torch.tensor([2]), packed, layout=layout, num_embeddings=3, embedding_dim=3)
+        tensor([[0., 0., 1.]])
+    """
+    out: Tensor = torch.ops.qkernels.embedding(
+        indices, packed, layout, num_embeddings, embedding_dim, group_size, dtype
+    )
+    return out
+
+
+def pack(weight: Quantized, layout: int) -> Tensor:
+    """A weight in the byte order that the matrix product reads.
+
+    Args:
+        weight: a quantized matrix [out_features, in_features], per row or in groups.
+        layout: the layout to pack into, `Scheme.layout`.
+
+    Returns:
+        uint8 [ceil(out_features / 16), bytes]; `unpack` gives the weight back exactly.
+
+    Raises:
+        ValueError: the weight is not a matrix with scales by row or group.
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        >>> weight = quantize(torch.randn(16, 8), "int8")
+        >>> packed = pack(weight, qk.W8A8().layout)
+        >>> torch.equal(unpack(packed, qk.W8A8().layout, 16, 8).data, weight.data)
+        True
+    """
+    if len(weight.shape) != 2 or weight.group_size is None:
+        raise ValueError(
+            f"pack: the weight is {weight!r}; expected two dimensions and scales per row or group"
+        )
+    packed: Tensor = torch.ops.qkernels.pack(
+        weight.data, weight.scale, weight.zero_point, layout, weight.shape[1], weight.group_size
+    )
+    return packed
+
+
+def unpack(
+    packed: Tensor, layout: int, out_features: int, in_features: int, group_size: int = -1
+) -> Quantized:
+    """The quantized matrix that a packed weight holds, to the bit what was packed.
+
+    Args:
+        packed: uint8 [ceil(out_features / 16), bytes], from `pack`.
+        layout: the layout it was packed into.
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        group_size: values of a row that share a scale; -1 for a whole row.
+
+    Raises:
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        See `pack`.
+    """
+    data, scale, zero_point = torch.ops.qkernels.unpack(
+        packed, layout, in_features, out_features, group_size
+    )
+    meaning = _C.describe_layout(layout)
+    return Quantized(
+        data,
+        scale,
+        None if meaning["symmetric"] else zero_point,
+        meaning["format"],
+        group_size,
+        torch.Size((out_features, in_features)),
+    )

@@ -1,0 +1,304 @@
+"""load_model: a file that save_model wrote into a model, all of it or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import functional
+from qkernels.functional import Quantized
+from qkernels.io.file import (
+    ModelFile,
+    ModelFileError,
+    ModuleEntry,
+    checksum,
+    open_tensors,
+    read_header,
+)
+from qkernels.io.save import full_name, own_tensors, uncompiled, why_not_storable
+from qkernels.nn import QEmbedding, QLinear, QModule
+from qkernels.nn.carry import why_not_replaceable
+from qkernels.nn.fastpath import settle_fast_paths
+from qkernels.nn.module import WEIGHT_KEYS
+from qkernels.quantize import replace_everywhere
+
+
+def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a file that `save_model` wrote, and quantize the model as the file's was.
+
+    The model may be the float model that was quantized, with any weights or on the meta device, or
+    a model that is quantized in the same way already. Everything in the file is checked, checksums
+    included, before the model is touched, so a model is loaded as a whole or stays as it was.
+    Outputs are then the same to the bit as those of the model that was saved.
+
+    Args:
+        model: a module with the architecture of the saved one, on the CPU or the meta device. It is
+            changed.
+        path: of the file.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        TypeError: not a module.
+        ModelFileError: the file is missing, damaged, not of qkernels, newer than this qkernels, or
+            it does not fit the model.
+
+    Example:
+        >>> saved = nn.Sequential(nn.Linear(64, 32))
+        >>> _ = qk.quantize_(saved, qk.W8A8())
+        >>> qk.save_model(saved, folder / "model.safetensors")
+        >>> model = qk.load_model(nn.Sequential(nn.Linear(64, 32)), folder / "model.safetensors")
+        >>> x = torch.randn(3, 64)
+        >>> torch.equal(model(x), saved(x))
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_model: model is {type(model).__name__}; expected a torch.nn.Module")
+    model = uncompiled(model)
+    header = read_header(path)
+    targets = _targets(model, header)
+    with open_tensors(header.path) as tensors:
+        values = _checked_values(model, header, targets, tensors)
+        packed = _packed_weights(header, targets, values)
+        floats = {key: values[header.tied.get(key, key)].clone() for key in _float_keys(targets)}
+    # Nothing below can fail: it only puts tensors of the right shape and type in their places.
+    _commit(model, header, targets, packed, floats)
+    settle_fast_paths(model)
+    return model
+
+
+@dataclass
+class _Target:
+    """A module of the model, and the module that takes its place (itself, if it fits already)."""
+
+    old: nn.Module
+    new: nn.Module
+    names: list[str] = field(default_factory=list)
+
+
+def _targets(model: nn.Module, header: ModelFile) -> list[_Target]:
+    """Match the file's quantized modules with the model's modules."""
+    found: dict[int, _Target] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        target = found.get(id(module))
+        if target is None:
+            new = _new_module(header, name, module)
+            target = found[id(module)] = _Target(module, new)
+        target.names.append(name)
+    names = {name for target in found.values() for name in target.names}
+    for name in header.modules:
+        if name not in names:
+            raise ModelFileError(
+                f"{header.path} has a quantized module {name!r}, which the model "
+                f"({type(model).__name__}) does not have; load it into the model it was saved from"
+            )
+    for target in found.values():
+        _check_same_entry(header, target.names)
+    return list(found.values())
+
+
+def _new_module(header: ModelFile, name: str, module: nn.Module) -> nn.Module:
+    entry = header.modules.get(name)
+    label = f"{name or 'the model'} ({type(module).__name__})"
+    reason = why_not_storable(module)
+    if reason is not None:
+        raise ModelFileError(f"load_model: {label} {reason}, which no model file holds")
+    if entry is None:
+        if isinstance(module, QModule):
+            raise ModelFileError(
+                f"{label} is quantized in the model but not in {header.path}; load it into the "
+                "float model, which is then quantized as the file says"
+            )
+        return module
+    if isinstance(module, QModule):
+        given = (type(module).__name__, module.scheme, module.shape)
+        if given != (entry.kind, entry.scheme, entry.shape):
+            raise ModelFileError(
+                f"{label} is {module.scheme} of shape {module.shape} in the model but {entry.kind} "
+                f"{entry.scheme} of shape {entry.shape} in {header.path}; load it into the float "
+                "model, which is then quantized as the file says"
+            )
+        return module
+    return _shell(header, entry, name, module, label)
+
+
+def _shell(
+    header: ModelFile, entry: ModuleEntry, name: str, module: nn.Module, label: str
+) -> QModule:
+    wanted = nn.Linear if entry.kind == "QLinear" else nn.Embedding
+    if not isinstance(module, wanted) or type(module).forward is not wanted.forward:
+        raise ModelFileError(
+            f"{label} is {entry.kind} in {header.path}, which replaces nn.{wanted.__name__} only; "
+            "load it into the model it was saved from"
+        )
+    reason = why_not_replaceable(module)
+    if reason is None and module.weight.shape != entry.shape:
+        reason = f"its weight has shape {tuple(module.weight.shape)}, the file's {entry.shape}"
+    if reason is None and not name:
+        reason = "it is itself the model, which cannot be replaced in place; pass a quantized one"
+    if reason is not None:
+        raise ModelFileError(f"{header.path} does not fit the model at {label}: {reason}")
+    made_by: type[QLinear] | type[QEmbedding]
+    made_by = QLinear if entry.kind == "QLinear" else QEmbedding
+    new = made_by.shell(module, entry.scheme)  # type: ignore[arg-type]
+    new.dtype = entry.dtype
+    return new
+
+
+def _check_same_entry(header: ModelFile, names: list[str]) -> None:
+    first = header.modules.get(names[0])
+    for name in names[1:]:
+        if header.modules.get(name) != first:
+            raise ModelFileError(
+                f"{names[0]} and {name} are one module in the model but differ in {header.path}; "
+                "load it into the model it was saved from"
+            )
+
+
+def _expected(targets: list[_Target]) -> dict[str, Tensor]:
+    """Shape and type of every tensor that the file must hold, by name."""
+    expected = {}
+    for target in targets:
+        own = own_tensors(target.new)
+        if isinstance(target.new, QModule):
+            own = target.new.storage_targets()
+        for name in target.names:
+            expected.update({full_name(name, part): tensor for part, tensor in own.items()})
+    return expected
+
+
+def _float_keys(targets: list[_Target]) -> set[str]:
+    return {
+        full_name(target.names[0], part) for target in targets for part in own_tensors(target.new)
+    }
+
+
+def _checked_values(
+    model: nn.Module, header: ModelFile, targets: list[_Target], tensors: Any
+) -> dict[str, Tensor]:
+    """The file's tensors, after everything that can be wrong with them has been looked for."""
+    path = header.path
+    values: dict[str, Tensor] = {key: tensors.get_tensor(key) for key in sorted(tensors.keys())}
+    expected = _expected(targets)
+    stored = {key: header.tied.get(key, key) for key in expected}
+    missing = [key for key, source in stored.items() if source not in values]
+    unexpected = values.keys() - set(stored.values())
+    if missing or unexpected:
+        said = []
+        if missing:
+            said.append(f"it lacks {_some(missing)}")
+        if unexpected:
+            said.append(f"the model has no place for {_some(unexpected)}")
+        raise ModelFileError(
+            f"{path} does not fit the model ({type(model).__name__}): {' and '.join(said)}"
+        )
+    for key, want in expected.items():
+        value = values[stored[key]]
+        if value.shape != want.shape:
+            raise ModelFileError(
+                f"{path} does not fit the model: {key} has shape {tuple(value.shape)} in the file "
+                f"but {tuple(want.shape)} in the model"
+            )
+        if value.dtype != want.dtype:
+            raise ModelFileError(
+                f"{path} does not fit the model: {key} is {value.dtype} in the file but "
+                f"{want.dtype} in the model; convert the model first with .to({value.dtype})"
+            )
+    for key, value in values.items():
+        if header.checksums.get(key) != checksum(value):
+            raise ModelFileError(
+                f"{path} is damaged: the bytes of {key} do not have the checksum they were saved "
+                "with; copy the file again"
+            )
+    for target in targets:
+        for name in target.new._non_persistent_buffers_set:
+            buffer = target.new._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                raise ModelFileError(
+                    f"{full_name(target.names[0], name)} is on the meta device and not in any "
+                    "file, since it is a non-persistent buffer; build the model on the CPU"
+                )
+    return values
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    return ", ".join(listed[:4]) + more
+
+
+def _packed_weights(
+    header: ModelFile, targets: list[_Target], values: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Packed weight by the first name of each quantized module; tied ones are the same tensor."""
+    packed: dict[object, Tensor] = {}
+    by_name = {}
+    for target in targets:
+        module, name = target.new, target.names[0]
+        if not isinstance(module, QModule):
+            continue
+        keys = [full_name(name, part) for part in WEIGHT_KEYS]
+        sources = [header.tied.get(key, key) for key in keys]
+        same = (sources[0], module.layout, module.scheme.group_size)
+        if same not in packed:
+            data, scale = values[sources[0]], values[sources[1]]
+            zero_point = None if module.scheme.symmetric else values[sources[2]]
+            weight = Quantized(
+                data,
+                scale,
+                zero_point,
+                module.scheme.format,
+                module.scheme.group_size,
+                torch.Size(module.shape),
+            )
+            try:
+                packed[same] = functional.pack(weight, module.layout)
+            except RuntimeError as error:
+                problem = f"{header.path} has a bad weight for {name}: {error}"
+                raise ModelFileError(problem) from None
+        by_name[name] = packed[same]
+    return by_name
+
+
+def _commit(
+    model: nn.Module,
+    header: ModelFile,
+    targets: list[_Target],
+    packed: dict[str, Tensor],
+    floats: dict[str, Tensor],
+) -> None:
+    fresh: dict[object, nn.Parameter] = {}
+    for target in targets:
+        module, name = target.new, target.names[0]
+        if isinstance(module, QModule):
+            value = packed[name]
+            if module is not target.old or module.packed.is_meta:
+                parameter = nn.Parameter(value, requires_grad=False)
+                module.packed = fresh.setdefault(id(value), parameter)
+            else:
+                with torch.no_grad():
+                    module.packed.copy_(value)
+            module.dtype = header.modules[name].dtype
+        for part, old in own_tensors(module).items():
+            _put(module, part, old, floats[full_name(name, part)], fresh)
+        if module is not target.old:
+            replace_everywhere(model, target.names, target.old, module)
+
+
+def _put(
+    module: nn.Module, part: str, old: Tensor, value: Tensor, fresh: dict[object, nn.Parameter]
+) -> None:
+    if not old.is_meta:
+        with torch.no_grad():
+            old.copy_(value)
+    elif isinstance(old, nn.Parameter):
+        # Names that shared a parameter share the new one.
+        module._parameters[part] = fresh.setdefault(id(old), nn.Parameter(value, old.requires_grad))
+    else:
+        module._buffers[part] = value

@@ -1,0 +1,231 @@
+"""QLinear: `nn.Linear` on a packed quantized weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import _C, functional
+from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
+from qkernels.nn.module import QModule, packed_parameter, quantize_weight
+from qkernels.schemes import W8A8, Scheme
+
+# The longest int32 sum of int8 products that cannot overflow (csrc/core/params.h).
+MAX_INTEGER_SUM = 131_071
+_DEFAULT_SCHEME = W8A8()
+
+
+class QLinear(QModule):
+    """`nn.Linear` with a quantized weight: y = x @ weight.T + bias.
+
+    The weight is frozen; the bias is an ordinary parameter, and gradients flow to it and to x.
+
+    Args:
+        in_features: size of the last dimension of x.
+        out_features: size of the last dimension of y.
+        bias: whether there is a float bias.
+        scheme: how the weight is stored and what the arithmetic is.
+        device: "cpu", or "meta" for a module that is filled by loading.
+        dtype: of the bias, and of the float layer that `dequantize` gives; y has the dtype of x.
+
+    Raises:
+        TypeError: scheme is not a Scheme, or dtype is not floating.
+        ValueError: integer sums over in_features could overflow.
+
+    Example:
+        >>> layer = qk.nn.QLinear(64, 32, scheme=qk.W4A16(group_size=32))
+        >>> layer(torch.randn(8, 64)).shape
+        torch.Size([8, 32])
+    """
+
+    bias: nn.Parameter | None
+    x_scale: Tensor | None
+    x_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: Scheme = _DEFAULT_SCHEME,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, scheme, device, dtype)
+        reason = why_too_long(in_features, scheme)
+        if reason is not None:
+            raise ValueError(f"QLinear: {reason}")
+        self.in_features = in_features
+        self.out_features = out_features
+        device = self.packed.device
+        made = nn.Parameter(torch.empty(out_features, device=device, dtype=self.dtype))
+        self.register_parameter("bias", made if bias else None)
+        # NaN until calibrated or loaded: the op refuses it.
+        unknown = torch.full((), torch.nan, dtype=torch.float32, device=device)
+        self.register_buffer("x_scale", unknown if scheme.static else None)
+        zero = torch.zeros((), dtype=torch.int8, device=device)
+        has_zero = scheme.static and scheme.activation == "asymmetric"
+        self.register_buffer("x_zero_point", zero if has_zero else None)
+        self.reset_parameters()
+
+    @classmethod
+    @torch.inference_mode(False)  # what is made must be usable outside of it
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme = _DEFAULT_SCHEME,
+        *,
+        x_scale: Tensor | float | None = None,
+        x_zero_point: Tensor | int | None = None,
+    ) -> QLinear:
+        """A quantized layer with the weight of a float one.
+
+        It keeps the bias (the same parameter), the mode, the dtype and the hooks.
+
+        Args:
+            linear: an `nn.Linear` on the CPU.
+            scheme: how to quantize it.
+            x_scale: for a static scheme, the scale of x.
+            x_zero_point: for a static asymmetric scheme, the int8 code of zero.
+
+        Raises:
+            TypeError: not an `nn.Linear`, or a subclass with a forward of its own.
+            ValueError: the layer cannot be replaced or quantized, or the scheme needs x_scale.
+
+        Example:
+            >>> qk.nn.QLinear.from_float(nn.Linear(64, 32), qk.W8A8()).in_features
+            64
+        """
+        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"QLinear.from_float: got {type(linear).__name__}; expected an nn.Linear, with "
+                "the forward of nn.Linear"
+            )
+        reason = (
+            why_not_replaceable(linear)
+            or why_not_quantizable(linear.weight)
+            or why_too_long(linear.in_features, scheme)
+        )
+        if reason is not None:
+            raise ValueError(f"QLinear.from_float: the layer cannot be quantized: {reason}")
+        new = cls.shell(linear, scheme)
+        new._set_activation_range(x_scale, x_zero_point)
+        new.packed = packed_parameter(quantize_weight(linear.weight, scheme), scheme)
+        return new
+
+    @classmethod
+    def shell(cls, linear: nn.Linear, scheme: Scheme) -> QLinear:
+        """Everything of `from_float` but the weight: `packed` is on the meta device.
+
+        Args:
+            linear: an `nn.Linear` on any device.
+            scheme: how its weight is going to be quantized.
+        """
+        has_bias = linear.bias is not None
+        sizes = (linear.in_features, linear.out_features, has_bias)
+        new = cls(*sizes, scheme, device="meta", dtype=linear.weight.dtype)
+        new.bias = linear.bias
+        for name, buffer in new._buffers.items():
+            if buffer is not None:
+                new._buffers[name] = torch.empty_like(buffer, device=linear.weight.device)
+        carry_over(linear, new)
+        return new
+
+    def _set_activation_range(
+        self, x_scale: Tensor | float | None, x_zero_point: Tensor | int | None
+    ) -> None:
+        for name, given in (("x_scale", x_scale), ("x_zero_point", x_zero_point)):
+            buffer = getattr(self, name)
+            if (buffer is None) != (given is None):
+                must = "needs" if given is None else "does not take"
+                raise ValueError(
+                    f"QLinear.from_float: {self.scheme} {must} {name}, the measured "
+                    f"{'scale' if name == 'x_scale' else 'zero point'} of the layer's input"
+                )
+            if buffer is not None:
+                buffer.copy_(torch.as_tensor(given).reshape(()))
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as `nn.Linear` does, and quantize the weight."""
+        like = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.packed.device,
+            dtype=self.dtype,
+        )
+        self.set_weight(like.weight)
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(like.bias)
+
+    def dequantize(self) -> nn.Linear:
+        """The float layer that this one computes with: it keeps bias, mode, dtype and hooks.
+
+        Example:
+            >>> qk.nn.QLinear(8, 4).dequantize()
+            Linear(in_features=8, out_features=4, bias=True)
+        """
+        new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        new.weight = nn.Parameter(self.float_weight())
+        new.bias = self.bias  # type: ignore[assignment]
+        carry_over(self, new, self.own_attributes)
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:  # the kernels compute in float32
+            bias = None if self.bias is None else self.bias.float()
+            return self._linear(x.float(), bias).double()
+        return self._linear(x, self.bias)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        try:
+            return functional.linear(
+                x,
+                self.packed,
+                bias,
+                layout=self.layout,
+                in_features=self.in_features,
+                out_features=self.out_features,
+                group_size=self.scheme.group_size,
+                activation=self.scheme.activation,
+                x_scale=self.x_scale,
+                x_zero_point=self.x_zero_point,
+            )
+        except RuntimeError as error:
+            raise self._named(error) from None
+
+    def _keeps_dtype(self, tensor: Tensor) -> bool:
+        return super()._keeps_dtype(tensor) or tensor is self.x_scale
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that one row of input runs, or why none can."""
+        if self.packed.device.type != "cpu":
+            return f"none on {self.packed.device.type}"
+        try:
+            return _C.kernel_name(self.layout, self.scheme.activation_code, 1)
+        except RuntimeError as error:
+            return f"none ({error})"
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, scheme={self.scheme}, kernel={self.kernel}"
+        )
+
+
+def why_too_long(in_features: int, scheme: Scheme) -> str | None:
+    """Why integer sums over a row could overflow, or None.
+
+    Args:
+        in_features: length of a row.
+        scheme: says whether sums are integers and how long a group is.
+    """
+    length = in_features if scheme.group_size == -1 else min(in_features, scheme.group_size)
+    if scheme.activation == "float" or length <= MAX_INTEGER_SUM:
+        return None
+    return (
+        f"{scheme} sums {length} integer products in int32, which could overflow (the limit is "
+        f"{MAX_INTEGER_SUM}); use a group_size up to the limit, or a scheme with float activations"
+    )

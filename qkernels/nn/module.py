@@ -1,0 +1,435 @@
+"""What all quantized modules share: one packed weight, and how it is stored, moved and copied."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import _C, functional
+from qkernels.formats import FORMATS
+from qkernels.functional import Quantized
+from qkernels.schemes import Scheme
+
+# Rows of the matrix in one row of a packed weight (csrc/core/format.h).
+ROWS_PER_BLOCK = 16
+WEIGHT_KEYS = ("weight", "weight_scale", "weight_zero_point")
+
+
+class QModule(nn.Module):
+    """A module whose weight is a quantized matrix, kept once, as its device's kernels read it.
+
+    `packed` is a frozen parameter, so that optimizers pass it by. `state_dict()` and pickle give
+    the weight in storage layout instead: `weight`, `weight_scale` and, if it is asymmetric,
+    `weight_zero_point`.
+    """
+
+    packed: nn.Parameter
+    # Attributes that a float module has no use for.
+    own_attributes = ("dtype", "layout", "qualified_name", "scheme", "shape")
+    # State that has this meaning; a change of the keys or of their contents needs a new number.
+    _version = 1
+    # Set by quantize_ and load_model, to name the module in errors.
+    qualified_name: str = ""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        scheme: Scheme,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(scheme, Scheme):
+            raise TypeError(
+                f"{type(self).__name__}: scheme is {scheme!r}; expected one like qk.W8A8() or "
+                "qk.W4A16(group_size=128)"
+            )
+        self.scheme = scheme
+        self.layout = scheme.layout
+        # Of the float module that this one stands for: what dequantize() gives.
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"{type(self).__name__}: dtype is {dtype}; expected a floating type")
+        self.shape = (rows, columns)
+        blocks = -(-rows // ROWS_PER_BLOCK)
+        block_bytes = _C.block_bytes(self.layout, columns, scheme.group_size)
+        packed = torch.empty(blocks, block_bytes, dtype=torch.uint8, device=device)
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        check_device(type(self).__name__, packed.device)
+
+    def quantized_weight(self) -> Quantized:
+        """The weight in storage layout, a copy."""
+        return functional.unpack(
+            self.packed.detach(), self.layout, *self.shape, self.scheme.group_size
+        )
+
+    def weight_entries(self, prefix: str = "") -> dict[str, Tensor]:
+        """The weight in storage layout under its state_dict keys, copies.
+
+        Args:
+            prefix: what to put before each key.
+        """
+        return _weight_entries(self.quantized_weight(), prefix)
+
+    def float_weight(self) -> Tensor:
+        """The float matrix that the weight stands for, in `dtype`."""
+        weight = self.quantized_weight()
+        if self.dtype == torch.float64:
+            return weight.dequantize(torch.float32).double()
+        return weight.dequantize(self.dtype)
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Quantize a matrix as this module's weight, in place.
+
+        Args:
+            weight: float [rows, columns].
+        """
+        self.packed.copy_(functional.pack(quantize_weight(weight, self.scheme), self.layout))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"{self._label()} has no float `weight`; `.dequantize().weight` computes one, and "
+                "quantize_(..., ignore=...) leaves a layer alone whose weight other code reads"
+            )
+        return super().__getattr__(name)
+
+    def _label(self) -> str:
+        named = f" {self.qualified_name!r}" if self.qualified_name else ""
+        return type(self).__name__ + named
+
+    def _named(self, error: RuntimeError) -> RuntimeError:
+        """The error with this module's name, if the op said it."""
+        is_ours = str(error).startswith("qkernels::")
+        return RuntimeError(f"{self._label()}: {error}") if is_ours else error
+
+    # ---- state_dict -----------------------------------------------------------------------------
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        entries = _saved.entries(self.packed, destination, prefix)
+        if entries is None:
+            entries = self.weight_entries(prefix)
+        destination.update(entries)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "packed"]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load all of this module's tensors, or report what is wrong and load none of them."""
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        targets = self.storage_targets()
+        found = {key: state_dict[prefix + key] for key in targets if prefix + key in state_dict}
+        missing = [key for key in targets if key not in found]
+        errors = [
+            message
+            for key, value in found.items()
+            if (message := self._why_not(prefix + key, value, targets[key])) is not None
+        ]
+        partial = any(key in found for key in WEIGHT_KEYS) and any(
+            key in missing for key in WEIGHT_KEYS
+        )
+        if partial and not strict:
+            names = ", ".join(prefix + key for key in missing if key in WEIGHT_KEYS)
+            errors.append(f"{names} is missing, without which {prefix}weight means nothing.")
+        if strict:
+            missing_keys.extend(prefix + key for key in missing)
+            unexpected_keys.extend(
+                key
+                for key in state_dict
+                if key.startswith(prefix)
+                and (name := key[len(prefix) :]) not in targets
+                and name.split(".", 1)[0] not in self._modules
+            )
+        error_msgs.extend(errors)
+        if errors or (strict and missing):
+            return
+        try:
+            self._load(found, prefix, local_metadata.get("assign_to_params_buffers", False))
+        except RuntimeError as error:
+            error_msgs.append(f"While loading {prefix}weight: {error}")
+
+    def _load(self, found: dict[str, Tensor], prefix: str, assign: bool) -> None:
+        # Packing is what can fail, so it comes before anything is written.
+        packed = None
+        if "weight" in found:
+            packed = functional.pack(self._quantized(found, assign), self.layout)
+        for name in ["packed", *(key for key in found if key not in WEIGHT_KEYS)]:
+            new = packed if name == "packed" else found[name]
+            old = getattr(self, name)
+            if new is None:
+                continue
+            if assign:
+                is_parameter = isinstance(old, nn.Parameter)
+                setattr(self, name, nn.Parameter(new, old.requires_grad) if is_parameter else new)
+            elif old.is_meta and not new.is_meta:
+                warnings.warn(
+                    f"for {prefix}{name}: copying from a non-meta parameter in the checkpoint to a "
+                    "meta parameter in the current model, which is a no-op. (Did you mean to pass "
+                    "`assign=True` to load_state_dict?)",
+                    stacklevel=2,
+                )
+            else:
+                with torch.no_grad():
+                    old.copy_(new)
+
+    def _quantized(self, found: dict[str, Tensor], assign: bool) -> Quantized:
+        parts = [found.get(key) for key in WEIGHT_KEYS]
+        if not assign and not self.packed.is_meta:
+            parts = [p if p is None else p.to(self.packed.device) for p in parts]
+        data, scale, zero_point = parts
+        assert data is not None
+        assert scale is not None
+        shape = torch.Size(self.shape)
+        return Quantized(data, scale, zero_point, self.scheme.format, self.scheme.group_size, shape)
+
+    def storage_targets(self) -> dict[str, Tensor]:
+        """Shape and type of everything that a state_dict holds for this module."""
+        weight = _weight_entries(quantized_like(*self.shape, self.scheme), "")
+        rest = {
+            **self._parameters,
+            **{k: b for k, b in self._buffers.items() if k not in self._non_persistent_buffers_set},
+        }
+        del rest["packed"]
+        return {**weight, **{key: value for key, value in rest.items() if value is not None}}
+
+    def _why_not(self, key: str, value: object, target: Tensor) -> str | None:
+        if not isinstance(value, Tensor):
+            return f"{key} is {type(value)} in the checkpoint; expected a tensor."
+        if value.shape != target.shape:
+            return (
+                f"size mismatch for {key}: copying a param with shape {value.shape} from "
+                f"checkpoint, the shape in current model is {target.shape} ({self.scheme})."
+            )
+        is_weight = key.rpartition(".")[2] in WEIGHT_KEYS
+        if is_weight and value.dtype != target.dtype:
+            from_float = value.is_floating_point() and not target.is_floating_point()
+            way_out = (
+                "load the float checkpoint into the float model and quantize that with quantize_."
+                if from_float
+                else "load it into a model of the scheme that it was saved from."
+            )
+            return (
+                f"{key} is {value.dtype} in the checkpoint but {target.dtype} in the current model "
+                f"({self.scheme}): {way_out}"
+            )
+        return None
+
+    # ---- moving, copying, pickling --------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
+        # fn may cast or move. A scalar shows which, and says no before anything has changed.
+        probe = fn(torch.empty((), dtype=self.dtype, device=self.packed.device))
+        check_device(self._label(), probe.device)
+
+        def on_float_state_only(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out if out.dtype == t.dtype or not self._keeps_dtype(t) else t.to(out.device)
+
+        super()._apply(on_float_state_only, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = probe.dtype
+        return self
+
+    def _keeps_dtype(self, tensor: Tensor) -> bool:
+        """Whether `.to(dtype)` must leave a tensor of this module as it is."""
+        return tensor is self.packed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QModule:
+        # Through the packed bytes: pickle's way would unpack them, and lose ties to other modules.
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_parameters"] = {**self._parameters, "packed": _StorageForm.of(self)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        packed = state["_parameters"]["packed"]
+        if isinstance(packed, _StorageForm):  # copy.copy, which does not pickle
+            state["_parameters"]["packed"] = packed.packed
+        state["layout"] = state["scheme"].layout
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+def check_device(label: str, device: torch.device) -> None:
+    """Refuse devices without kernels.
+
+    Args:
+        label: names the module in the message.
+        device: where a packed weight is to live.
+
+    Raises:
+        RuntimeError: there are no kernels for the device.
+    """
+    if device.type not in ("cpu", "meta"):
+        raise RuntimeError(
+            f"{label}: this version has no kernels for device {device.type!r}; keep the module on "
+            "the CPU, or turn it back to float with dequantize_ before moving it"
+        )
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme) -> Quantized:
+    """A float matrix quantized as a scheme says.
+
+    Args:
+        weight: float32, bfloat16, float16 or float64 (by way of float32) [rows, columns].
+        scheme: says format, group size, symmetry and type of scales.
+    """
+    weight = weight.detach()
+    if weight.dtype == torch.float64:
+        weight = weight.float()
+    return functional.quantize(
+        weight, scheme.format, scheme.group_size, scheme.symmetric, scheme.scale_dtype
+    )
+
+
+def packed_parameter(weight: Quantized, scheme: Scheme) -> nn.Parameter:
+    """A quantized matrix packed for the kernels, as the frozen parameter that a module holds.
+
+    Args:
+        weight: quantized as `scheme` says.
+        scheme: names the layout.
+    """
+    return nn.Parameter(functional.pack(weight, scheme.layout), requires_grad=False)
+
+
+def quantized_like(rows: int, columns: int, scheme: Scheme) -> Quantized:
+    """Shapes and types of a matrix in storage layout, on the meta device."""
+    form = FORMATS[scheme.format]
+    groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
+
+    def empty(width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype, device="meta")
+
+    return Quantized(
+        data=empty(form.storage_features(columns), form.storage_dtype),
+        scale=empty(groups, scheme.scale_dtype),
+        zero_point=None if scheme.symmetric else empty(groups, form.storage_dtype),
+        format=scheme.format,
+        group_size=scheme.group_size,
+        shape=torch.Size((rows, columns)),
+    )
+
+
+def _weight_entries(weight: Quantized, prefix: str) -> dict[str, Tensor]:
+    tensors = (weight.data, weight.scale, weight.zero_point)
+    return {prefix + k: t for k, t in zip(WEIGHT_KEYS, tensors, strict=True) if t is not None}
+
+
+class _Saved(threading.local):
+    """Which packed weights the state_dict() call in progress has written, and under which prefix.
+
+    Modules that share a packed weight share the tensors in a state_dict, as float modules do.
+    """
+
+    def __init__(self) -> None:
+        self._destination: weakref.ref[Any] | None = None
+        self._prefixes: dict[int, str] = {}
+
+    def entries(self, packed: Tensor, destination: Any, prefix: str) -> dict[str, Tensor] | None:
+        """What `packed` was written as, for use under `prefix`; None the first time."""
+        if (
+            self._destination is None
+            or self._destination() is not destination
+            or prefix in self._prefixes.values()
+        ):
+            self._destination, self._prefixes = _weakly(destination), {}
+        twin = self._prefixes.setdefault(id(packed), prefix)
+        if twin == prefix or twin + "weight" not in destination:
+            return None
+        found = {key: destination.get(twin + key) for key in WEIGHT_KEYS}
+        return {prefix + key: tensor for key, tensor in found.items() if tensor is not None}
+
+
+def _weakly(destination: Any) -> weakref.ref[Any] | None:
+    try:
+        return weakref.ref(destination)
+    except TypeError:  # a plain dict, which only a caller of state_dict(destination=...) passes
+        return None
+
+
+_saved = _Saved()
+
+
+class _StorageForm:
+    """A packed weight as pickle sees it: its storage layout, which any version and device reads.
+
+    Modules that share a packed weight give pickle the same object, so that they share it again.
+    """
+
+    def __init__(self, module: QModule) -> None:
+        self.packed = module.packed
+        self._shape = module.shape
+        self._scheme = module.scheme
+
+    @classmethod
+    def of(cls, module: QModule) -> _StorageForm:
+        key = id(module.packed)
+        form = _forms.get(key)
+        if form is None:
+            form = _forms[key] = cls(module)
+        return form
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        weight = functional.unpack(
+            self.packed.detach(), self._scheme.layout, *self._shape, self._scheme.group_size
+        )
+        tensors = (weight.data, weight.scale, weight.zero_point)
+        return _parameter_from_storage, (*tensors, self._shape, self._scheme)
+
+
+_forms: weakref.WeakValueDictionary[int, _StorageForm] = weakref.WeakValueDictionary()
+
+
+def _parameter_from_storage(
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    shape: tuple[int, int],
+    scheme: Scheme,
+) -> nn.Parameter:
+    weight = Quantized(data, scale, zero_point, scheme.format, scheme.group_size, torch.Size(shape))
+    return packed_parameter(weight, scheme)
+
+
+def _share_with_process(form: _StorageForm) -> tuple[Any, ...]:
+    return _same, (form.packed,)
+
+
+def _same(packed: nn.Parameter) -> nn.Parameter:
+    return packed
+
+
+# Sent to another process of the same program, a packed weight is shared memory like any parameter.
+ForkingPickler.register(_StorageForm, _share_with_process)

@@ -1,0 +1,334 @@
+"""What quantize_ will do to each module, decided before anything is touched."""
+
+from __future__ import annotations
+
+import dis
+import fnmatch
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from qkernels.nn import QModule
+from qkernels.nn.carry import why_not_quantizable, why_not_replaceable
+from qkernels.nn.linear import why_too_long
+from qkernels.schemes import Scheme
+
+_NO_WEIGHT = "has no weight"
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_PLAIN_LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The decision about one module. It holds no tensors, so nothing is kept alive by it.
+
+    Args:
+        names: all qualified names of the module, the first one first.
+        kind: its class.
+        scheme: what to quantize it with, or None to leave it.
+        note: why it is left, or what else there is to know.
+        twin: first name of an earlier module whose packed weight it will share.
+        nbytes: bytes of its own tensors, without what earlier modules hold too.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    scheme: Scheme | None
+    note: str
+    twin: str | None
+    nbytes: int
+
+
+@dataclass
+class _Candidate:
+    """A module while the decision about it is being made."""
+
+    module: nn.Module
+    names: list[str] = field(default_factory=list)
+    scheme: Scheme | None = None
+    pattern: str = ""
+    note: str = ""
+    twin: str | None = None
+
+
+def make_plan(
+    model: nn.Module, schemes: Mapping[str, Scheme], ignore: tuple[str, ...]
+) -> list[Step]:
+    """Decide about every module.
+
+    Args:
+        model: the model to be quantized.
+        schemes: scheme by pattern, the last matching one counts.
+        ignore: patterns of modules to leave.
+
+    Raises:
+        ValueError: a layer that was asked for cannot be quantized (all such layers are named), or
+            nothing is quantized by one of the patterns.
+    """
+    found: dict[int, _Candidate] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), _Candidate(module)).names.append(name)
+    candidates = [c for c in found.values() if _is_listed(c.module)]
+    for candidate in candidates:
+        _choose(candidate, model, schemes, ignore)
+    _settle_ties(candidates)
+    _check_use(candidates, schemes)
+    _refuse(
+        f"{c.names[0]}: {reason}"
+        for c in candidates
+        if c.scheme is not None and (reason := _why_impossible(c.module, c.scheme)) is not None
+    )
+    seen: set[object] = set()
+    return [
+        Step(
+            names=tuple(c.names),
+            kind=type(c.module).__name__,
+            scheme=c.scheme,
+            note=c.note,
+            twin=c.twin,
+            nbytes=own_bytes(c.module, seen),
+        )
+        for c in candidates
+    ]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names a module or one that contains it.
+
+    Patterns are shell globs (`*`, `?`, `[…]`; `*` also crosses dots), case-sensitive. A pattern
+    without a dot may also match the last part of a name.
+
+    Args:
+        pattern: the glob.
+        name: qualified name of the module.
+
+    Example:
+        >>> matches("encoder.*.linear1", "encoder.layers.0.linear1")
+        True
+        >>> matches("lm_head", "model.lm_head"), matches("encoder", "encoder.layers.0")
+        (True, True)
+    """
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if fnmatch.fnmatchcase(".".join(parts[:end]), pattern):
+            return True
+        if "." not in pattern and fnmatch.fnmatchcase(parts[end - 1], pattern):
+            return True
+    return False
+
+
+def check_patterns(model: nn.Module, patterns: Iterable[str], argument: str) -> None:
+    """Refuse patterns that name nothing.
+
+    Args:
+        model: where the names come from.
+        patterns: globs, see `matches`.
+        argument: what the patterns were given as.
+
+    Raises:
+        ValueError: a pattern matches no module; names the nearest names.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            known = list(dict.fromkeys([*names, *(name.rpartition(".")[2] for name in names)]))
+            near = get_close_matches(pattern, known, n=3, cutoff=0.5)
+            hint = f"; near it are {', '.join(map(repr, near))}" if near else ""
+            raise ValueError(
+                f"quantize_: {argument} names {pattern!r}, which matches no module{hint}. Patterns "
+                "are shell globs on names as in model.named_modules()"
+            )
+
+
+def tensor_key(tensor: Tensor) -> object:
+    """The same for two tensors if they are the same elements of the same memory."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+
+
+def own_bytes(module: nn.Module, seen: set[object]) -> int:
+    """Bytes of a module's own tensors, without those in `seen`, which gets them added.
+
+    Args:
+        module: its children are not counted.
+        seen: keys of tensors that have been counted already.
+    """
+    total = 0
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is None or nn.parameter.is_lazy(tensor):
+            continue
+        key = tensor_key(tensor)
+        if key not in seen:
+            seen.add(key)
+            total += tensor.nbytes
+    return total
+
+
+def _is_listed(module: nn.Module) -> bool:
+    has_tensors = bool(module._parameters or module._buffers)
+    return has_tensors or next(module.children(), None) is None
+
+
+def _choose(
+    candidate: _Candidate, model: nn.Module, schemes: Mapping[str, Scheme], ignore: tuple[str, ...]
+) -> None:
+    module, names = candidate.module, candidate.names
+    reason = _why_left(module) or _why_parent_needs_float(model, names)
+    ignored = [p for p in ignore if any(matches(p, name) for name in names)]
+    wanted = [p for p in schemes if any(matches(p, name) for name in names)]
+    if reason is not None:
+        candidate.note = reason
+    elif ignored:
+        candidate.note = f"ignored by {ignored[-1]!r}"
+    elif not wanted:
+        candidate.note = "no pattern names it"
+    else:
+        candidate.pattern = wanted[-1]
+        candidate.scheme = schemes[wanted[-1]]
+
+
+def _why_left(module: nn.Module) -> str | None:
+    kind = type(module)
+    if isinstance(module, QModule):
+        return f"already quantized with {module.scheme}"
+    if not (module._parameters or module._buffers):
+        return _NO_WEIGHT
+    if kind in _PLAIN_LINEARS or kind is nn.Embedding:
+        return why_not_replaceable(module)
+    if isinstance(module, nn.Linear | nn.Embedding):
+        base = "Linear" if isinstance(module, nn.Linear) else "Embedding"
+        if nn.utils.parametrize.is_parametrized(module):
+            return why_not_replaceable(module)
+        return (
+            f"a subclass of nn.{base}, whose own code would be lost; if that is none, replace it "
+            f"by hand with Q{base}.from_float"
+        )
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "keeps its input projections as bare parameters and reads out_proj.weight; no "
+            "quantized MultiheadAttention in this version"
+        )
+    if isinstance(module, _CONVOLUTIONS):
+        return f"no Q{kind.__name__} in this version"
+    return f"no quantized {kind.__name__} in this version"
+
+
+def _why_parent_needs_float(model: nn.Module, names: list[str]) -> str | None:
+    """Why the code around a module would break without its float weight, or None."""
+    for name in names:
+        path, _, child = name.rpartition(".")
+        parent = model.get_submodule(path)
+        if type(parent).forward is nn.TransformerEncoderLayer.forward:
+            continue  # reads weights on its fused path only, which can be turned off
+        if name and child in _weights_read(type(parent)):
+            return f"{type(parent).__name__} reads {child}.weight directly"
+    return None
+
+
+def _weights_read(kind: type[nn.Module]) -> set[str]:
+    """Names of children whose `.weight` a class reads in forward or in what forward calls.
+
+    Read from bytecode: an attribute loaded directly before `.weight` is loaded from it.
+    """
+    found: set[str] = set()
+    pending, done = ["forward"], {"forward"}
+    while pending:
+        function = inspect.unwrap(getattr(kind, pending.pop()))
+        code = getattr(function, "__code__", None)
+        if code is None:
+            continue
+        for first, second in pairwise(dis.get_instructions(code)):
+            if second.argval == "weight" and first.opname == second.opname == "LOAD_ATTR":
+                found.add(first.argval)
+        for name in code.co_names:
+            method = getattr(kind, name, None)
+            if callable(method) and name not in done and not hasattr(nn.Module, name):
+                done.add(name)
+                pending.append(name)
+    return found
+
+
+def _why_impossible(module: nn.Module, scheme: Scheme) -> str | None:
+    weight = _weight(module)
+    if isinstance(module, nn.Linear) and scheme.static:
+        return (
+            f"{scheme} needs the measured scale of its input; make it with "
+            "QLinear.from_float(layer, scheme, x_scale=...), or use a scheme that is not static"
+        )
+    too_long = why_too_long(weight.shape[1], scheme) if isinstance(module, nn.Linear) else None
+    return too_long or why_not_quantizable(weight)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _settle_ties(candidates: list[_Candidate]) -> None:
+    """Modules that share a weight share its packed form, or stay float together."""
+    holders: dict[object, list[_Candidate]] = {}
+    for candidate in candidates:
+        for parameter in candidate.module._parameters.values():
+            if parameter is not None and not nn.parameter.is_lazy(parameter):
+                holders.setdefault(tensor_key(parameter), []).append(candidate)
+    for key, tied in holders.items():
+        quantized = [c for c in tied if c.scheme and tensor_key(_weight(c.module)) == key]
+        float_ones = [c for c in tied if c not in quantized]
+        for i, candidate in enumerate(quantized):
+            if float_ones:
+                other = float_ones[0]
+                candidate.scheme = None
+                candidate.note = (
+                    f"shares its weight with {other.names[0]}, which stays float: {other.note}"
+                )
+            elif i:
+                _share(candidate, quantized[:i])
+
+
+def _share(candidate: _Candidate, earlier: list[_Candidate]) -> None:
+    assert candidate.scheme is not None
+    for other in earlier:
+        if other.scheme and not other.twin and other.scheme.shares_weight_with(candidate.scheme):
+            candidate.twin = other.names[0]
+            candidate.note = f"shares its weight with {candidate.twin}"
+            return
+    candidate.note = (
+        f"no longer shares its weight with {earlier[0].names[0]}: the schemes store it differently"
+    )
+
+
+def _check_use(candidates: list[_Candidate], schemes: Mapping[str, Scheme]) -> None:
+    """Refuse patterns by which nothing is quantized."""
+    for pattern in schemes:
+        named = [c for c in candidates if any(matches(pattern, name) for name in c.names)]
+        if any(c.scheme is not None and c.pattern == pattern for c in named):
+            continue
+        overridden = [c for c in named if c.scheme is not None]
+        if overridden:
+            raise ValueError(
+                f"quantize_: pattern {pattern!r} has no effect, since {overridden[0].pattern!r} "
+                "comes later and the last match counts; put the more general pattern first"
+            )
+        reasons = [f"{c.names[0]} ({type(c.module).__name__}): {c.note}" for c in named]
+        with_weight = [r for r in reasons if not r.endswith(_NO_WEIGHT)] or reasons
+        more = f"; and {len(with_weight) - 4} more" if len(with_weight) > 4 else ""
+        raise ValueError(
+            f"quantize_: nothing that {pattern!r} matches can be quantized: "
+            f"{'; '.join(with_weight[:4])}{more}"
+        )
+
+
+def _refuse(reasons: Iterable[str]) -> None:
+    lines = list(reasons)
+    if lines:
+        count = "a layer" if len(lines) == 1 else f"{len(lines)} layers"
+        raise ValueError(
+            f"quantize_ cannot quantize {count}, and has changed nothing: {'; '.join(lines)}. "
+            "Name it in ignore to leave it float"
+        )
