@@ -36,6 +36,16 @@ def _scale_shape(shape: torch.Size, group_size: int | None) -> list[int]:
     return [*shape[:-1], groups]
 
 
+def _check_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    """A fake also runs for a mix of CPU and meta tensors, which no kernel can compute."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise RuntimeError(
+                f"qkernels::{op}: {name} is on {tensor.device} but the first argument is on "
+                f"{first.device}; move them to one device"
+            )
+
+
 # ---- quantize, dequantize ------------------------------------------------------------------------
 
 
@@ -57,21 +67,24 @@ def _quantize(
 
 
 @torch.library.register_fake("qkernels::quantize.out")
-def _quantize_out(*args: Any, **outs: Tensor) -> None:
-    return None
+def _quantize_out(x: Tensor, *args: Any, **outs: Tensor) -> None:
+    _check_device("quantize", x, **outs)
 
 
 @torch.library.register_fake("qkernels::quantize_with")
 def _quantize_with(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, format: int, group_size: int | None = -1
 ) -> Tensor:
+    _check_device("quantize_with", x, scale=scale, zero_point=zero_point)
     data = [*x.shape[:-1], _stored_size(format, x.shape[-1])]
     return x.new_empty(data, dtype=_storage(format))
 
 
 @torch.library.register_fake("qkernels::quantize_with.out")
-def _quantize_with_out(*args: Any, **outs: Tensor) -> None:
-    return None
+def _quantize_with_out(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, *args: Any, **outs: Tensor
+) -> None:
+    _check_device("quantize_with", x, scale=scale, zero_point=zero_point, **outs)
 
 
 @torch.library.register_fake("qkernels::dequantize")
@@ -84,12 +97,15 @@ def _dequantize(
     features: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    _check_device("dequantize", data, scale=scale, zero_point=zero_point)
     return data.new_empty([*data.shape[:-1], features], dtype=dtype)
 
 
 @torch.library.register_fake("qkernels::dequantize.out")
-def _dequantize_out(*args: Any, **outs: Tensor) -> None:
-    return None
+def _dequantize_out(
+    data: Tensor, scale: Tensor, zero_point: Tensor | None, *args: Any, **outs: Tensor
+) -> None:
+    _check_device("dequantize", data, scale=scale, zero_point=zero_point, **outs)
 
 
 # ---- Packed weights ------------------------------------------------------------------------------
@@ -104,6 +120,7 @@ def _pack(
     in_features: int,
     group_size: int,
 ) -> Tensor:
+    _check_device("pack", data, scale=scale, zero_point=zero_point)
     blocks = (data.shape[0] + 15) // 16
     row = _C.block_bytes(layout, in_features, group_size)
     return data.new_empty([blocks, row], dtype=torch.uint8)
@@ -134,6 +151,7 @@ def _embedding(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    _check_device("embedding", indices, packed=packed)
     return packed.new_empty([*indices.shape, embedding_dim], dtype=dtype)
 
 
@@ -142,6 +160,7 @@ def _embedding(
 
 @torch.library.register_fake("qkernels::int_mm")
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    _check_device("int_mm", a, b=b)
     return a.new_empty([a.shape[0], b.shape[1]], dtype=torch.int32)
 
 
@@ -162,6 +181,16 @@ def _linear(
     activation: int,
     epilogue: int,
 ) -> Tensor:
+    _check_device(
+        "linear",
+        x,
+        packed=packed,
+        bias=bias,
+        x_scale=x_scale,
+        x_zero_point=x_zero_point,
+        x_premul=x_premul,
+        k_perm=k_perm,
+    )
     torch._check(
         x.shape[-1] == in_features,
         lambda: (
@@ -181,6 +210,7 @@ def _linear_backward_input(
     out_features: int,
     group_size: int,
 ) -> Tensor:
+    _check_device("linear_backward_input", grad, packed=packed)
     return grad.new_empty([*grad.shape[:-1], in_features])
 
 
@@ -207,7 +237,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if premul is not None:
             grad_x = (grad_x * premul).to(grad.dtype)
     if ctx.needs_input_grad[2]:
-        grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return grad_x, None, grad_bias, *[None] * 10
 
 

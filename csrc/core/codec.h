@@ -267,11 +267,11 @@ static inline int symmetric_zero(Format format) {
 // One polynomial each, with every fma written out: the vector code repeats these steps lane by
 // lane, so all ISAs agree to the bit. NaN stays NaN.
 
-// exp for x <= 88, relative error below 2e-7. Below -87 the result is exp(-87), which is as good
-// as zero for the callers.
+// exp with a relative error below 1e-7 for x from -87 to 88. Below, it stays at exp(-87), which is as
+// good as zero for the callers; from 89 on the power of two below is infinity, and so is the result.
 static inline float exp_poly(float x) {
   x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  x = x > 89.0f ? 89.0f : x;
   // x = n * ln2 + r; adding 1.5 * 2^23 rounds to an integer that stays in the low mantissa bits.
   const float shifted = std::fma(x, 0x1.715476p+0f, 0x1.8p23f);
   const float n = shifted - 0x1.8p23f;

@@ -145,12 +145,15 @@ struct BlockShape {
   constexpr int64_t padded_length(int64_t g) const { return round_up(group_length(g), kGroupPad); }
 };
 
-// group_size is -1 (one group) or at least 1.
+// Larger sizes are refused, so that no byte count can overflow.
+inline constexpr int64_t kMaxFeatures = int64_t{1} << 40;
+
+// group_size is -1 (one group) or at least 1; k is at most kMaxFeatures.
 inline constexpr BlockShape block_shape(const Layout& layout, int64_t k, int64_t group_size) {
   BlockShape s{};
   s.k = k;
   s.group_size = group_size < 0 || group_size > k ? k : group_size;
-  s.groups = group_size < 0 ? 1 : (k + group_size - 1) / group_size;
+  s.groups = group_size < 0 ? 1 : k == 0 ? 0 : (k + s.group_size - 1) / s.group_size;
   s.group_padded = round_up(s.group_size, kGroupPad);
   s.k_padded =
       s.groups == 0 ? 0 : (s.groups - 1) * s.group_padded + s.padded_length(s.groups - 1);

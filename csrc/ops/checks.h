@@ -2,6 +2,7 @@
 // out. Checks run before any work, so nothing is written when one fails.
 #pragma once
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -164,8 +165,8 @@ inline Tensor check_packed(const char* op, const Tensor& packed, const BlockShap
 
 inline void check_sizes(const char* op, int64_t in_features, int64_t out_features,
                         int64_t group_size) {
-  if (in_features < 0 || out_features < 0) {
-    fail(op, "in_features and out_features must not be negative, got ", in_features, " and ",
+  if (in_features < 0 || out_features < 0 || std::max(in_features, out_features) > kMaxFeatures) {
+    fail(op, "in_features and out_features must be from 0 to 2^40, got ", in_features, " and ",
          out_features);
   }
   check_group_size(op, group_size);

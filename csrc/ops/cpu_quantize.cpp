@@ -169,7 +169,8 @@ Given check_given(const char* op, const Cut& cut, Format format, const Tensor& s
     fail(op, "scale must have ", cut.per_tensor ? "one element" : "shape " + text_of(cut.scale),
          " for this group_size, got ", shape_text(scale));
   }
-  if (zero_point) {
+  // quantize returns an empty zero point for a symmetric tensor; it means none here too.
+  if (zero_point && zero_point->numel() != 0) {
     if (!info(format).has_zero_point) {
       fail(op, "format ", info(format).name, " has no zero point; pass zero_point=None");
     }
