@@ -20,6 +20,8 @@ namespace {
 #include "cpu/simd_avx2.h"
 #include "cpu/codes.inl"
 #include "cpu/quantize.inl"
+#include "cpu/embedding.inl"
+#include "cpu/backward.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -37,6 +39,8 @@ const Kernels* avx2_kernels() {
     t.quantize_with = avx2::quantize_with;
     t.range = avx2::range;
     t.dequantize = avx2::dequantize;
+    t.backward = avx2::backward;
+    t.embedding = avx2::embedding;
     return t;
   }();
   return &table;

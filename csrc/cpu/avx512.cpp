@@ -24,6 +24,8 @@ namespace {
 #include "cpu/simd_avx512.h"
 #include "cpu/codes.inl"
 #include "cpu/quantize.inl"
+#include "cpu/embedding.inl"
+#include "cpu/backward.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -41,6 +43,8 @@ const Kernels* avx512_kernels() {
     t.quantize_with = avx512::quantize_with;
     t.range = avx512::range;
     t.dequantize = avx512::dequantize;
+    t.backward = avx512::backward;
+    t.embedding = avx512::embedding;
     return t;
   }();
   return &table;

@@ -229,3 +229,17 @@ SIMD void store_u4(void* p, I x) {
 SIMD void store_u4(void* p, I x, int count) {
   store_bytes(p, join_nibbles(zero_unless(first(count), x)), (count + 1) / 2);
 }
+
+// ---- One lane of packed lines: kWidth codes in ascending k, from 4 bytes of each 64-byte line ---
+
+SIMD I load_lane_i8(const uint8_t* p) {
+  int32_t line[2];
+  for (int i = 0; i < 2; ++i) std::memcpy(&line[i], p + i * kLine, 4);
+  return _mm256_cvtepi8_epi32(_mm_setr_epi32(line[0], line[1], 0, 0));
+}
+SIMD I load_lane_u4(const uint8_t* p) {
+  int32_t line;
+  std::memcpy(&line, p, 4);
+  const I shifts = _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28);
+  return bit_and(_mm256_srlv_epi32(splat(line), shifts), splat(0xf));
+}

@@ -1,6 +1,6 @@
-// AVX-512 (F, BW, DQ, VL) under the names that the .inl kernels use; simd_avx2.h has the same names.
-// Include it inside the ISA's namespace and target region. Conversions equal core/codec.h to the
-// bit. Everything is forced inline: a call from code of another ISA does not compile.
+// AVX-512 (F, BW, DQ, VL) under the names that the .inl kernels use; simd_avx2.h has the same
+// names. Include it inside the ISA's namespace and target region. Conversions equal core/codec.h to
+// the bit. Everything is forced inline: a call from code of another ISA does not compile.
 #define SIMD static inline __attribute__((always_inline))
 
 constexpr int kWidth = 16;  // float lanes of a vector
@@ -186,4 +186,20 @@ SIMD void store_u4(void* p, I x) {
 // Writes whole bytes: an odd `count` clears the last high nibble.
 SIMD void store_u4(void* p, I x, int count) {
   _mm_mask_storeu_epi8(p, first((count + 1) / 2), join_nibbles(zero_unless(first(count), x)));
+}
+
+// ---- One lane of packed lines: kWidth codes in ascending k, from 4 bytes of each 64-byte line ---
+
+SIMD I load_lane_i8(const uint8_t* p) {
+  int32_t line[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&line[i], p + i * kLine, 4);
+  return _mm512_cvtepi8_epi32(_mm_setr_epi32(line[0], line[1], line[2], line[3]));
+}
+SIMD I load_lane_u4(const uint8_t* p) {
+  int32_t line[2];
+  for (int i = 0; i < 2; ++i) std::memcpy(&line[i], p + i * kLine, 4);
+  const I both = _mm512_mask_set1_epi32(splat(line[0]), 0xff00, line[1]);
+  const I shifts =
+      _mm512_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28, 0, 8, 16, 24, 4, 12, 20, 28);
+  return bit_and(_mm512_srlv_epi32(both, shifts), splat(0xf));
 }
