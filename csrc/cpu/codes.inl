@@ -75,6 +75,41 @@ SIMD Range range_of(const void* x, int64_t begin, int64_t end) {
   return reduce<Signed>(r);
 }
 
+// ---- Scales of kWidth groups at once: choose_affine of core/codec.h, lane by lane ---------------
+
+struct Affines {
+  F scale, inverse;
+  I zero_point;
+};
+
+// A positive, finite scale as its stored type holds it: neither 0 nor infinite.
+SIMD F round_scale(F scale, DType type) {
+  if (type == DType::bf16) return min(from_bf16(to_bf16(scale)), splat(0x1.fep127f));
+  if (type == DType::f16) {
+    return max(min(from_f16(to_f16(scale)), splat(65504.0f)), splat(0x1p-24f));
+  }
+  return scale;
+}
+
+template <Format Fmt, bool Symmetric>
+SIMD Affines choose_affines(const Ranges& r, DType scale_type) {
+  const FormatInfo& f = info(Fmt);
+  const int offset = Symmetric && Fmt == Format::int4 ? kInt4Offset : 0;
+  const float steps = static_cast<float>(f.asymmetric_max - f.asymmetric_min);
+  F scale = Symmetric ? div(floats(r.magnitude), splat(f.symmetric_range))
+                      : sub(div(r.max, splat(steps)), div(r.min, splat(steps)));
+  scale = round_scale(max(scale, splat(kSmallestScale)), scale_type);
+  const M empty = equal(r.magnitude, splat(0));
+  const M broken = greater(r.magnitude, splat(0x7f7fffff));  // NaN or Inf
+  scale = select(empty, splat(1.0f), select(broken, splat(NAN), scale));
+  const F inverse = div(splat(1.0f), scale);
+  if constexpr (Symmetric) return {scale, inverse, splat(offset)};
+  const F low = splat(static_cast<float>(f.asymmetric_min));
+  const F high = splat(static_cast<float>(f.asymmetric_max));
+  const I zero = round_int(min(max(sub(low, mul(r.min, inverse)), low), high));
+  return {scale, inverse, select(empty, splat(0), select(broken, splat(0), zero))};
+}
+
 // ---- Numbers to codes and back ------------------------------------------------------------------
 
 // The bounds are taken before the zero point is added.
@@ -102,15 +137,19 @@ constexpr float kNf4Sixteenths[8] = {nf4_middle(0),  nf4_middle(2),  nf4_middle(
                                      nf4_middle(12), nf4_middle(14)};
 
 template <Format Fmt>
-SIMD Encoder<Fmt> make_encoder(const Affine& affine, bool symmetric) {
+SIMD Encoder<Fmt> make_encoder(float inverse, int zero_point, bool symmetric) {
   if constexpr (Fmt == Format::nf4) {
-    return {splat(affine.inverse), splat(nf4_middle(7)), table8(kNf4Quarters),
-            table8(kNf4Eighths), table8(kNf4Sixteenths)};
+    return {splat(inverse), splat(nf4_middle(7)), table8(kNf4Quarters), table8(kNf4Eighths),
+            table8(kNf4Sixteenths)};
   } else {
-    const int zero = affine.zero_point;
-    return {splat(affine.inverse), splat(static_cast<float>(code_min(Fmt, symmetric) - zero)),
-            splat(static_cast<float>(code_max(Fmt, symmetric) - zero)), splat(zero)};
+    const I zero = splat(zero_point);
+    return {splat(inverse), to_float(sub(splat(code_min(Fmt, symmetric)), zero)),
+            to_float(sub(splat(code_max(Fmt, symmetric)), zero)), zero};
   }
+}
+template <Format Fmt>
+SIMD Encoder<Fmt> make_encoder(const Affine& affine, bool symmetric) {
+  return make_encoder<Fmt>(affine.inverse, affine.zero_point, symmetric);
 }
 
 template <Format Fmt>

@@ -34,22 +34,44 @@ SIMD void encode_span(const void* x, int64_t at, const Affine& affine, bool symm
   }
 }
 
-template <DType T, Format Fmt>
+// Ranges of a few groups, then their scales side by side, then the codes while the groups are still
+// in the cache: one pass over memory, and no group waits for the divisions of the one before.
+template <DType T, Format Fmt, bool Symmetric>
 SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  constexpr int64_t kInCache = 4096;  // elements
+  const int64_t fit = a.group_size * kWidth <= kInCache ? kWidth : kInCache / a.group_size;
+  const int64_t batch = fit < 1 ? 1 : fit;
+  float least[kWidth] = {}, most[kWidth] = {}, scale[kWidth], inverse[kWidth];
+  int32_t magnitude[kWidth] = {}, zero[kWidth];
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t at = row * a.cols;
     uint8_t* out = static_cast<uint8_t*>(a.data) + row * a.row_bytes;
-    for (int64_t g = 0; g < a.groups; ++g) {
-      const Span span = group_span(g, a.group_size, a.cols);
-      const Range r = a.symmetric ? range_of<T, false>(a.x, at + span.begin, at + span.end)
-                                  : range_of<T, true>(a.x, at + span.begin, at + span.end);
-      const Affine affine = choose_affine(r, Fmt, a.symmetric, a.scale_type);
-      store_float(a.scale, a.scale_type, row * a.groups + g, affine.scale);
-      if (!a.symmetric) {
-        store_zero_point(a.zero_point, Fmt, row * a.groups + g, affine.zero_point);
+    for (int64_t g = 0; g < a.groups; g += batch) {
+      const int count = static_cast<int>(a.groups - g < batch ? a.groups - g : batch);
+      for (int i = 0; i < count; ++i) {
+        const Span span = group_span(g + i, a.group_size, a.cols);
+        const Range r = range_of<T, !Symmetric>(a.x, at + span.begin, at + span.end);
+        least[i] = r.min;
+        most[i] = r.max;
+        magnitude[i] = static_cast<int32_t>(r.magnitude);
       }
-      // The group is still in the cache.
-      encode_span<T, Fmt>(a.x, at, affine, a.symmetric, span, out);
+      const Affines affines = choose_affines<Fmt, Symmetric>(
+          {load(least), load(most), load(magnitude)}, a.scale_type);
+      store(scale, affines.scale);
+      store(inverse, affines.inverse);
+      store(zero, affines.zero_point);
+      const int64_t first_scale = row * a.groups + g;
+      with_float_type(a.scale_type, [&](auto type) {
+        store_as<decltype(type)::value>(a.scale, first_scale, affines.scale, count);
+      });
+      if constexpr (!Symmetric) {
+        store_codes<Fmt == Format::int16 ? Format::int16 : Format::int8>(
+            static_cast<uint8_t*>(a.zero_point), first_scale, affines.zero_point, count);
+      }
+      for (int i = 0; i < count; ++i) {
+        encode_span<T, Fmt>(a.x, at, {scale[i], inverse[i], zero[i]}, Symmetric,
+                            group_span(g + i, a.group_size, a.cols), out);
+      }
     }
   }
 }
@@ -101,7 +123,12 @@ SIMD void dequantize_rows(const DequantizeArgs& a, int64_t row_begin, int64_t ro
 void quantize(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
   with_float_type(a.x_type, [&](auto type) {
     with_format(a.format, [&](auto code) {
-      quantize_rows<decltype(type)::value, decltype(code)::value>(a, row_begin, row_end);
+      constexpr DType kType = decltype(type)::value;
+      constexpr Format kFormat = decltype(code)::value;
+      if constexpr (info(kFormat).has_zero_point) {
+        if (!a.symmetric) return quantize_rows<kType, kFormat, false>(a, row_begin, row_end);
+      }
+      quantize_rows<kType, kFormat, true>(a, row_begin, row_end);
     });
   });
 }

@@ -54,6 +54,8 @@ SIMD I round_int(F x) { return _mm256_cvtps_epi32(x); }  // half to even
 SIMD M less(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_LT_OQ)}; }
 SIMD M greater(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_GT_OQ)}; }
 SIMD M not_less_equal(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_NLE_UQ)}; }
+SIMD M greater(I a, I b) { return {floats(_mm256_cmpgt_epi32(a, b))}; }
+SIMD M equal(I a, I b) { return {floats(_mm256_cmpeq_epi32(a, b))}; }
 SIMD M is_nan(F x) { return {_mm256_cmp_ps(x, x, _CMP_UNORD_Q)}; }
 SIMD F select(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, m.lanes); }
 SIMD I select(M m, I yes, I no) { return _mm256_blendv_epi8(no, yes, bits(m.lanes)); }
@@ -136,6 +138,7 @@ SIMD __m128i to_bf16(F x) {
   const I quiet = bit_or(shift_right<16>(b), splat(0x40));
   return low_words(select(is_nan(x), quiet, rounded));
 }
+SIMD F from_f16(__m128i x) { return _mm256_cvtph_ps(x); }
 SIMD __m128i to_f16(F x) {
   return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -147,7 +150,7 @@ SIMD F load_as(const void* data, int64_t i) {
   const __m128i half =
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(data) + i));
   if constexpr (T == DType::bf16) return from_bf16(half);
-  return _mm256_cvtph_ps(half);
+  return from_f16(half);
 }
 // The first `count` of them, 0 in the other lanes; nothing past them is touched.
 template <DType T>
@@ -157,7 +160,7 @@ SIMD F load_as(const void* data, int64_t i, int count) {
   }
   const __m128i half = load_bytes(static_cast<const uint16_t*>(data) + i, count * 2);
   if constexpr (T == DType::bf16) return from_bf16(half);
-  return _mm256_cvtph_ps(half);
+  return from_f16(half);
 }
 template <DType T>
 SIMD void store_as(void* data, int64_t i, F x) {

@@ -50,6 +50,8 @@ SIMD I round_int(F x) { return _mm512_cvtps_epi32(x); }  // half to even
 SIMD M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 SIMD M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 SIMD M not_less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+SIMD M greater(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }
+SIMD M equal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
 SIMD M is_nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 SIMD F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 SIMD I select(M m, I yes, I no) { return _mm512_mask_blend_epi32(m, no, yes); }
@@ -99,6 +101,7 @@ SIMD __m256i to_bf16(F x) {
   const I quiet = bit_or(shift_right<16>(b), splat(0x40));
   return _mm512_cvtepi32_epi16(select(is_nan(x), quiet, rounded));
 }
+SIMD F from_f16(__m256i x) { return _mm512_cvtph_ps(x); }
 SIMD __m256i to_f16(F x) {
   return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -110,7 +113,7 @@ SIMD F load_as(const void* data, int64_t i) {
   const __m256i half = _mm256_loadu_si256(
       reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + i));
   if constexpr (T == DType::bf16) return from_bf16(half);
-  return _mm512_cvtph_ps(half);
+  return from_f16(half);
 }
 // The first `count` of them, 0 in the other lanes; nothing past them is touched.
 template <DType T>
@@ -121,7 +124,7 @@ SIMD F load_as(const void* data, int64_t i, int count) {
   const __m256i half =
       _mm256_maskz_loadu_epi16(first(count), static_cast<const uint16_t*>(data) + i);
   if constexpr (T == DType::bf16) return from_bf16(half);
-  return _mm512_cvtph_ps(half);
+  return from_f16(half);
 }
 template <DType T>
 SIMD void store_as(void* data, int64_t i, F x) {
