@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def paths_in(document: Path) -> set[str]:
     inline = {
         piece
         for piece in code_of(document)
-        if re.fullmatch(r"[\w.*/-]+", piece)
+        if re.fullmatch(r"[\w*][\w.*/-]*|\.[\w-]+/[\w.*/-]*", piece)
         and (piece.split("/")[0] in folders if "/" in piece else piece.split(".")[-1] in SUFFIXES)
     }
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", document.read_text())
@@ -53,8 +54,8 @@ def paths_in(document: Path) -> set[str]:
 
 
 def exists(path: str) -> bool:
-    """A name without a folder may be that of a file anywhere; `*` is a shell's."""
-    pattern = path.rstrip("/")
+    """A name without a folder may be that of a file anywhere; `*` is a shell's, NAME any name."""
+    pattern = path.rstrip("/").replace("NAME", "*")
     if "/" not in pattern:
         pattern = f"**/{pattern}"
     tracked = set(TRACKED)
@@ -133,7 +134,12 @@ def test_readme_runs(tmp_path: Path) -> None:
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks))
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=280
+        [sys.executable, script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
