@@ -70,7 +70,7 @@ class Quantized:
             self.zero_point,
             format=self.format,
             group_size=self.group_size,
-            features=self.shape[-1] if self.shape else None,
+            features=self.shape[-1],
             dtype=dtype,
         )
 
@@ -95,11 +95,11 @@ def quantize(
     """Quantize a tensor with scales taken from its own values.
 
     Args:
-        x: float32, bfloat16 or float16 of any shape.
+        x: float32, bfloat16 or float16 of any shape, with one dimension at least.
         format: "int8", "int4", "nf4" or "int16".
         group_size: elements of the last dimension that share a scale (the last group may be
             short); -1 for a whole row, None for the whole tensor.
-        symmetric: no zero points; nf4 has none in any case.
+        symmetric: no zero points; nf4 knows nothing else.
         scale_dtype: stored type of the scales, float32 by default. Codes are computed with the
             scales as stored.
 
@@ -114,8 +114,7 @@ def quantize(
     data, scale, zero_point = torch.ops.qkernels.quantize(
         x, format_of(format).code, group_size, symmetric, scale_dtype
     )
-    asymmetric = not symmetric and format_of(format).has_zero_point
-    return Quantized(data, scale, zero_point if asymmetric else None, format, group_size, x.shape)
+    return Quantized(data, scale, None if symmetric else zero_point, format, group_size, x.shape)
 
 
 def quantize_with(
@@ -128,7 +127,7 @@ def quantize_with(
     """Quantize a tensor with scales that are given.
 
     Args:
-        x: float32, bfloat16 or float16 of any shape.
+        x: float32, bfloat16 or float16 of any shape, with one dimension at least.
         scale: one value for each group, row or tensor, as `quantize` returns it.
         zero_point: codes of zero in the shape of `scale`, or None for symmetric.
         format: "int8", "int4", "nf4" or "int16".
@@ -180,7 +179,7 @@ def dequantize(
     """
     form = format_of(format)
     if features is None:
-        features = data.shape[-1] * (2 if form.bits == 4 else 1) if data.dim() else 1
+        features = data.shape[-1] * (2 if form.bits == 4 else 1)
     out: Tensor = torch.ops.qkernels.dequantize(
         data, scale, zero_point, form.code, group_size, features, dtype
     )

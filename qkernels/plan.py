@@ -72,7 +72,7 @@ def make_plan(
     found: dict[int, _Candidate] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         found.setdefault(id(module), _Candidate(module)).names.append(name)
-    candidates = [c for c in found.values() if _is_listed(c.module)]
+    candidates = [c for c in found.values() if is_listed(c.module)]
     for candidate in candidates:
         _choose(candidate, model, schemes, ignore)
     _settle_ties(candidates)
@@ -144,6 +144,12 @@ def check_patterns(model: nn.Module, patterns: Iterable[str], argument: str) -> 
             )
 
 
+def is_listed(module: nn.Module) -> bool:
+    """Whether a summary has a row for a module: it holds tensors or has no children."""
+    has_tensors = bool(module._parameters or module._buffers)
+    return has_tensors or next(module.children(), None) is None
+
+
 def tensor_key(tensor: Tensor) -> object:
     """The same for two tensors if they are the same elements of the same memory."""
     if tensor.is_meta or tensor.numel() == 0:
@@ -167,11 +173,6 @@ def own_bytes(module: nn.Module, seen: set[object]) -> int:
             seen.add(key)
             total += tensor.nbytes
     return total
-
-
-def _is_listed(module: nn.Module) -> bool:
-    has_tensors = bool(module._parameters or module._buffers)
-    return has_tensors or next(module.children(), None) is None
 
 
 def _choose(
@@ -202,9 +203,7 @@ def _why_left(module: nn.Module) -> str | None:
         return why_not_replaceable(module)
     if isinstance(module, nn.Linear | nn.Embedding):
         base = "Linear" if isinstance(module, nn.Linear) else "Embedding"
-        if nn.utils.parametrize.is_parametrized(module):
-            return why_not_replaceable(module)
-        return (
+        return why_not_replaceable(module) or (
             f"a subclass of nn.{base}, whose own code would be lost; if that is none, replace it "
             f"by hand with Q{base}.from_float"
         )

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import share_hooks
 from qkernels.nn.fastpath import settle_fast_paths
-from qkernels.plan import Step, check_patterns, make_plan, own_bytes, tensor_key
+from qkernels.plan import Step, check_patterns, is_listed, make_plan, own_bytes, tensor_key
 from qkernels.schemes import Scheme
 from qkernels.summary import ModuleRow, Summary
 
@@ -121,31 +121,22 @@ def dequantize_(model: nn.Module) -> Summary:
             f"dequantize_: the model is itself a {type(model).__name__}, which cannot be replaced "
             "in place; use its dequantize()"
         )
-    names: dict[int, list[str]] = {}
-    rows: dict[int, tuple[str, int]] = {}
-    seen: set[object] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-        rows.setdefault(id(module), (type(module).__name__, own_bytes(module, seen)))
-    quantized = [found for found in names.values() if _is_quantized(model, found[0])]
-    if not quantized:
+    steps = _steps_back(model)
+    wanted = [step for step in steps if step.scheme is not None]
+    if not wanted:
         raise ValueError(f"dequantize_: {type(model).__name__} holds no quantized layer")
     weights: dict[object, nn.Parameter] = {}
     became = {}
-    for found in quantized:
-        old = model.get_submodule(found[0])
+    for step in wanted:
+        old = model.get_submodule(step.names[0])
         assert isinstance(old, QLinear | QEmbedding)
         key = (tensor_key(old.packed), old.dtype)
         new = old.dequantize()
         assert isinstance(new.weight, nn.Parameter)
         new.weight = weights.setdefault(key, new.weight)
-        replace_everywhere(model, found, old, new)
-        became[tuple(found)] = type(new).__name__
+        replace_everywhere(model, step.names, old, new)
+        became[step.names] = type(new).__name__
     settle_fast_paths(model)
-    steps = [
-        Step(tuple(names[key]), kind, None, "", None, nbytes)
-        for key, (kind, nbytes) in rows.items()
-    ]
     return _summary(f"{type(model).__name__} dequantized", model, steps, became)
 
 
@@ -188,8 +179,27 @@ def _quantized_kind(step: Step) -> str:
     return "QEmbedding" if step.kind == "Embedding" else "QLinear"
 
 
-def _is_quantized(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name), QModule)
+def _steps_back(model: nn.Module) -> list[Step]:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_listed(module):
+            names.setdefault(id(module), []).append(name)
+    seen: set[object] = set()
+    steps = []
+    for found in names.values():
+        module = model.get_submodule(found[0])
+        scheme = module.scheme if isinstance(module, QModule) else None
+        steps.append(
+            Step(
+                names=tuple(found),
+                kind=type(module).__name__,
+                scheme=scheme,
+                note="" if scheme else "was not quantized",
+                twin=None,
+                nbytes=own_bytes(module, seen),
+            )
+        )
+    return steps
 
 
 def _check_model(model: nn.Module, op: str) -> None:

@@ -130,14 +130,15 @@ class Scheme:
             >>> Scheme.from_dict({"scheme": "NF4", "group_size": 32})
             NF4(group_size=32)
         """
-        if not isinstance(values, dict) or values.get("scheme") not in SCHEMES:
+        name = values.get("scheme") if isinstance(values, dict) else None
+        if not isinstance(values, dict) or not isinstance(name, str) or name not in SCHEMES:
             raise ValueError(f"{values!r} names no scheme; expected one of {', '.join(SCHEMES)}")
-        made_by = SCHEMES[values["scheme"]]
+        made_by = SCHEMES[name]
         known = {f.name for f in dataclasses.fields(made_by) if f.init}
         given = {key: value for key, value in values.items() if key != "scheme"}
         if not given.keys() <= known:
             unknown = ", ".join(sorted(map(str, given.keys() - known)))
-            raise ValueError(f"{values['scheme']} has no field {unknown}; it has {sorted(known)}")
+            raise ValueError(f"{name} has no field {unknown}; it has {sorted(known)}")
         if "scale_dtype" in given:
             given["scale_dtype"] = getattr(torch, str(given["scale_dtype"]), given["scale_dtype"])
         try:

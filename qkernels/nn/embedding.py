@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from qkernels import functional
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
-from qkernels.nn.module import QModule, packed_parameter, quantize_weight
+from qkernels.nn.module import QModule
+from qkernels.nn.storage import packed_parameter, quantize_weight
 from qkernels.schemes import W8A16, Scheme
 
 _DEFAULT_SCHEME = W8A16()

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from qkernels import _C, functional
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
-from qkernels.nn.module import QModule, packed_parameter, quantize_weight
+from qkernels.nn.module import QModule
+from qkernels.nn.storage import packed_parameter, quantize_weight
 from qkernels.schemes import W8A8, Scheme
 
 # The longest int32 sum of int8 products that cannot overflow (csrc/core/params.h).

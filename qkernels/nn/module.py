@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
-import weakref
 from collections.abc import Callable
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qkernels import _C, functional
-from qkernels.formats import FORMATS
 from qkernels.functional import Quantized
+from qkernels.nn.storage import (
+    WEIGHT_KEYS,
+    SavedWeights,
+    StorageForm,
+    quantize_weight,
+    quantized_like,
+    weight_entries,
+)
 from qkernels.schemes import Scheme
+
+__all__ = ["WEIGHT_KEYS", "QModule", "check_device"]
 
 # Rows of the matrix in one row of a packed weight (csrc/core/format.h).
 ROWS_PER_BLOCK = 16
-WEIGHT_KEYS = ("weight", "weight_scale", "weight_zero_point")
+_saved = SavedWeights()
 
 
 class QModule(nn.Module):
@@ -78,7 +84,7 @@ class QModule(nn.Module):
         Args:
             prefix: what to put before each key.
         """
-        return _weight_entries(self.quantized_weight(), prefix)
+        return weight_entries(self.quantized_weight(), prefix)
 
     def float_weight(self) -> Tensor:
         """The float matrix that the weight stands for, in `dtype`."""
@@ -118,7 +124,7 @@ class QModule(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        entries = _saved.entries(self.packed, destination, prefix)
+        entries = _saved.entries(self, destination, prefix)
         if entries is None:
             entries = self.weight_entries(prefix)
         destination.update(entries)
@@ -135,7 +141,12 @@ class QModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load all of this module's tensors, or report what is wrong and load none of them."""
+        """Load this module's tensors, or report what is wrong and load none of them.
+
+        A weight is loaded with its scales and zero points or not at all. Torch passes strict=True
+        also for load_state_dict(strict=False) and drops the missing keys later, so a weight or a
+        bias that is absent as a whole must not keep the rest from loading.
+        """
         for hook in self._load_state_dict_pre_hooks.values():
             hook(
                 state_dict,
@@ -154,12 +165,10 @@ class QModule(nn.Module):
             for key, value in found.items()
             if (message := self._why_not(prefix + key, value, targets[key])) is not None
         ]
-        partial = any(key in found for key in WEIGHT_KEYS) and any(
-            key in missing for key in WEIGHT_KEYS
-        )
-        if partial and not strict:
-            names = ", ".join(prefix + key for key in missing if key in WEIGHT_KEYS)
-            errors.append(f"{names} is missing, without which {prefix}weight means nothing.")
+        absent = [key for key in WEIGHT_KEYS if key in missing]
+        if absent and any(key in found for key in WEIGHT_KEYS):
+            names = ", ".join(prefix + key for key in absent)
+            errors.append(f"{names} must come with the rest of {prefix}weight; nothing was loaded.")
         if strict:
             missing_keys.extend(prefix + key for key in missing)
             unexpected_keys.extend(
@@ -170,7 +179,7 @@ class QModule(nn.Module):
                 and name.split(".", 1)[0] not in self._modules
             )
         error_msgs.extend(errors)
-        if errors or (strict and missing):
+        if errors:
             return
         try:
             self._load(found, prefix, local_metadata.get("assign_to_params_buffers", False))
@@ -213,7 +222,7 @@ class QModule(nn.Module):
 
     def storage_targets(self) -> dict[str, Tensor]:
         """Shape and type of everything that a state_dict holds for this module."""
-        weight = _weight_entries(quantized_like(*self.shape, self.scheme), "")
+        weight = weight_entries(quantized_like(*self.shape, self.scheme), "")
         rest = {
             **self._parameters,
             **{k: b for k, b in self._buffers.items() if k not in self._non_persistent_buffers_set},
@@ -271,12 +280,15 @@ class QModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_parameters"] = {**self._parameters, "packed": _StorageForm.of(self)}
+        state["_parameters"] = {
+            **self._parameters,
+            "packed": StorageForm.of(self.packed, self.shape, self.scheme),
+        }
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         packed = state["_parameters"]["packed"]
-        if isinstance(packed, _StorageForm):  # copy.copy, which does not pickle
+        if isinstance(packed, StorageForm):  # copy.copy, which does not pickle
             state["_parameters"]["packed"] = packed.packed
         state["layout"] = state["scheme"].layout
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -297,139 +309,3 @@ def check_device(label: str, device: torch.device) -> None:
             f"{label}: this version has no kernels for device {device.type!r}; keep the module on "
             "the CPU, or turn it back to float with dequantize_ before moving it"
         )
-
-
-def quantize_weight(weight: Tensor, scheme: Scheme) -> Quantized:
-    """A float matrix quantized as a scheme says.
-
-    Args:
-        weight: float32, bfloat16, float16 or float64 (by way of float32) [rows, columns].
-        scheme: says format, group size, symmetry and type of scales.
-    """
-    weight = weight.detach()
-    if weight.dtype == torch.float64:
-        weight = weight.float()
-    return functional.quantize(
-        weight, scheme.format, scheme.group_size, scheme.symmetric, scheme.scale_dtype
-    )
-
-
-def packed_parameter(weight: Quantized, scheme: Scheme) -> nn.Parameter:
-    """A quantized matrix packed for the kernels, as the frozen parameter that a module holds.
-
-    Args:
-        weight: quantized as `scheme` says.
-        scheme: names the layout.
-    """
-    return nn.Parameter(functional.pack(weight, scheme.layout), requires_grad=False)
-
-
-def quantized_like(rows: int, columns: int, scheme: Scheme) -> Quantized:
-    """Shapes and types of a matrix in storage layout, on the meta device."""
-    form = FORMATS[scheme.format]
-    groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
-
-    def empty(width: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, width, dtype=dtype, device="meta")
-
-    return Quantized(
-        data=empty(form.storage_features(columns), form.storage_dtype),
-        scale=empty(groups, scheme.scale_dtype),
-        zero_point=None if scheme.symmetric else empty(groups, form.storage_dtype),
-        format=scheme.format,
-        group_size=scheme.group_size,
-        shape=torch.Size((rows, columns)),
-    )
-
-
-def _weight_entries(weight: Quantized, prefix: str) -> dict[str, Tensor]:
-    tensors = (weight.data, weight.scale, weight.zero_point)
-    return {prefix + k: t for k, t in zip(WEIGHT_KEYS, tensors, strict=True) if t is not None}
-
-
-class _Saved(threading.local):
-    """Which packed weights the state_dict() call in progress has written, and under which prefix.
-
-    Modules that share a packed weight share the tensors in a state_dict, as float modules do.
-    """
-
-    def __init__(self) -> None:
-        self._destination: weakref.ref[Any] | None = None
-        self._prefixes: dict[int, str] = {}
-
-    def entries(self, packed: Tensor, destination: Any, prefix: str) -> dict[str, Tensor] | None:
-        """What `packed` was written as, for use under `prefix`; None the first time."""
-        if (
-            self._destination is None
-            or self._destination() is not destination
-            or prefix in self._prefixes.values()
-        ):
-            self._destination, self._prefixes = _weakly(destination), {}
-        twin = self._prefixes.setdefault(id(packed), prefix)
-        if twin == prefix or twin + "weight" not in destination:
-            return None
-        found = {key: destination.get(twin + key) for key in WEIGHT_KEYS}
-        return {prefix + key: tensor for key, tensor in found.items() if tensor is not None}
-
-
-def _weakly(destination: Any) -> weakref.ref[Any] | None:
-    try:
-        return weakref.ref(destination)
-    except TypeError:  # a plain dict, which only a caller of state_dict(destination=...) passes
-        return None
-
-
-_saved = _Saved()
-
-
-class _StorageForm:
-    """A packed weight as pickle sees it: its storage layout, which any version and device reads.
-
-    Modules that share a packed weight give pickle the same object, so that they share it again.
-    """
-
-    def __init__(self, module: QModule) -> None:
-        self.packed = module.packed
-        self._shape = module.shape
-        self._scheme = module.scheme
-
-    @classmethod
-    def of(cls, module: QModule) -> _StorageForm:
-        key = id(module.packed)
-        form = _forms.get(key)
-        if form is None:
-            form = _forms[key] = cls(module)
-        return form
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        weight = functional.unpack(
-            self.packed.detach(), self._scheme.layout, *self._shape, self._scheme.group_size
-        )
-        tensors = (weight.data, weight.scale, weight.zero_point)
-        return _parameter_from_storage, (*tensors, self._shape, self._scheme)
-
-
-_forms: weakref.WeakValueDictionary[int, _StorageForm] = weakref.WeakValueDictionary()
-
-
-def _parameter_from_storage(
-    data: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    shape: tuple[int, int],
-    scheme: Scheme,
-) -> nn.Parameter:
-    weight = Quantized(data, scale, zero_point, scheme.format, scheme.group_size, torch.Size(shape))
-    return packed_parameter(weight, scheme)
-
-
-def _share_with_process(form: _StorageForm) -> tuple[Any, ...]:
-    return _same, (form.packed,)
-
-
-def _same(packed: nn.Parameter) -> nn.Parameter:
-    return packed
-
-
-# Sent to another process of the same program, a packed weight is shared memory like any parameter.
-ForkingPickler.register(_StorageForm, _share_with_process)

@@ -1,0 +1,177 @@
+"""A module's weight outside of the module: in storage layout, in a state_dict, in a pickle."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import functional
+from qkernels.formats import FORMATS
+from qkernels.functional import Quantized
+from qkernels.schemes import Scheme
+
+WEIGHT_KEYS = ("weight", "weight_scale", "weight_zero_point")
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme) -> Quantized:
+    """A float matrix quantized as a scheme says.
+
+    Args:
+        weight: float32, bfloat16, float16 or float64 (by way of float32) [rows, columns].
+        scheme: says format, group size, symmetry and type of scales.
+    """
+    weight = weight.detach()
+    if weight.dtype == torch.float64:
+        weight = weight.float()
+    return functional.quantize(
+        weight, scheme.format, scheme.group_size, scheme.symmetric, scheme.scale_dtype
+    )
+
+
+def packed_parameter(weight: Quantized, scheme: Scheme) -> nn.Parameter:
+    """A quantized matrix packed for the kernels, as the frozen parameter that a module holds.
+
+    Args:
+        weight: quantized as `scheme` says.
+        scheme: names the layout.
+    """
+    return nn.Parameter(functional.pack(weight, scheme.layout), requires_grad=False)
+
+
+def quantized_like(rows: int, columns: int, scheme: Scheme) -> Quantized:
+    """Shapes and types of a matrix in storage layout, on the meta device."""
+    form = FORMATS[scheme.format]
+    groups = 1 if scheme.group_size == -1 else -(-columns // scheme.group_size)
+
+    def empty(width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype, device="meta")
+
+    return Quantized(
+        data=empty(form.storage_features(columns), form.storage_dtype),
+        scale=empty(groups, scheme.scale_dtype),
+        zero_point=None if scheme.symmetric else empty(groups, form.storage_dtype),
+        format=scheme.format,
+        group_size=scheme.group_size,
+        shape=torch.Size((rows, columns)),
+    )
+
+
+def weight_entries(weight: Quantized, prefix: str) -> dict[str, Tensor]:
+    """A quantized weight under its state_dict keys.
+
+    Args:
+        weight: the weight.
+        prefix: what to put before each key.
+    """
+    tensors = (weight.data, weight.scale, weight.zero_point)
+    return {prefix + k: t for k, t in zip(WEIGHT_KEYS, tensors, strict=True) if t is not None}
+
+
+class SavedWeights(threading.local):
+    """Which packed weights the state_dict() call in progress has written, and under which prefix.
+
+    Modules that share a packed weight share the tensors in a state_dict, as float modules do.
+    """
+
+    def __init__(self) -> None:
+        self._destination: weakref.ref[Any] | None = None
+        self._saved: dict[int, tuple[weakref.ref[nn.Module], int, str]] = {}
+
+    def entries(self, module: nn.Module, destination: Any, prefix: str) -> dict[str, Tensor] | None:
+        """What a module's packed weight was written as, for use under `prefix`; None if it is new.
+
+        Args:
+            module: holds `packed`.
+            destination: what state_dict() fills.
+            prefix: of the module's keys.
+        """
+        packed = module.packed
+        assert isinstance(packed, Tensor)
+        if packed.is_inference():  # has no version to tell whether it has changed
+            return None
+        if self._destination is None or self._destination() is not destination:
+            self._destination, self._saved = _weakly(destination), {}
+        saved = self._saved.get(id(packed))
+        # A caller may fill one dict by several calls, between which weights change or go.
+        if saved is not None and _holds(saved[0](), packed) and saved[1] == packed._version:
+            found = {key: destination.get(saved[2] + key) for key in WEIGHT_KEYS}
+            if found["weight"] is not None:
+                return {prefix + key: tensor for key, tensor in found.items() if tensor is not None}
+        self._saved[id(packed)] = (weakref.ref(module), packed._version, prefix)
+        return None
+
+
+def _holds(module: nn.Module | None, packed: Tensor) -> bool:
+    return module is not None and module.packed is packed
+
+
+def _weakly(destination: Any) -> weakref.ref[Any] | None:
+    try:
+        return weakref.ref(destination)
+    except TypeError:  # a plain dict, which only a caller of state_dict(destination=...) passes
+        return None
+
+
+class StorageForm:
+    """A packed weight as pickle sees it: its storage layout, which any version and device reads.
+
+    Modules that share a packed weight give pickle the same object, so that they share it again.
+    """
+
+    def __init__(self, packed: nn.Parameter, shape: tuple[int, int], scheme: Scheme) -> None:
+        self.packed = packed
+        self._shape = shape
+        self._scheme = scheme
+
+    @classmethod
+    def of(cls, packed: nn.Parameter, shape: tuple[int, int], scheme: Scheme) -> StorageForm:
+        """The one object that stands for a packed weight for as long as someone holds it.
+
+        Args:
+            packed: the weight.
+            shape: rows and columns.
+            scheme: how it is stored.
+        """
+        form = _forms.get(id(packed))
+        if form is None:
+            form = _forms[id(packed)] = cls(packed, shape, scheme)
+        return form
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        weight = functional.unpack(
+            self.packed.detach(), self._scheme.layout, *self._shape, self._scheme.group_size
+        )
+        tensors = (weight.data, weight.scale, weight.zero_point)
+        return parameter_from_storage, (*tensors, self._shape, self._scheme)
+
+
+_forms: weakref.WeakValueDictionary[int, StorageForm] = weakref.WeakValueDictionary()
+
+
+def parameter_from_storage(
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    shape: tuple[int, int],
+    scheme: Scheme,
+) -> nn.Parameter:
+    """What pickles call, so name and arguments must stay."""
+    weight = Quantized(data, scale, zero_point, scheme.format, scheme.group_size, torch.Size(shape))
+    return packed_parameter(weight, scheme)
+
+
+def _share_with_process(form: StorageForm) -> tuple[Any, ...]:
+    return _same, (form.packed,)
+
+
+def _same(packed: nn.Parameter) -> nn.Parameter:
+    return packed
+
+
+# Sent to another process of the same program, a packed weight is shared memory like any parameter.
+ForkingPickler.register(StorageForm, _share_with_process)
