@@ -22,6 +22,11 @@ namespace {
 #include "cpu/quantize.inl"
 #include "cpu/embedding.inl"
 #include "cpu/backward.inl"
+#include "cpu/unroll.inl"
+#include "cpu/epilogue.inl"
+#include "cpu/prepare.inl"
+#include "cpu/matmul_avx2.inl"
+#include "cpu/matmul.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -39,6 +44,12 @@ const Kernels* avx2_kernels() {
     t.quantize_with = avx2::quantize_with;
     t.range = avx2::range;
     t.dequantize = avx2::dequantize;
+    t.row_tile = avx2::row_tile;
+    t.block_tile = avx2::block_tile;
+    t.panel_bytes = avx2::panel_bytes;
+    t.prepare = avx2::prepare;
+    t.linear = avx2::linear;
+    t.linear_name = avx2::linear_name;
     t.backward = avx2::backward;
     t.embedding = avx2::embedding;
     return t;

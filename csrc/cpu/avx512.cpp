@@ -26,6 +26,11 @@ namespace {
 #include "cpu/quantize.inl"
 #include "cpu/embedding.inl"
 #include "cpu/backward.inl"
+#include "cpu/unroll.inl"
+#include "cpu/epilogue.inl"
+#include "cpu/prepare.inl"
+#include "cpu/matmul_avx512.inl"
+#include "cpu/matmul.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -43,6 +48,12 @@ const Kernels* avx512_kernels() {
     t.quantize_with = avx512::quantize_with;
     t.range = avx512::range;
     t.dequantize = avx512::dequantize;
+    t.row_tile = avx512::row_tile;
+    t.block_tile = avx512::block_tile;
+    t.panel_bytes = avx512::panel_bytes;
+    t.prepare = avx512::prepare;
+    t.linear = avx512::linear;
+    t.linear_name = avx512::linear_name;
     t.backward = avx512::backward;
     t.embedding = avx512::embedding;
     return t;

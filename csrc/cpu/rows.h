@@ -22,7 +22,8 @@ static inline Affine activation_affine(const LinearArgs& a, const Range& range) 
   return {scale, 1.0f / a.static_scale, a.static_zero_point};
 }
 
-// Unsigned sums of the packed codes of one lane turn the activation's zero point into one product.
+// From the sum of a row and an output, scaled by the weight, to y. `weight_sum` is the packed row's
+// sum of the dequantized weight: it turns the activation's zero point into one product.
 static inline float finish(const LinearArgs& a, int64_t row, float sum, float weight_sum,
                            float bias) {
   if (a.activation == Activation::int8_asymmetric) sum = std::fma(-a.row_zero[row], weight_sum, sum);

@@ -1,0 +1,128 @@
+// From a tile's sums to y: scales, zero point, bias, activation function, conversion. Every step is
+// that of rows.h and core/codec.h, so the integer paths agree with the scalar reference to the bit.
+
+SIMD F exp_poly(F x) {
+  x = max(splat(-87.0f), x);
+  x = min(splat(89.0f), x);
+  const F shifted = fma(x, splat(0x1.715476p+0f), splat(0x1.8p23f));
+  const F n = sub(shifted, splat(0x1.8p23f));
+  F r = fma(n, splat(-0x1.62e4p-1f), x);
+  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
+  F p = splat(0x1.6b7a7ap-10f);
+  p = fma(p, r, splat(0x1.1239dap-7f));
+  p = fma(p, r, splat(0x1.555a7ep-5f));
+  p = fma(p, r, splat(0x1.5554dap-3f));
+  p = fma(p, r, splat(0x1.fffffap-2f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  return mul(p, floats(shift_left<23>(add(bits(shifted), splat(127)))));
+}
+
+SIMD F sigmoid_times(F x, F z) { return div(x, add(splat(1.0f), exp_poly(negate(z)))); }
+
+SIMD F gelu(F x) {
+  const F z = mul(abs(x), splat(0x1.6a09e6p-1f));
+  const F t = div(splat(1.0f), fma(z, splat(0.3275911f), splat(1.0f)));
+  F p = splat(1.061405429f);
+  p = fma(p, t, splat(-1.453152027f));
+  p = fma(p, t, splat(1.421413741f));
+  p = fma(p, t, splat(-0.284496736f));
+  p = fma(p, t, splat(0.254829592f));
+  const F tail = mul(mul(splat(0.5f), mul(p, t)), exp_poly(negate(mul(z, z))));
+  return mul(x, select(less(x, splat(0.0f)), tail, sub(splat(1.0f), tail)));
+}
+
+SIMD F gelu_tanh(F x) {
+  const F inner = fma(mul(x, x), splat(0.044715f * 1.5957691216f), splat(1.5957691216f));
+  return sigmoid_times(x, mul(x, inner));
+}
+
+template <Epilogue E>
+SIMD F activate(F x) {
+  if constexpr (E == Epilogue::relu) return max(splat(0.0f), x);
+  if constexpr (E == Epilogue::gelu) return gelu(x);
+  if constexpr (E == Epilogue::gelu_tanh) return gelu_tanh(x);
+  if constexpr (E == Epilogue::silu) return sigmoid_times(x, x);
+  return x;
+}
+
+// What a tile hands over: sums[rows][blocks * 16], after the weight's scales.
+struct TileSums {
+  const float* sums;
+  const float* bias;  // [blocks * 16], 0 where there is none
+  int64_t row, block;
+  int rows, blocks;
+};
+using Finish = void (*)(const LinearArgs&, const TileSums&);
+
+// int_mm: the sums are int32 and leave as they are.
+void finish_int32(const LinearArgs& a, const TileSums& t) {
+  for (int r = 0; r < t.rows; ++r) {
+    const int64_t column = t.block * kLanes;
+    const int64_t count = a.n - column < t.blocks * kLanes ? a.n - column : t.blocks * kLanes;
+    std::memcpy(static_cast<int32_t*>(a.y) + (t.row + r) * a.n + column,
+                t.sums + r * t.blocks * kLanes, static_cast<size_t>(count) * 4);
+  }
+}
+
+template <DType Y, Epilogue E>
+void finish(const LinearArgs& a, const TileSums& t) {
+  const bool has_zero = a.activation == Activation::int8_asymmetric;
+  for (int v = 0; v < t.blocks * (kLanes / kWidth); ++v) {
+    const int64_t column = t.block * kLanes + v * kWidth;
+    if (column >= a.n) return;
+    const int count = static_cast<int>(a.n - column < kWidth ? a.n - column : kWidth);
+    const int64_t block = t.block + v * kWidth / kLanes;
+    const F bias = load(t.bias + v * kWidth);
+    F weight_sum = splat(0.0f);
+    if (has_zero) {
+      weight_sum = load(reinterpret_cast<const float*>(a.packed + block * a.shape.bytes +
+                                                       a.shape.bias) + v * kWidth % kLanes);
+    }
+    for (int r = 0; r < t.rows; ++r) {
+      const int64_t row = t.row + r;
+      F sum = load(t.sums + r * t.blocks * kLanes + v * kWidth);
+      if (has_zero) sum = fma(splat(-a.row_zero[row]), weight_sum, sum);
+      // Float activations have no scale: 1 * sum + bias rounds like sum + bias.
+      const float scale = a.activation == Activation::float_ ? 1.0f : a.row_scale[row];
+      const F y = activate<E>(fma(splat(scale), sum, bias));
+      if (count == kWidth) {
+        store_as<Y>(a.y, row * a.n + column, y);
+      } else {
+        store_as<Y>(a.y, row * a.n + column, y, count);
+      }
+    }
+  }
+}
+
+template <DType Y>
+Finish finish_for(Epilogue epilogue) {
+  switch (epilogue) {
+    case Epilogue::none:
+      return finish<Y, Epilogue::none>;
+    case Epilogue::relu:
+      return finish<Y, Epilogue::relu>;
+    case Epilogue::gelu:
+      return finish<Y, Epilogue::gelu>;
+    case Epilogue::gelu_tanh:
+      return finish<Y, Epilogue::gelu_tanh>;
+    case Epilogue::silu:
+      break;
+  }
+  return finish<Y, Epilogue::silu>;
+}
+
+Finish finish_for(const LinearArgs& a) {
+  if (a.y_type == DType::i32) return finish_int32;
+  if (a.y_type == DType::f32) return finish_for<DType::f32>(a.epilogue);
+  if (a.y_type == DType::bf16) return finish_for<DType::bf16>(a.epilogue);
+  return finish_for<DType::f16>(a.epilogue);
+}
+
+// Bias of the features from `column` on, as floats; 0 past the end.
+void load_bias(const LinearArgs& a, int64_t column, int count, float* out) {
+  for (int i = 0; i < count; ++i) {
+    const bool there = a.bias != nullptr && column + i < a.n;
+    out[i] = there ? load_float(a.bias, a.bias_type, column + i) : 0.0f;
+  }
+}

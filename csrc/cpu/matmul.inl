@@ -1,0 +1,178 @@
+// y = x . W, tiles of rows by blocks of 16 output features. A policy (matmul_avx2.inl,
+// matmul_avx512.inl) computes a group's dot products; here they are scaled and added up in the one
+// order that every ISA and every tile size keeps, per output: S = fma(sum, scale, S), group after
+// group from 0.
+
+// kWidth scales of group and lane `at` on.
+SIMD F load_scale(const LinearArgs& a, const uint8_t* weight, int64_t at) {
+  const uint8_t* scales = weight + a.shape.scales;
+  switch (a.layout.scale) {
+    case DType::f32:
+      return load_as<DType::f32>(scales, at);
+    case DType::bf16:
+      return load_as<DType::bf16>(scales, at);
+    default:
+      return load_as<DType::f16>(scales, at);
+  }
+}
+
+// Zero points as the codes are stored, kWidth of them.
+SIMD I load_zero(const LinearArgs& a, const uint8_t* weight, int64_t at) {
+  if (a.layout.symmetric) return splat(symmetric_zero(a.layout.format));
+  return load_i8(weight + a.shape.zeros + at);
+}
+
+// Where the accumulators of `Rows` rows start: minus what their products count too much, that is
+// the weight's zero point times the row's codes and the flip of those codes times the weight's.
+template <class Tile, int Rows>
+SIMD void start(const LinearArgs& a, const uint8_t* weight, int64_t at, const int32_t* group_sums,
+                I (&out)[Rows]) {
+  I first = splat(0);
+  if constexpr (Tile::kFlipped) {
+    const uint8_t* sums = weight + a.shape.sums;
+    first = sub(first, shift_left<7>(load(reinterpret_cast<const int32_t*>(sums) + at)));
+  }
+  if (!a.layout.symmetric) {
+    const I zero = load_i8(weight + a.shape.zeros + at);
+    unroll<Rows>([&](auto r) INLINE { out[r] = sub(first, multiply(zero, splat(group_sums[r]))); });
+  } else if constexpr (Tile::kFormat == Format::int4) {
+    unroll<Rows>([&](auto r) INLINE { out[r] = splat(-kInt4Offset * group_sums[r]); });
+  } else {
+    unroll<Rows>([&](auto r) INLINE { out[r] = first; });
+  }
+}
+
+template <class Tile, int Rows, int Blocks>
+void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Finish finish) {
+  const BlockShape& s = a.shape;
+  const uint8_t* weight = a.packed + block * s.bytes;
+  const uint8_t* panel = a.panel + row * s.k_padded * kBytes<Tile>;
+  const int32_t* group_sums = a.group_sums + row * s.groups;
+  constexpr int kParts = kLanes / kWidth;  // vectors of a block
+  constexpr int kVectors = Blocks * kParts;
+  alignas(64) float total[Rows][Blocks * kLanes] = {};
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const int64_t begin = s.padded_begin(g);
+    const uint8_t* codes[Blocks];
+    unroll<Blocks>([&](auto b) INLINE {
+      codes[b] = weight + b * s.bytes + code_offset(Tile::kFormat, begin, 0);
+    });
+    const int64_t steps = s.padded_length(g) / kGroupPad;
+    typename Tile::Sum sums[kVectors][Rows];
+    if constexpr (Tile::kFloat) {
+      I zero[kVectors];
+      unroll<kVectors>([&](auto v) INLINE {
+        zero[v] = load_zero(a, weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth);
+        unroll<Rows>([&](auto r) INLINE { sums[v][r] = splat(0.0f); });
+      });
+      Tile::accumulate(sums, zero, panel + begin * Rows * kBytes<Tile>, codes, steps);
+    } else {
+      unroll<kVectors>([&](auto v) INLINE {
+        start<Tile>(a, weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth,
+                    group_sums + g * Rows, sums[v]);
+      });
+      Tile::accumulate(sums, panel + begin * Rows * kBytes<Tile>, codes, steps);
+    }
+    unroll<kVectors>([&](auto v) INLINE {
+      const int64_t at = g * kLanes + v % kParts * kWidth;
+      const F scale = load_scale(a, weight + v / kParts * s.bytes, at);
+      unroll<Rows>([&](auto r) INLINE {
+        float* sum = &total[r][v * kWidth];
+        if constexpr (Tile::kFloat) {
+          store(sum, fma(sums[v][r], scale, load(sum)));
+        } else if (a.y_type == DType::i32) {
+          store(reinterpret_cast<int32_t*>(sum), sums[v][r]);
+        } else {
+          store(sum, fma(to_float(sums[v][r]), scale, load(sum)));
+        }
+      });
+    });
+  }
+  finish(a, {&total[0][0], bias, row, block, Rows, Blocks});
+}
+
+// ---- Choosing a tile ----------------------------------------------------------------------------
+
+using TileKernel = void (*)(const LinearArgs&, int64_t block, int64_t row, const float* bias,
+                            Finish);
+
+constexpr int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
+
+template <class Tile>
+struct TileKernels {
+  TileKernel of[Tile::kRows][Tile::kBlocks];  // [rows - 1][blocks - 1]
+};
+template <class Tile, int... Index>
+constexpr TileKernels<Tile> tile_kernels(std::integer_sequence<int, Index...>) {
+  constexpr int kBlocks = Tile::kBlocks;
+  return {{tile<Tile, Index / kBlocks + 1,
+                least(Index % kBlocks + 1, Tile::blocks(Index / kBlocks + 1))>...}};
+}
+
+template <class Tile>
+void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t row_begin,
+               int64_t row_end) {
+  static constexpr TileKernels<Tile> kernels =
+      tile_kernels<Tile>(std::make_integer_sequence<int, Tile::kRows * Tile::kBlocks>{});
+  const Finish finish = finish_for(a);
+  alignas(64) float bias[Tile::kBlocks * kLanes];
+  for (int64_t block = block_begin; block < block_end; block += Tile::kBlocks) {
+    const int blocks = least(block_end - block, Tile::kBlocks);
+    load_bias(a, block * kLanes, blocks * kLanes, bias);
+    for (int64_t row = row_begin; row < row_end; row += Tile::kRows) {
+      const int rows = tile_rows<Tile>(a, row);
+      for (int b = 0; b < blocks; b += Tile::blocks(rows)) {
+        const int width = least(blocks - b, Tile::blocks(rows));
+        kernels.of[rows - 1][width - 1](a, block + b, row, bias + b * kLanes, finish);
+      }
+    }
+  }
+}
+
+// ---- Table entries ------------------------------------------------------------------------------
+
+template <class Body>
+inline auto with_tile(const Layout& layout, Activation activation, const Body& body) {
+  const bool is_float = activation == Activation::float_;
+  switch (layout.format) {
+    case Format::int8:
+      return is_float ? body(A16<Format::int8>{}) : body(W8A8{});
+    case Format::int4:
+      return is_float ? body(A16<Format::int4>{}) : body(W4A8{});
+    default:
+      return body(A16<Format::nf4>{});
+  }
+}
+
+int row_tile(const LinearArgs& a) {
+  return with_tile(a.layout, a.activation, [](auto tile) { return decltype(tile)::kRows; });
+}
+
+int block_tile(const LinearArgs& a) {
+  return with_tile(a.layout, a.activation, [&](auto tile) {
+    using Tile = decltype(tile);
+    return Tile::blocks(least(a.rows, Tile::kRows));
+  });
+}
+
+int64_t panel_bytes(const LinearArgs& a) {
+  return with_tile(a.layout, a.activation, [&](auto tile) {
+    return a.rows * a.shape.k_padded * kBytes<decltype(tile)>;
+  });
+}
+
+void prepare(const LinearArgs& a, int64_t begin, int64_t end) {
+  with_tile(a.layout, a.activation,
+            [&](auto tile) { prepare_as<decltype(tile)>(a, begin, end); });
+}
+
+void linear(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t row_begin,
+            int64_t row_end) {
+  with_tile(a.layout, a.activation, [&](auto tile) {
+    linear_as<decltype(tile)>(a, block_begin, block_end, row_begin, row_end);
+  });
+}
+
+const char* linear_name(const Layout& layout, Activation activation, int64_t) {
+  return with_tile(layout, activation, [](auto tile) { return decltype(tile)::kName; });
+}

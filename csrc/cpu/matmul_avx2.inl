@@ -1,0 +1,163 @@
+// Dot products of a tile for AVX2; matmul_avx512.inl has the same policies. Two ymm hold the 16
+// output features of a block. vpmaddubsw saturates, so the int8 weights do not use it and the int4
+// weights only as often as a 16-bit sum can take.
+
+SIMD I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
+SIMD I load_half(const uint8_t* p) {
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+}
+SIMD I broadcast_unit(const uint8_t* p) {
+  int32_t unit;
+  std::memcpy(&unit, p, 4);
+  return splat(unit);
+}
+
+// Two products of int16 added to an int32, and two of an unsigned and a signed byte added to an
+// int16. Inline assembly because GCC 12 reorders the additions and then runs out of registers.
+SIMD void dot2_words(I& sum, I x, I weight) {
+  I product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sum), "=x"(product)
+      : "x"(x), "x"(weight));
+}
+SIMD void dot2_bytes(I& sum, I unsigned_bytes, I signed_bytes) {
+  I product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+      : "+x"(sum), "=x"(product)
+      : "x"(unsigned_bytes), "x"(signed_bytes));
+}
+
+// How far ahead of the codes in use the next ones are asked for, in bytes.
+constexpr int64_t kPrefetch = 1024;
+SIMD void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
+}
+
+// int8 weights, widened to int16: the even bytes of a line are one operand of vpmaddwd, the odd ones
+// the other, so that a lane keeps its four k. Units are the int16 codes of k 0, 2 and of k 1, 3.
+struct W8A8 {
+  static constexpr Format kFormat = Format::int8;
+  static constexpr const char* kName = "matmul_w8a8_avx2_6x16";
+  static constexpr int kRows = 6, kBlocks = 1;
+  static constexpr int kUnit = 2;  // k per unit
+  static constexpr int blocks(int) { return 1; }
+  using Sum = I;
+  static constexpr bool kFloat = false, kFlipped = false;
+
+  static INLINE void store_units(uint8_t* out, I codes) {
+    const __m128i words = signed_words(codes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                     _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, 0xd8), 0xd8));
+  }
+
+  template <int Rows, int Vectors>
+  static INLINE void accumulate(I (&sums)[Vectors][Rows], const uint8_t* panel,
+                                const uint8_t* const* codes, int64_t steps) {
+    for (int64_t line = 0; line < steps * 2; ++line) {
+      prefetch(codes[0] + line * 64);
+      unroll<2>([&](auto odd) INLINE {
+        I weight[Vectors];
+        unroll<Vectors>([&](auto v) INLINE {
+          const I bytes = load_half(codes[v / 2] + line * 64 + v % 2 * 32);
+          weight[v] = _mm256_srai_epi16(odd ? bytes : _mm256_slli_epi16(bytes, 8), 8);
+        });
+        unroll<Rows>([&](auto r) INLINE {
+          const I x = broadcast_unit(panel + ((line * 2 + odd) * Rows + r) * 4);
+          unroll<Vectors>([&](auto v) INLINE { dot2_words(sums[v][r], x, weight[v]); });
+        });
+      });
+    }
+  }
+};
+
+// int4 weights: nibbles are vpmaddubsw's unsigned operand. A product of it is at most
+// 2 * 15 * 128 = 3840, so eight of them, 32 k, fit an int16.
+struct W4A8 {
+  static constexpr Format kFormat = Format::int4;
+  static constexpr const char* kName = "matmul_w4a8_avx2_4x16";
+  static constexpr int kRows = 4, kBlocks = 1;
+  static constexpr int kUnit = 4;
+  static constexpr int blocks(int) { return 1; }
+  using Sum = I;
+  static constexpr bool kFloat = false, kFlipped = false;
+
+  static INLINE void store_units(uint8_t* out, I codes) { store_i8(out, codes); }
+
+  template <int Rows, int Vectors>
+  static INLINE void accumulate(I (&sums)[Vectors][Rows], const uint8_t* panel,
+                                const uint8_t* const* codes, int64_t steps) {
+    const I low = _mm256_set1_epi8(0xf);
+    for (int64_t begin = 0; begin < steps; begin += 4) {
+      const int64_t end = begin + 4 < steps ? begin + 4 : steps;
+      I words[Vectors][Rows] = {};
+      for (int64_t line = begin; line < end; ++line) {
+        prefetch(codes[0] + line * 64);
+        unroll<2>([&](auto half) INLINE {
+          I weight[Vectors];
+          unroll<Vectors>([&](auto v) INLINE {
+            const I bytes = load_half(codes[v / 2] + line * 64 + v % 2 * 32);
+            weight[v] = bit_and(half == 0 ? bytes : _mm256_srli_epi16(bytes, 4), low);
+          });
+          unroll<Rows>([&](auto r) INLINE {
+            const I x = broadcast_unit(panel + ((line * 2 + half) * Rows + r) * 4);
+            unroll<Vectors>([&](auto v) INLINE { dot2_bytes(words[v][r], weight[v], x); });
+          });
+        });
+      }
+      unroll<Vectors>([&](auto v) INLINE {
+        unroll<Rows>([&](auto r) INLINE {
+          dot2_words(sums[v][r], words[v][r], _mm256_set1_epi16(1));
+        });
+      });
+    }
+  }
+};
+
+// Weights as exact small floats for activations that stay floats.
+template <Format Fmt>
+struct A16 {
+  static constexpr Format kFormat = Fmt;
+  static constexpr const char* kName = Fmt == Format::int8   ? "matmul_w8a16_avx2_6x16"
+                                       : Fmt == Format::int4 ? "matmul_w4a16_avx2_6x16"
+                                                             : "matmul_nf4a16_avx2_6x16";
+  static constexpr int kRows = 6, kBlocks = 4;
+  static constexpr int kUnit = 1;
+  // The sums of an output wait for each other; with few rows, more blocks fill the gaps.
+  static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+  using Sum = F;
+  static constexpr bool kFloat = true;
+
+  // Codes of k, less the zero points: 0 <= K < 8.
+  template <int K>
+  static INLINE F weight(const uint8_t* codes, const Table16& levels, I zero) {
+    if constexpr (Fmt == Format::int8) {
+      const I half = load_half(codes + K / 4 * 64);
+      return to_float(sub(_mm256_srai_epi32(shift_left<24 - K % 4 * 8>(half), 24), zero));
+    }
+    const I code = shift_right<K % 4 * 8 + K / 4 * 4>(load_half(codes));
+    if constexpr (Fmt == Format::nf4) return lookup(levels, code);
+    return to_float(sub(bit_and(code, splat(0xf)), zero));
+  }
+
+  template <int Rows, int Vectors>
+  static INLINE void accumulate(F (&sums)[Vectors][Rows], const I (&zero)[Vectors],
+                                const uint8_t* panel, const uint8_t* const* codes,
+                                int64_t steps) {
+    const float* x = reinterpret_cast<const float*>(panel);
+    const Table16 levels = table16(kNf4Levels);
+    constexpr int64_t kStep = code_offset(Fmt, 8, 0);
+    for (int64_t step = 0; step < steps; ++step) {
+      unroll<Vectors / 2>([&](auto b) INLINE { prefetch(codes[b] + step * kStep); });
+      unroll<8>([&](auto k) INLINE {
+        F w[Vectors];
+        unroll<Vectors>([&](auto v) INLINE {
+          w[v] = weight<k>(codes[v / 2] + step * kStep + v % 2 * 32, levels, zero[v]);
+        });
+        unroll<Rows>([&](auto r) INLINE {
+          const F xk = splat(x[(step * 8 + k) * Rows + r]);
+          unroll<Vectors>([&](auto v) INLINE { sums[v][r] = fma(xk, w[v], sums[v][r]); });
+        });
+      });
+    }
+  }
+};

@@ -1,0 +1,161 @@
+// Dot products of a tile for AVX-512 VNNI. One zmm holds the 16 output features of a block, so
+// nothing is ever summed across lanes. A policy says what the activations' units hold and how large
+// a tile is, and adds the products of 8 k at a time to the accumulators.
+
+// vpdpbusd: four products of an unsigned and a signed byte, added to an int32 without saturation.
+// Inline assembly because GCC 12 moves the intrinsic's accumulators through the stack.
+SIMD void dot4(I& sum, I unsigned_bytes, I signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+SIMD I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
+SIMD I load_line(const uint8_t* p) { return _mm512_load_si512(p); }
+SIMD I broadcast_unit(const uint8_t* p) {
+  int32_t unit;
+  std::memcpy(&unit, p, 4);
+  return splat(unit);
+}
+
+// How far ahead of the codes in use the next ones are asked for, in bytes.
+constexpr int64_t kPrefetch = 1024;
+SIMD void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
+}
+
+template <int Blocks, int Rows>
+SIMD void add_sums(I (&sums)[Blocks][Rows], const I (&more)[Blocks][Rows]) {
+  unroll<Blocks>([&](auto b) INLINE {
+    unroll<Rows>([&](auto r) INLINE { sums[b][r] = add(sums[b][r], more[b][r]); });
+  });
+}
+
+// int8 weights are the signed operand. The activations' top bit is flipped, which adds 128 to each
+// code; `start` takes 128 times the sum of the weights away.
+struct W8A8 {
+  static constexpr Format kFormat = Format::int8;
+  static constexpr const char* kName = "matmul_w8a8_avx512_8x48";
+  static constexpr int kRows = 8, kBlocks = 3;
+  static constexpr int kUnit = 4;  // k per unit
+  // Blocks of a tile of `rows`. Few rows are limited by memory, which likes one stream best.
+  static constexpr int blocks(int rows) { return rows <= 4 ? 1 : kBlocks; }
+  using Sum = I;
+  static constexpr bool kFloat = false, kFlipped = true;
+  
+  static INLINE void store_units(uint8_t* out, I codes) {
+    store_i8(out, bit_xor(codes, splat(0x80)));
+  }
+
+  template <int Rows, int Blocks>
+  static INLINE void accumulate(I (&sums)[Blocks][Rows], const uint8_t* panel,
+                                const uint8_t* const* codes, int64_t steps) {
+    // With few accumulators a second set hides the latency.
+    constexpr bool kTwo = Rows * Blocks < 8;
+    I more[Blocks][Rows] = {};
+    for (int64_t step = 0; step < steps; ++step) {
+      unroll<2>([&](auto half) INLINE {
+        I weight[Blocks];
+        unroll<Blocks>([&](auto b) INLINE {
+          const uint8_t* line = codes[b] + step * 128 + half * 64;
+          weight[b] = load_line(line);
+          prefetch(line);
+        });
+        unroll<Rows>([&](auto r) INLINE {
+          const I x = broadcast_unit(panel + ((step * 2 + half) * Rows + r) * 4);
+          unroll<Blocks>([&](auto b) INLINE {
+            dot4(kTwo && half == 1 ? more[b][r] : sums[b][r], x, weight[b]);
+          });
+        });
+      });
+    }
+    if constexpr (kTwo) add_sums(sums, more);
+  }
+};
+
+// int4 weights: nibbles are the unsigned operand, activations the signed one.
+struct W4A8 {
+  static constexpr Format kFormat = Format::int4;
+  static constexpr const char* kName = "matmul_w4a8_avx512_8x48";
+  static constexpr int kRows = 8, kBlocks = 3;
+  static constexpr int kUnit = 4;
+  static constexpr int blocks(int rows) { return rows <= 4 ? 1 : kBlocks; }
+  using Sum = I;
+  static constexpr bool kFloat = false, kFlipped = false;
+  
+  static INLINE void store_units(uint8_t* out, I codes) { store_i8(out, codes); }
+
+  template <int Rows, int Blocks>
+  static INLINE void accumulate(I (&sums)[Blocks][Rows], const uint8_t* panel,
+                                const uint8_t* const* codes, int64_t steps) {
+    constexpr bool kTwo = Rows * Blocks < 8;
+    I more[Blocks][Rows] = {};
+    const I low = _mm512_set1_epi8(0xf);
+    for (int64_t step = 0; step < steps; ++step) {
+      unroll<2>([&](auto half) INLINE {
+        I weight[Blocks];
+        unroll<Blocks>([&](auto b) INLINE {
+          const uint8_t* line = codes[b] + step * 64;
+          const I bytes = load_line(line);
+          weight[b] = bit_and(half == 0 ? bytes : _mm512_srli_epi16(bytes, 4), low);
+          if (half == 0) prefetch(line);
+        });
+        unroll<Rows>([&](auto r) INLINE {
+          const I x = broadcast_unit(panel + ((step * 2 + half) * Rows + r) * 4);
+          unroll<Blocks>([&](auto b) INLINE {
+            dot4(kTwo && half == 1 ? more[b][r] : sums[b][r], weight[b], x);
+          });
+        });
+      });
+    }
+    if constexpr (kTwo) add_sums(sums, more);
+  }
+};
+
+// Weights as exact small floats for activations that stay floats.
+template <Format Fmt>
+struct A16 {
+  static constexpr Format kFormat = Fmt;
+  static constexpr const char* kName = Fmt == Format::int8   ? "matmul_w8a16_avx512_8x48"
+                                       : Fmt == Format::int4 ? "matmul_w4a16_avx512_8x48"
+                                                             : "matmul_nf4a16_avx512_8x48";
+  static constexpr int kRows = 8, kBlocks = 3;
+  static constexpr int kUnit = 1;
+  static constexpr int blocks(int) { return kBlocks; }
+  using Sum = F;
+  static constexpr bool kFloat = true;
+
+  // Codes of k, less the zero points: 0 <= K < 8.
+  template <int K>
+  static INLINE F weight(const uint8_t* codes, const Table16& levels, I zero) {
+    if constexpr (Fmt == Format::int8) {
+      const I line = load_line(codes + K / 4 * 64);
+      return to_float(sub(_mm512_srai_epi32(shift_left<24 - K % 4 * 8>(line), 24), zero));
+    }
+    const I code = shift_right<K % 4 * 8 + K / 4 * 4>(load_line(codes));
+    if constexpr (Fmt == Format::nf4) return lookup(levels, code);
+    return to_float(sub(bit_and(code, splat(0xf)), zero));
+  }
+
+  template <int Rows, int Blocks>
+  static INLINE void accumulate(F (&sums)[Blocks][Rows], const I (&zero)[Blocks],
+                                const uint8_t* panel, const uint8_t* const* codes,
+                                int64_t steps) {
+    const float* x = reinterpret_cast<const float*>(panel);
+    const Table16 levels = table16(kNf4Levels);
+    constexpr int64_t kStep = code_offset(Fmt, 8, 0);
+    for (int64_t step = 0; step < steps; ++step) {
+      unroll<Blocks>([&](auto b) INLINE {
+        unroll<kStep / 64>([&](auto l) INLINE { prefetch(codes[b] + step * kStep + l * 64); });
+      });
+      unroll<8>([&](auto k) INLINE {
+        F w[Blocks];
+        unroll<Blocks>([&](auto b) INLINE {
+          w[b] = weight<k>(codes[b] + step * kStep, levels, zero[b]);
+        });
+        unroll<Rows>([&](auto r) INLINE {
+          const F xk = splat(x[(step * 8 + k) * Rows + r]);
+          unroll<Blocks>([&](auto b) INLINE { sums[b][r] = fma(xk, w[b], sums[b][r]); });
+        });
+      });
+    }
+  }
+};
