@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import fnmatch
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -224,11 +225,12 @@ def _why_parent_needs_float(model: nn.Module, names: list[str]) -> str | None:
         parent = model.get_submodule(path)
         if type(parent).forward is nn.TransformerEncoderLayer.forward:
             continue  # reads weights on its fused path only, which can be turned off
-        if name and child in _weights_read(type(parent)):
+        if name and child in _weights_read(type(parent)):  # type: ignore[arg-type]
             return f"{type(parent).__name__} reads {child}.weight directly"
     return None
 
 
+@functools.lru_cache(maxsize=256)
 def _weights_read(kind: type[nn.Module]) -> set[str]:
     """Names of children whose `.weight` a class reads in forward or in what forward calls.
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import share_hooks
 from qkernels.nn.fastpath import settle_fast_paths
+from qkernels.nn.storage import packed_parameter, quantize_weight
 from qkernels.plan import Step, check_patterns, is_listed, make_plan, own_bytes, tensor_key
 from qkernels.schemes import Scheme
 from qkernels.summary import ModuleRow, Summary
@@ -22,6 +23,7 @@ DEFAULT_IGNORE = ("lm_head",)
 _BYTES_WORTH_A_BAR = 256 << 20
 
 
+@torch.inference_mode(False)  # what is made must be usable outside of it
 def quantize_(
     model: nn.Module,
     scheme: Scheme | Mapping[str, Scheme],
@@ -150,10 +152,13 @@ def quantized_like_float(module: nn.Module, scheme: Scheme, twin: QModule | None
     """
     made_by: type[QLinear] | type[QEmbedding]
     made_by = QLinear if isinstance(module, nn.Linear) else QEmbedding
-    if twin is None:
-        return made_by.from_float(module, scheme)  # type: ignore[arg-type]
     new = made_by.shell(module, scheme)  # type: ignore[arg-type]
-    new.packed = twin.packed
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    if twin is None:
+        new.packed = packed_parameter(quantize_weight(weight, scheme), scheme)
+    else:
+        new.packed = twin.packed
     return new
 
 
