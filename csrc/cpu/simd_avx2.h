@@ -49,11 +49,10 @@ SIMD I shift_right(I x) { return _mm256_srli_epi32(x, Count); }  // fills with z
 SIMD F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 SIMD I round_int(F x) { return _mm256_cvtps_epi32(x); }  // half to even
 
-// ---- Comparisons: false when an operand is NaN, but for not_less_equal and is_nan ---------------
+// ---- Comparisons: false when an operand is NaN ---------------------------------------------------
 
 SIMD M less(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_LT_OQ)}; }
 SIMD M greater(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_GT_OQ)}; }
-SIMD M not_less_equal(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_NLE_UQ)}; }
 SIMD M greater(I a, I b) { return {floats(_mm256_cmpgt_epi32(a, b))}; }
 SIMD M equal(I a, I b) { return {floats(_mm256_cmpeq_epi32(a, b))}; }
 SIMD M is_nan(F x) { return {_mm256_cmp_ps(x, x, _CMP_UNORD_Q)}; }
@@ -62,8 +61,7 @@ SIMD I select(M m, I yes, I no) { return _mm256_blendv_epi8(no, yes, bits(m.lane
 SIMD F zero_unless(M m, F x) { return _mm256_and_ps(m.lanes, x); }
 SIMD I zero_unless(M m, I x) { return _mm256_and_si256(bits(m.lanes), x); }
 SIMD F zero_nan(F x) { return _mm256_and_ps(_mm256_cmp_ps(x, x, _CMP_ORD_Q), x); }
-// 2 * x + m: how a binary search walks.
-SIMD I double_plus(I x, M m) { return sub(add(x, x), bits(m.lanes)); }
+SIMD I increment(I x, M m) { return sub(x, bits(m.lanes)); }  // where true
 
 // ---- Reductions ---------------------------------------------------------------------------------
 
@@ -90,14 +88,11 @@ SIMD int32_t reduce_add(I x) {
 
 // ---- Tables -------------------------------------------------------------------------------------
 
-// Entries by index; only the bits that the table needs are read.
-struct Table8 { F entries; };
+// 16 entries; an index is read modulo 16.
 struct Table16 { F low, high; };
-SIMD Table8 table8(const float* entries) { return {_mm256_loadu_ps(entries)}; }
 SIMD Table16 table16(const float* entries) {
   return {_mm256_loadu_ps(entries), _mm256_loadu_ps(entries + 8)};
 }
-SIMD F lookup(const Table8& t, I index) { return _mm256_permutevar8x32_ps(t.entries, index); }
 SIMD F lookup(const Table16& t, I index) {
   // Bit 3 in the sign picks the half.
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index),

@@ -45,11 +45,10 @@ SIMD I shift_right(I x) { return _mm512_srli_epi32(x, Count); }  // fills with z
 SIMD F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 SIMD I round_int(F x) { return _mm512_cvtps_epi32(x); }  // half to even
 
-// ---- Comparisons: false when an operand is NaN, but for not_less_equal and is_nan ---------------
+// ---- Comparisons: false when an operand is NaN ---------------------------------------------------
 
 SIMD M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 SIMD M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-SIMD M not_less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 SIMD M greater(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }
 SIMD M equal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
 SIMD M is_nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
@@ -58,11 +57,7 @@ SIMD I select(M m, I yes, I no) { return _mm512_mask_blend_epi32(m, no, yes); }
 SIMD F zero_unless(M m, F x) { return _mm512_maskz_mov_ps(m, x); }
 SIMD I zero_unless(M m, I x) { return _mm512_maskz_mov_epi32(m, x); }
 SIMD F zero_nan(F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x); }
-// 2 * x + m: how a binary search walks.
-SIMD I double_plus(I x, M m) {
-  const I twice = _mm512_add_epi32(x, x);
-  return _mm512_mask_add_epi32(twice, m, twice, splat(1));
-}
+SIMD I increment(I x, M m) { return _mm512_mask_add_epi32(x, m, x, splat(1)); }  // where true
 
 // ---- Reductions ---------------------------------------------------------------------------------
 
@@ -73,14 +68,9 @@ SIMD int32_t reduce_add(I x) { return _mm512_reduce_add_epi32(x); }
 
 // ---- Tables -------------------------------------------------------------------------------------
 
-// Entries by index; only the bits that the table needs are read.
-struct Table8 { F entries; };
+// 16 entries; an index is read modulo 16.
 struct Table16 { F entries; };
-SIMD Table8 table8(const float* entries) {
-  return {_mm512_broadcast_f32x8(_mm256_loadu_ps(entries))};
-}
 SIMD Table16 table16(const float* entries) { return {_mm512_loadu_ps(entries)}; }
-SIMD F lookup(const Table8& t, I index) { return _mm512_permutexvar_ps(index, t.entries); }
 SIMD F lookup(const Table16& t, I index) { return _mm512_permutexvar_ps(index, t.entries); }
 
 // ---- Floats in memory ---------------------------------------------------------------------------
