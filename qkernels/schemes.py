@@ -55,9 +55,9 @@ class Scheme:
                 raise TypeError(f"{name}: {flag} is {value!r}; expected True or False")
         if not isinstance(self.group_size, int) or isinstance(self.group_size, bool):
             raise TypeError(f"{name}: group_size is {self.group_size!r}; expected an integer")
-        if self.group_size != -1 and self.group_size < 1:
+        if self.group_size != -1 and not 1 <= self.group_size < 1 << 31:
             raise ValueError(
-                f"{name}: group_size is {self.group_size}; expected at least 1, or -1 for one "
+                f"{name}: group_size is {self.group_size}; expected 1 to 2^31 - 1, or -1 for one "
                 "scale per row"
             )
         if self.activation not in ACTIVATIONS:

@@ -24,7 +24,7 @@ from qkernels.io.save import full_name, own_tensors, uncompiled, why_not_storabl
 from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import why_not_replaceable
 from qkernels.nn.fastpath import settle_fast_paths
-from qkernels.nn.module import WEIGHT_KEYS
+from qkernels.nn.storage import WEIGHT_KEYS
 from qkernels.quantize import replace_everywhere
 
 

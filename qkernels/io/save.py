@@ -167,10 +167,11 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         raise IsADirectoryError(f"save_model: {str(path)!r} is a folder; give the name of a file")
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        beside.touch(0o666)
-        if target.exists():
-            beside.chmod(target.stat().st_mode & 0o777)
+        # The library makes a file that only its owner can read.
+        beside.touch()
+        mode = (target if target.exists() else beside).stat().st_mode & 0o777
         save_file(tensors, beside, metadata)
+        beside.chmod(mode)
         _to_disk(beside)
         os.replace(beside, target)
         _to_disk(target.parent)

@@ -1,0 +1,84 @@
+"""The package itself: what import gives, how fast, and what it says when it cannot work."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+import qkernels as qk
+from qkernels import _C
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(code, cwd=None):
+    environment = {**os.environ, "PYTHONPATH": str(cwd or ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=cwd
+    )
+
+
+def test_every_public_name_exists():
+    for name in qk.__all__:
+        assert getattr(qk, name) is not None
+    assert set(qk.__all__) <= set(dir(qk))
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        _ = qk.quantise
+
+
+def test_functions_are_not_hidden_by_modules_of_their_names():
+    code = (
+        "import qkernels.doctor, qkernels.explain, qkernels.quantize, qkernels.report\n"
+        "import qkernels as qk\n"
+        "assert all(callable(f) for f in (qk.doctor, qk.explain, qk.quantize, qk.compare))"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_version():
+    try:
+        expected = version("qkernels")
+    except PackageNotFoundError:
+        expected = _C.build_info()["version"]
+    assert qk.__version__ == expected
+
+
+def test_import_needs_no_optional_package():
+    code = (
+        "import sys\n"
+        "import torch\n"
+        "before = set(sys.modules)\n"
+        "for name in ('matplotlib', 'transformers', 'sklearn'):\n"
+        "    sys.modules[name] = None\n"
+        "import qkernels\n"
+        "loaded = {m.partition('.')[0] for m in set(sys.modules) - before if sys.modules[m]}\n"
+        "print(loaded & {'rich', 'matplotlib', 'transformers', 'sklearn', 'scipy'})"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "set()"
+
+
+def test_a_missing_or_foreign_library_is_one_sentence(tmp_path):
+    package = tmp_path / "qkernels"
+    package.mkdir()
+    (package / "__init__.py").write_text((ROOT / "qkernels" / "__init__.py").read_text())
+    result = run("import qkernels", cwd=tmp_path)
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: qkernels' compiled library")
+    assert "torch >= 2.10" in message
+    assert "pip install" in message
+    (package / "_C.abi3.so").write_bytes(b"not a library")
+    result = run("import qkernels", cwd=tmp_path)
+    message = result.stderr.strip().splitlines()[-1]
+    assert "missing or does not load" in message
+
+
+def test_torch_missing_is_one_sentence():
+    result = run("import sys; sys.modules['torch'] = None; import qkernels")
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: qkernels needs torch >= 2.10")
