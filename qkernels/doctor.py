@@ -76,38 +76,34 @@ class Doctor:
 
     def print(self) -> None:
         """Print the findings with colours if the terminal has them."""
-        from rich.console import Console
+        from qkernels.terminal import console
 
-        self._print_to(Console())
+        console().print(self._renderable())
 
     def __str__(self) -> str:
-        import io
+        from qkernels.terminal import plain_text
 
-        from rich.console import Console
-
-        buffer = io.StringIO()
-        self._print_to(Console(file=buffer, width=110, color_system=None))
-        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        return plain_text(self._renderable())
 
     def _with_status(self, status: str) -> Iterator[Finding]:
         return (f for section in self.sections for f in section.findings if f.status == status)
 
-    def _print_to(self, console: Any) -> None:
+    def _renderable(self) -> Any:
+        from rich.console import Group
         from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
+        parts: list[Any] = []
         for section in self.sections:
-            console.print(f"[bold]{escape(section.title)}[/]")
             table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 1))
             table.add_column(width=1)
             table.add_column(no_wrap=True)
             table.add_column(overflow="fold")
             for finding in section.findings:
                 table.add_row(_MARKS[finding.status], escape(finding.name), escape(finding.text))
-            console.print(table)
-            console.print()
-        style = "bold red" if self.broken else "bold"
-        console.print(f"[{style}]{escape(self.verdict)}[/]")
+            parts += [Text(section.title, style="bold"), table, ""]
+        return Group(*parts, Text(self.verdict, style="bold red" if self.broken else "bold"))
 
 
 def doctor() -> Doctor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qkernels import _C
 from qkernels.nn import QEmbedding, QLinear
 from qkernels.nn.module import QModule
-from qkernels.report import words
 from qkernels.report.outputs import Caller, evaluating
+from qkernels.summary import size_text
 
 
 def explain(module: nn.Module, x: Any) -> str:
@@ -163,7 +163,7 @@ def _storage(module: QModule) -> str:
     per = "row" if group == -1 else f"group of {group}"
     zero = "" if layout["symmetric"] else " and a zero point"
     return (
-        f"The weight is {words.size(module.packed.nbytes)} packed, {_bits(module)}: "
+        f"The weight is {size_text(module.packed.nbytes)} packed, {_bits(module)}: "
         f"{layout['format']} codes, a {layout['scale_dtype']} scale{zero} for each {per}."
     )
 
@@ -175,7 +175,7 @@ def _bits(module: QModule) -> str:
     elif isinstance(module, QLinear):
         weights = module.in_features * module.out_features
     else:
-        return words.size(module.packed.nbytes)
+        return size_text(module.packed.nbytes)
     return f"{8 * module.packed.nbytes / max(weights, 1):.2f} bits per weight"
 
 

@@ -118,5 +118,5 @@ def _time_once(call: Callable[[], object]) -> float:
 
 
 def _finish_device_work() -> None:
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()

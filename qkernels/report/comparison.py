@@ -16,11 +16,11 @@ from qkernels.report.machine import machine_facts
 from qkernels.report.modules import is_compiled, is_quantized, kind_of, label_of
 from qkernels.report.outputs import (
     Caller,
-    drop_padding,
     evaluating,
     main_output,
-    padding_mask,
+    real_tokens,
     shape_text,
+    without_padding,
 )
 from qkernels.report.report import Latency, Layer, Metric, Report
 from qkernels.report.size import bytes_under, module_bytes
@@ -175,13 +175,13 @@ class _Comparison:
 
     def add(self, batch: Any, metric: Callable[[Any, Any], float] | None) -> None:
         """Run both models on one batch and add what they answer to the sums."""
-        mask = padding_mask(batch)
+        tokens = real_tokens(batch)
         if self.probe is None:
             reference_answer, answer = self.call_reference(batch), self.call_model(batch)
         else:
-            with self.probe.on_reference(mask):
+            with self.probe.on_reference(tokens):
                 reference_answer = self.call_reference(batch)
-            with self.probe.on_model(mask):
+            with self.probe.on_model(tokens):
                 answer = self.call_model(batch)
         expected, actual = main_output(reference_answer), main_output(answer)
         if expected.tensor.shape != actual.tensor.shape:
@@ -195,9 +195,9 @@ class _Comparison:
             self.output = actual.name
             if self.agreement is None:
                 self.agreement = looks_like_logits(expected.name, expected.tensor)
-        out = drop_padding(actual.tensor, mask)
+        out = without_padding(actual.tensor, tokens)
         self.padded |= out.shape != actual.tensor.shape
-        ref = drop_padding(expected.tensor, mask)
+        ref = without_padding(expected.tensor, tokens)
         self.rows.add(out, ref, agreement=bool(self.agreement))
         self.noise.add(out, ref)
         if metric is not None:

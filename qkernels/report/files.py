@@ -16,16 +16,13 @@ def write_atomically(path: str | PathLike[str], text: str) -> None:
         text: the whole content.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
+        OSError: the folder does not exist, or the file cannot be written.
 
     Example:
         >>> write_atomically("/tmp/qkernels-example.txt", "hello")
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"cannot write '{target}': folder '{target.parent}' does not exist; create it first"
-        )
+    check_folder(target)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     temporary = Path(name)
     try:
@@ -36,6 +33,25 @@ def write_atomically(path: str | PathLike[str], text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_folder(path: str | PathLike[str]) -> None:
+    """Refuse a file that cannot be written later, before the work for it starts.
+
+    Args:
+        path: a file to write.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder itself.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write '{target}': folder '{target.parent}' does not exist; create it first"
+        )
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write '{target}': it is a folder; give a file's name")
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ from string import Template
 from qkernels.report import plots, words
 from qkernels.report.report import Layer, Report
 from qkernels.report.text import explanation, summary_rows
+from qkernels.summary import size_text
 
 _WORST = 3  # that many of the lowest own SQNRs are marked
 
@@ -39,7 +40,7 @@ def _tiles(report: Report) -> list[str]:
         _tile(
             words.times(report.compression),
             "smaller" if report.compression >= 1 else "the size, as a fraction",
-            f"{words.size(report.reference_bytes)} → {words.size(report.bytes)}",
+            f"{size_text(report.reference_bytes)} → {size_text(report.bytes)}",
         )
     ]
     if report.latency is not None:
@@ -151,7 +152,7 @@ def _layer_row(position: int, layer: Layer, limit: float) -> str:
         f"<td class=name>{escape(layer.name)}</td><td class=name>{escape(layer.kind)}</td>"
         f"<td>{sqnr}</td><td{mark}>{words.decibel(layer.own_sqnr_db)}</td>"
         f"<td>{words.number(layer.max_abs_error)}</td>"
-        f"<td>{words.size(layer.reference_bytes)}</td><td>{words.size(layer.bytes)}</td></tr>"
+        f"<td>{size_text(layer.reference_bytes)}</td><td>{size_text(layer.bytes)}</td></tr>"
     )
 
 

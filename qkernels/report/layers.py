@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qkernels.report.accumulate import Noise
-from qkernels.report.outputs import drop_padding, to_device
+from qkernels.report.outputs import Tokens, to_device, without_padding
 
 
 @dataclass
@@ -50,21 +50,21 @@ class LayerProbe:
         self.records: dict[str, LayerRecord] = {}  # in the order of first execution
         self._is_quantized = is_quantized
         self._held: dict[str, list[Tensor]] = {}
-        self._mask: Tensor | None = None
+        self._tokens: Tokens | None = None
         self._busy = False  # the probe itself runs a layer, which the two models may share
 
     @contextmanager
-    def on_reference(self, mask: Tensor | None) -> Iterator[None]:
+    def on_reference(self, tokens: Tokens | None) -> Iterator[None]:
         """Hold what every layer of the reference answers in the enclosed run."""
-        self._mask = mask
+        self._tokens = tokens
         self._held = {}
         with _hooks(self.reference_layers, self._from_reference):
             yield
 
     @contextmanager
-    def on_model(self, mask: Tensor | None) -> Iterator[None]:
+    def on_model(self, tokens: Tokens | None) -> Iterator[None]:
         """Compare every layer of the model with what is held; hold nothing afterwards."""
-        self._mask = mask
+        self._tokens = tokens
         try:
             with _hooks(self.model_layers, self._from_model):
                 yield
@@ -77,7 +77,8 @@ class LayerProbe:
             return
         record = self.records.setdefault(name, LayerRecord(name))
         # A clone, because a module behind (ReLU(inplace=True)) may overwrite the output.
-        self._held.setdefault(name, []).append(drop_padding(tensor.detach(), self._mask).clone())
+        held = without_padding(tensor.detach(), self._tokens).clone()
+        self._held.setdefault(name, []).append(held)
         layer = self.model_layers[name]
         if self._is_quantized(layer):
             device = next(layer.parameters()).device
@@ -88,7 +89,7 @@ class LayerProbe:
                 self._busy = False
             if own is not None:
                 record.own = record.own or Noise()
-                _add(name, record.own, drop_padding(own, self._mask), self._held[name][-1])
+                _add(name, record.own, without_padding(own, self._tokens), held)
 
     def _from_model(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
         tensor, held = _floating(output), self._held.get(name)
@@ -96,7 +97,7 @@ class LayerProbe:
             return
         record = self.records[name]
         record.calls += 1
-        _add(name, record.total, drop_padding(tensor, self._mask), held.pop(0))
+        _add(name, record.total, without_padding(tensor, self._tokens), held.pop(0))
 
 
 def _add(name: str, noise: Noise, output: Tensor, reference: Tensor) -> None:

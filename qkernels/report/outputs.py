@@ -153,17 +153,31 @@ def main_output(output: Any) -> MainOutput:
     )
 
 
-def padding_mask(batch: Any) -> Tensor | None:
-    """The boolean `attention_mask` of a Hugging Face batch (True = a real token), if it has one."""
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens of a batch are real: the batch's shape [batch, tokens], and their positions."""
+
+    shape: tuple[int, int]
+    positions: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The real tokens' rows [tokens, ...] of a tensor [batch, tokens, ...], else all of it."""
+        if tensor.dim() < 3 or tensor.shape[:2] != self.shape:
+            return tensor
+        return tensor.flatten(0, 1).index_select(0, self.positions.to(tensor.device))
+
+
+def real_tokens(batch: Any) -> Tokens | None:
+    """What the `attention_mask` of a Hugging Face batch says; None if there is no padding."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return Tokens((mask.shape[0], mask.shape[1]), mask.flatten().nonzero().flatten())
 
 
-def drop_padding(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of real tokens, [tokens, ...], if the tensor starts with the mask's shape."""
-    if mask is None or tensor.dim() < 3 or tensor.shape[:2] != mask.shape:
-        return tensor
-    return tensor[mask.to(tensor.device)]
+def without_padding(tensor: Tensor, tokens: Tokens | None) -> Tensor:
+    """The rows of real tokens, if padding is known and the tensor has the batch's shape."""
+    return tensor if tokens is None else tokens.of(tensor)
 
 
 def shape_text(batch: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qkernels.report import words
 from qkernels.report.report import Layer, Report
+from qkernels.summary import size_text
 
 MODEL, REFERENCE, OWN = "#2f7ed8", "#98a2b3", "#e8833a"
 # Drawn as this colour, then renamed to currentColor, so that text and axes follow the page's theme.
@@ -67,13 +68,14 @@ def sizes(report: Report) -> str:
     with _style():
         figure, axes = _figure(height=1.5)
         for row, (_, total, inside) in enumerate(parts):
-            rest, left = (total - inside) / 1e6, inside / 1e6
+            rest = total - inside
             labels = ("layers that are quantized", "everything else") if row == 0 else (None, None)
-            axes.barh(row, left, color=MODEL, height=0.6, label=labels[0])
-            axes.barh(row, rest, left=left, color=REFERENCE, height=0.6, label=labels[1])
-            axes.annotate(words.size(total), (total / 1e6, row), (4, 0), va="center",
+            axes.barh(row, inside, color=MODEL, height=0.6, label=labels[0])
+            axes.barh(row, rest, left=inside, color=REFERENCE, height=0.6, label=labels[1])
+            axes.annotate(size_text(total), (total, row), (4, 0), va="center",
                           textcoords="offset points")  # fmt: skip
-        _finish_bars(axes, [name for name, _, _ in parts], "MB")
+        axes.xaxis.set_major_formatter(lambda count, _: size_text(int(count)))
+        _finish_bars(axes, [name for name, _, _ in parts], "")
         if quantized:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         return _svg(figure, "Bytes of both models")

@@ -151,16 +151,16 @@ class Report:
 
     def print(self) -> None:
         """Print the report with colours if the terminal has them."""
-        from rich.console import Console
-
         from qkernels.report.text import renderable
+        from qkernels.terminal import console
 
-        Console().print(renderable(self))
+        console().print(renderable(self))
 
     def __str__(self) -> str:
-        from qkernels.report.text import plain_text
+        from qkernels.report.text import renderable
+        from qkernels.terminal import plain_text
 
-        return plain_text(self)
+        return plain_text(renderable(self))
 
 
 def _json_safe(value: Any) -> Any:

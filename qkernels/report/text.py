@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from qkernels.report import words
 from qkernels.report.report import Layer, Report
+from qkernels.summary import size_text
 
 # More layers than this would push the summary off the screen.
 _LAYERS_SHOWN = 24
@@ -21,8 +20,8 @@ def summary_rows(report: Report) -> list[tuple[str, str, str, str]]:
     rows = [
         (
             "size",
-            words.size(report.bytes),
-            words.size(report.reference_bytes),
+            size_text(report.bytes),
+            size_text(report.reference_bytes),
             f"{words.times(report.compression)} smaller"
             if report.compression >= 1
             else f"{words.times(1 / report.compression)} larger",
@@ -151,16 +150,7 @@ def _layer_table(report: Report) -> Table:
             escape(layer.kind),
             words.decibel(layer.sqnr_db) + (" (NaN/Inf)" if layer.nonfinite else ""),
             words.decibel(layer.own_sqnr_db),
-            words.size(layer.bytes),
+            size_text(layer.bytes),
             style=None if layer.quantized else "dim",
         )
     return table
-
-
-def plain_text(report: Report, width: int = 110) -> str:
-    """The report as text without colours."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(renderable(report))
-    output = console.file
-    assert isinstance(output, io.StringIO)
-    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())

@@ -9,16 +9,6 @@ if TYPE_CHECKING:
     from qkernels.report.report import Report
 
 
-def size(count: int) -> str:
-    """Bytes in decimal units with three significant digits: 22 700 000 is `22.7 MB`."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{_three(value)} {unit}"
-        value /= 1000
-    return f"{_three(value)} TB"
-
-
 def seconds(value: float) -> str:
     """A time in the unit that fits: `65.2 ms`."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
