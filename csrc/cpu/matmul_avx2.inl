@@ -4,7 +4,7 @@
 
 SIMD I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
 SIMD I load_half(const uint8_t* p) {
-  return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 SIMD I broadcast_unit(const uint8_t* p) {
   int32_t unit;

@@ -9,7 +9,7 @@ SIMD void dot4(I& sum, I unsigned_bytes, I signed_bytes) {
 }
 
 SIMD I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
-SIMD I load_line(const uint8_t* p) { return _mm512_load_si512(p); }
+SIMD I load_line(const uint8_t* p) { return _mm512_loadu_si512(p); }
 SIMD I broadcast_unit(const uint8_t* p) {
   int32_t unit;
   std::memcpy(&unit, p, 4);
