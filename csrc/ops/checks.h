@@ -150,8 +150,7 @@ inline Layout check_layout(const char* op, int64_t id) {
   return layout;
 }
 
-// Checks that `packed` is the packed form of [out_features, in_features]; returns it contiguous and
-// on a cache line, as the kernels read it. Torch allocates so; other memory costs a copy.
+// Checks that `packed` is the packed form of [out_features, in_features]; returns it contiguous.
 inline Tensor check_packed(const char* op, const Tensor& packed, const BlockShape& shape,
                            int64_t out_features) {
   check_dtype(op, "packed", packed, ScalarType::Byte);
@@ -161,9 +160,7 @@ inline Tensor check_packed(const char* op, const Tensor& packed, const BlockShap
          shape.k, ") in this layout, got ", shape_text(packed),
          "; pack it with torch.ops.qkernels.pack and the same layout, sizes and group_size");
   }
-  const Tensor result = dense(packed);
-  const auto address = reinterpret_cast<uintptr_t>(result.const_data_ptr());
-  return address % kLine == 0 ? result : torch::stable::clone(result);
+  return dense(packed);
 }
 
 inline void check_sizes(const char* op, int64_t in_features, int64_t out_features,
