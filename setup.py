@@ -55,10 +55,10 @@ os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.
 
 
 class BuildKernels(BuildExtension):
-    """Gives the sources the version that pyproject.toml states."""
-
     def finalize_options(self):
         super().finalize_options()
+        # Editable installs would otherwise compile in a temporary folder, from nothing each time.
+        self.build_temp = f"build/{sys.implementation.cache_tag}"
         version = self.distribution.get_version()
         self.define = [*(self.define or []), ("QKERNELS_VERSION", f'"{version}"')]
 
@@ -93,9 +93,4 @@ extension = CppExtension(
 # would tie the extension to one release of torch.
 extension.libraries = ["torch_cpu"]
 
-setuptools.setup(
-    ext_modules=[extension],
-    cmdclass={"build_ext": BuildKernels},
-    # pip's editable installs would otherwise compile in a temporary folder, from nothing each time.
-    options={"build_ext": {"build_temp": f"build/{sys.implementation.cache_tag}"}},
-)
+setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": BuildKernels})
