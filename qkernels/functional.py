@@ -109,7 +109,7 @@ def quantize(
 
     Example:
         >>> quantize(torch.tensor([[1.0, -2.0, 4.0]]), "int8").data
-        tensor([[  32,  -64,  127]], dtype=torch.int8)
+        tensor([[ 32, -64, 127]], dtype=torch.int8)
     """
     data, scale, zero_point = torch.ops.qkernels.quantize(
         x, format_of(format).code, group_size, symmetric, scale_dtype

@@ -180,8 +180,8 @@ class W8A16(Scheme):
         scale_dtype: see `Scheme`.
 
     Example:
-        >>> W8A16()
-        W8A16(group_size=-1)
+        >>> W8A16().scale_dtype
+        torch.float32
     """
 
     group_size: int = -1

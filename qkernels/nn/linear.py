@@ -180,6 +180,7 @@ class QLinear(QModule):
         return self._linear(x, self.bias)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        scheme = self.scheme
         try:
             return functional.linear(
                 x,
@@ -188,10 +189,10 @@ class QLinear(QModule):
                 layout=self.layout,
                 in_features=self.in_features,
                 out_features=self.out_features,
-                group_size=self.scheme.group_size,
-                activation=self.scheme.activation,
-                x_scale=self.x_scale,
-                x_zero_point=self.x_zero_point,
+                group_size=scheme.group_size,
+                activation=scheme.activation,
+                x_scale=self.x_scale if scheme.static else None,
+                x_zero_point=self.x_zero_point if scheme.static else None,
             )
         except RuntimeError as error:
             raise self._named(error) from None

@@ -126,7 +126,7 @@ def with_header(content, text):
 @given(st.data())
 def test_any_change_of_the_metadata_is_noticed_or_harmless(good, workplace, data):
     def change(document):
-        path = data.draw(st.sampled_from(sorted(places(document), key=repr)[1:]))
+        path = data.draw(st.sampled_from(sorted(filter(len, places(document)), key=repr)))
         node = document
         for key in path[:-1]:
             node = node[key]

@@ -1,0 +1,35 @@
+"""The examples in docstrings run and print what they say."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import qkernels as qk
+
+MODULES = (
+    "qkernels",
+    "qkernels.formats",
+    "qkernels.functional",
+    "qkernels.io.file",
+    "qkernels.io.load",
+    "qkernels.io.save",
+    "qkernels.nn.embedding",
+    "qkernels.nn.linear",
+    "qkernels.plan",
+    "qkernels.quantize",
+    "qkernels.schemes",
+    "qkernels.summary",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name, tmp_path):
+    torch.manual_seed(0)
+    module = importlib.import_module(name)
+    names = {"torch": torch, "nn": nn, "qk": qk, "folder": tmp_path}
+    result = doctest.testmod(module, extraglobs=names)
+    assert result.attempted
+    assert not result.failed
