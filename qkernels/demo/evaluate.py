@@ -1,0 +1,203 @@
+"""What each model answers, how fast, and in how many bytes: the rows of the demo's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from qkernels.demo.contenders import REFERENCE
+from qkernels.demo.data import Example
+from qkernels.demo.model import Batch, SentenceClassifier, Tokenizer
+from qkernels.demo.train import accuracy, embed_all, progress_bar
+from qkernels.report.size import model_bytes
+from qkernels.timing import interleave
+
+# Shapes that latency is measured on, sentences × tokens: one request, and a batch job.
+SHAPES = ((1, 32), (32, 128))
+# Small requests run this often in a row, as in a server, so that caches hold what they would there.
+_CALLS_IN_A_ROW = 5
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Answers of one model on the test texts, beside those of the float32 model.
+
+    Args:
+        accuracy: share of right answers.
+        agreement: share of answers that are float32's.
+        cosine_mean, cosine_min: of the sentence embeddings to float32's.
+    """
+
+    accuracy: float
+    agreement: float
+    cosine_mean: float
+    cosine_min: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's line in the table.
+
+    Args:
+        name: of the model.
+        quality: its answers.
+        bytes: its parameters and buffers in memory.
+        milliseconds: median latency by shape ("1×32").
+        speedup: by shape, how many times faster than float32 in the same run.
+    """
+
+    name: str
+    quality: Quality
+    bytes: int
+    milliseconds: dict[str, float]
+    speedup: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON types, the quality's fields beside the others."""
+        plain = asdict(self)
+        return {"name": plain.pop("name"), **plain.pop("quality"), **plain}
+
+
+def measure_quality(
+    models: Mapping[str, SentenceClassifier],
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    console: Console,
+) -> dict[str, Quality]:
+    """Let every model answer all examples.
+
+    Args:
+        models: by name, the reference among them and first.
+        tokenizer: makes their batches, the same for all.
+        examples: the test texts.
+        console: for a progress bar.
+    """
+    found: dict[str, Quality] = {}
+    expected: Tensor | None = None
+    answers: Tensor | None = None
+    with torch.inference_mode():
+        for name, model in models.items():
+            embeddings = embed_all(model, tokenizer, examples, console, f"{name:14}")
+            scores = model.head(embeddings).float()
+            if expected is None or answers is None:
+                expected, answers = embeddings, scores.argmax(1)
+            cosine = F.cosine_similarity(embeddings.float(), expected, dim=1)
+            found[name] = Quality(
+                accuracy(scores, examples),
+                (scores.argmax(1) == answers).float().mean().item(),
+                cosine.mean().item(),
+                cosine.min().item(),
+            )
+    return found
+
+
+def measure_latency(
+    models: Mapping[str, SentenceClassifier], budget: float, console: Console
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of every model on every shape, interleaved in this process.
+
+    Args:
+        models: by name.
+        budget: seconds for each shape, after a round of warm-up and three timed rounds.
+        console: for a progress bar.
+    """
+    found: dict[str, dict[str, float]] = {name: {} for name in models}
+    with torch.inference_mode(), progress_bar(console) as bar:
+        task = bar.add_task("timing", total=len(SHAPES))
+        for shape in SHAPES:
+            calls = _CALLS_IN_A_ROW if shape[0] == 1 else 1
+            batch = _tokens(shape, models[REFERENCE].vocabulary)
+            timings = interleave(
+                {name: _calls(model, batch, calls) for name, model in models.items()},
+                warmup=1,
+                min_rounds=3,
+                budget=budget,
+            )
+            for name, timing in timings.items():
+                found[name][shape_name(shape)] = timing.median * 1e3 / calls
+            bar.advance(task)
+    return found
+
+
+def shape_name(shape: tuple[int, int]) -> str:
+    """Sentences × tokens as text."""
+    return f"{shape[0]}×{shape[1]}"
+
+
+def _tokens(shape: tuple[int, int], vocabulary: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, shape, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _calls(model: SentenceClassifier, batch: Batch, count: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(count):
+            model(**batch)
+
+    return run
+
+
+def make_rows(
+    models: Mapping[str, SentenceClassifier],
+    quality: Mapping[str, Quality],
+    latency: Mapping[str, Mapping[str, float]],
+) -> list[Row]:
+    """The lines of the table, from what was measured by model name."""
+    base = latency[REFERENCE]
+    return [
+        Row(
+            name,
+            quality[name],
+            model_bytes(model),
+            dict(latency[name]),
+            {shape: base[shape] / ms for shape, ms in latency[name].items()},
+        )
+        for name, model in models.items()
+    ]
+
+
+_HEADINGS = ("model", "accuracy", "agrees", "cosine", "lowest", "MB")
+
+
+def _cells(row: Row) -> list[str]:
+    q = row.quality
+    cells = [
+        row.name,
+        f"{q.accuracy:.1%}",
+        f"{q.agreement:.1%}",
+        f"{q.cosine_mean:.4f}",
+        f"{q.cosine_min:.4f}",
+        f"{row.bytes / 1e6:.1f}",
+    ]
+    for shape, ms in row.milliseconds.items():
+        cells += [f"{ms:.1f}" if ms < 100 else f"{ms:.0f}", f"{row.speedup[shape]:.2f}×"]
+    return cells
+
+
+def _headings(rows: list[Row]) -> list[str]:
+    return [*_HEADINGS, *(h for shape in rows[0].milliseconds for h in (f"{shape} ms", "speed"))]
+
+
+def as_table(rows: list[Row]) -> Table:
+    """The rows for the terminal."""
+    table = Table(show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for i, heading in enumerate(_headings(rows)):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=bool(i == 0))
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    headings = _headings(rows)
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *map(_cells, rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"

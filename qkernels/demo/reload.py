@@ -1,0 +1,98 @@
+"""Save, reload in a fresh process, and compare to the bit: `python -m qkernels.demo.reload`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import qkernels as qk
+from qkernels.demo.model import Batch, SentenceClassifier, build_model
+
+_JOB, _TENSORS = "job.json", "tensors.safetensors"
+
+
+def outputs(model: SentenceClassifier, batches: Sequence[Batch]) -> list[Tensor]:
+    """Class scores of the model for every batch."""
+    with torch.inference_mode():
+        return [model(**batch) for batch in batches]
+
+
+def save_and_reload(
+    models: Mapping[str, SentenceClassifier],
+    files: Mapping[str, Path],
+    batches: Sequence[Batch],
+    metadata: Mapping[str, object],
+) -> dict[str, bool]:
+    """Save models and let a new Python process load them and compute the same outputs again.
+
+    Args:
+        models: quantized models by name.
+        files: where to save each.
+        batches: inputs to compare on.
+        metadata: to store with each model.
+
+    Returns:
+        By name, whether the outputs after loading equal those before saving in every bit.
+
+    Raises:
+        RuntimeError: the new process failed; the sentence holds its last words.
+    """
+    classes = next(iter(models.values())).head.out_features
+    tensors = {
+        f"{key}/{i}": value for i, batch in enumerate(batches) for key, value in batch.items()
+    }
+    for name, model in models.items():
+        qk.save_model(model, files[name], metadata)
+        for i, value in enumerate(outputs(model, batches)):
+            tensors[f"{name}/{i}"] = value
+    with tempfile.TemporaryDirectory(prefix="qkernels-demo-") as folder:
+        save_file(tensors, Path(folder) / _TENSORS)
+        job = {
+            "classes": classes,
+            "threads": torch.get_num_threads(),
+            "batches": len(batches),
+            "files": {name: str(path.resolve()) for name, path in files.items()},
+        }
+        (Path(folder) / _JOB).write_text(json.dumps(job), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "qkernels.demo.reload", folder], capture_output=True, text=True
+        )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the process that reloads the models failed: {last}")
+    found: dict[str, bool] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def check(folder: Path) -> dict[str, bool]:
+    """The new process's part: load every file into a float model and compare.
+
+    Args:
+        folder: what `save_and_reload` wrote for it.
+    """
+    job = json.loads((folder / _JOB).read_text(encoding="utf-8"))
+    tensors = load_file(folder / _TENSORS)
+    torch.set_num_threads(job["threads"])
+    batches = [
+        {key: tensors[f"{key}/{i}"] for key in ("input_ids", "attention_mask")}
+        for i in range(job["batches"])
+    ]
+    found = {}
+    for name, path in job["files"].items():
+        model = build_model(job["classes"], seed=0)
+        qk.load_model(model, path)
+        pairs = zip(outputs(model, batches), range(len(batches)), strict=True)
+        found[name] = all(torch.equal(value, tensors[f"{name}/{i}"]) for value, i in pairs)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(check(Path(sys.argv[1]))))
