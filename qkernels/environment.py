@@ -33,8 +33,8 @@ FOREIGN_VARIABLES = (
     "MALLOC_CONF",
 )
 
-# Measured on glibc 2.36: no page fault when a large tensor is allocated again. It makes freed
-# memory stay in the process, up to the given number of bytes.
+# Measured on glibc 2.36: no page fault when a large tensor is allocated again and again. Freed
+# memory then stays in the process, up to the given number of bytes.
 GLIBC_ADVICE = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483648"
 JEMALLOC_ADVICE = "MALLOC_CONF=oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 
@@ -88,7 +88,10 @@ class PageFaults:
 
 
 def page_faults(size: int = 64 << 20) -> PageFaults:
-    """Allocate, fill and free a tensor twice, and count page faults of the second time.
+    """Allocate, fill and free a tensor several times, and count the page faults of the best time.
+
+    An allocator that keeps memory needs a few rounds to find a place for the tensor; one that
+    gives it back to the system pays every time.
 
     Args:
         size: bytes of the tensor.
@@ -96,13 +99,15 @@ def page_faults(size: int = 64 << 20) -> PageFaults:
     import resource
 
     pages = size // resource.getpagesize()
-    torch.empty(size, dtype=torch.uint8).fill_(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    start = time.perf_counter()
-    torch.empty(size, dtype=torch.uint8).fill_(1)
-    elapsed = time.perf_counter() - start
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    return PageFaults(size, pages, faults, elapsed)
+    rounds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = time.perf_counter()
+        torch.empty(size, dtype=torch.uint8).fill_(1)
+        elapsed = time.perf_counter() - start
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        rounds.append(PageFaults(size, pages, faults, elapsed))
+    return min(rounds[1:], key=lambda best: best.faults)
 
 
 def usable_cpus() -> int:
