@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -82,9 +83,13 @@ def measure_quality(
     found: dict[str, Quality] = {}
     expected: Tensor | None = None
     answers: Tensor | None = None
-    with torch.inference_mode():
+    with torch.inference_mode(), progress_bar(console) as bar:
+        task = bar.add_task("answering", total=len(models) * len(examples))
         for name, model in models.items():
-            embeddings = embed_all(model, tokenizer, examples, console, f"{name:14}")
+            bar.update(task, description=f"answering: {name}")
+            embeddings = embed_all(
+                model, tokenizer, examples, lambda count: bar.advance(task, count)
+            )
             scores = model.head(embeddings).float()
             if expected is None or answers is None:
                 expected, answers = embeddings, scores.argmax(1)
@@ -175,11 +180,15 @@ def _cells(row: Row) -> list[str]:
         f"{q.agreement:.1%}",
         f"{q.cosine_mean:.4f}",
         f"{q.cosine_min:.4f}",
-        f"{row.bytes / 1e6:.1f}",
+        f"{row.bytes / (1 << 20):.1f}",
     ]
     for shape, ms in row.milliseconds.items():
-        cells += [f"{ms:.1f}" if ms < 100 else f"{ms:.0f}", f"{row.speedup[shape]:.2f}×"]
+        cells += [_three_digits(ms), _three_digits(row.speedup[shape]) + "×"]
     return cells
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _headings(rows: list[Row]) -> list[str]:
@@ -188,9 +197,11 @@ def _headings(rows: list[Row]) -> list[str]:
 
 def as_table(rows: list[Row]) -> Table:
     """The rows for the terminal."""
-    table = Table(show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold")
     for i, heading in enumerate(_headings(rows)):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=bool(i == 0))
+        # The unit goes below the shape, so that the table fits 80 columns.
+        heading = heading.removesuffix(" ms") + "\nms" if heading.endswith(" ms") else heading
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row))
     return table

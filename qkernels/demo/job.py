@@ -111,7 +111,7 @@ def run_demo(
     train_head(model, tokenizer, data, console)
     scores["head"] = _show_accuracy(console, model, tokenizer, data)
 
-    _heading(console, 3, f"Fine-tune the last {plan.layers} layers with it")
+    _heading(console, 3, f"Fine-tune {_last(plan.layers)} of the encoder with it")
     fine_tune(model, tokenizer, data, console, seed, plan.layers, plan.epochs, lr=plan.lr)
     scores["fine-tuned"] = _show_accuracy(console, model, tokenizer, data)
 
@@ -135,7 +135,7 @@ def run_demo(
     console.print()
     console.print(evaluate.as_table(rows))
     console.print()
-    for line in [*_explanation(data), *missing]:
+    for line in [*_explanation(data, rows[0].quality), *missing]:
         console.print(line)
 
     _heading(console, 6, "Save, and reload in a fresh process")
@@ -181,6 +181,10 @@ def _heading(console: Console, number: int, text: str) -> None:
     console.rule(f"[bold]{number}. {text}[/bold]", align="left")
 
 
+def _last(layers: int) -> str:
+    return "the last layer" if layers == 1 else f"the last {layers} layers"
+
+
 def _show_data(console: Console, data: Dataset) -> None:
     console.print(f"[bold]{escape(data.title)}[/bold]")
     console.print(f"{len(data.classes)} classes: {escape(', '.join(data.classes))}.")
@@ -207,9 +211,10 @@ def _show_accuracy(
     return found
 
 
-def _explanation(data: Dataset) -> list[str]:
+def _explanation(data: Dataset, reference: evaluate.Quality) -> list[str]:
     count, chance = len(data.test), data.majority()
-    error = math.sqrt(0.25 / count)
+    share = (reference.accuracy * count + 1) / (count + 2)  # Laplace's, so that 100% has an error
+    error = math.sqrt(share * (1 - share) / count)
     return [
         f"accuracy: right answers on {count} test texts (± {error:.1%}); always giving the "
         f"commonest one makes {chance:.1%}.",
@@ -223,7 +228,9 @@ def _markdown(
     data: Dataset, rows: list[evaluate.Row], missing: list[str], machine: dict[str, str]
 ) -> str:
     where = ", ".join(f"{key} {value}" for key, value in machine.items())
-    notes = "\n".join(f"- {line}" for line in [*_explanation(data), *missing, where])
+    notes = "\n".join(
+        f"- {line}" for line in [*_explanation(data, rows[0].quality), *missing, where]
+    )
     return f"# {data.title}\n\n{evaluate.as_markdown(rows)}\n{notes}\n"
 
 

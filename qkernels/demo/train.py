@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,7 @@ def embed_all(
     model: SentenceClassifier,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
-    console: Console | None = None,
-    what: str = "",
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Tensor:
     """Sentence embeddings of all examples, in their order, (examples, features).
 
@@ -55,18 +54,16 @@ def embed_all(
         model: the classifier, whose dtype is the result's.
         tokenizer: makes its batches.
         examples: the texts.
-        console: where to show a progress bar; None shows none.
-        what: the bar's description.
+        advance: told how many examples are done, after every batch.
     """
     texts = [e.text for e in examples]
     parts: list[Tensor] = []
     order: list[int] = []
-    with torch.inference_mode(), progress_bar(console or Console(quiet=True)) as bar:
-        task = bar.add_task(what, total=len(texts))
+    with torch.inference_mode():
         for chosen, batch in tokenizer.batches(texts, EVAL_BATCH):
             parts.append(model.embed(**batch))
             order.extend(chosen)
-            bar.advance(task, len(chosen))
+            advance(len(chosen))
     found = torch.cat(parts)
     result = torch.empty_like(found)
     result[torch.tensor(order)] = found
@@ -102,7 +99,10 @@ def train_head(
         console: for the progress bar.
         steps: of Adam.
     """
-    features = embed_all(model, tokenizer, data.train, console, "reading texts").clone()
+    with progress_bar(console) as bar:
+        task = bar.add_task("reading texts", total=len(data.train))
+        found = embed_all(model, tokenizer, data.train, lambda count: bar.advance(task, count))
+    features = found.clone()  # tensors made in inference mode cannot be trained on
     target = labels(data.train)
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=0.01, weight_decay=1.0)
     for _ in range(steps):

@@ -209,7 +209,7 @@ def test_whole_demo(
     assert all(file["identical"] for file in table["files"].values())
 
     assert (out / "report.html").read_text(encoding="utf-8").startswith("<!")
-    assert (out / "table.md").read_text(encoding="utf-8").count("\n| ") == len(names) + 1
+    assert (out / "table.md").read_text(encoding="utf-8").count("\n| ") == len(names) + 2
     assert qk.io.read_header(out / "w4a8-g32.safetensors").metadata["classes"] == table["classes"]
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith(str(out / "report.html"))
