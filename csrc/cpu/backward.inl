@@ -56,8 +56,10 @@ void backward(const BackwardArgs& a, int64_t row_begin, int64_t row_end, int64_t
   float* const tile = panel + kBackwardPanel * kBackwardColumns;
   const PackedRows weight{a.packed, a.layout, a.shape};
   const int64_t columns = k_end - k_begin;
-  // Columns behind the last one are computed and dropped: the panel must hold numbers there.
-  for (int64_t i = 0; i < kBackwardPanel * kBackwardColumns; ++i) panel[i] = 0.0f;
+  if (columns % kWidth != 0) {
+    // Columns that fill up the last vector are computed and dropped; they must be numbers.
+    std::memset(panel, 0, sizeof(float) * kBackwardPanel * kBackwardColumns);
+  }
 
   for (int64_t first_row = row_begin; first_row < row_end; first_row += kBackwardRows) {
     const int64_t rows = row_end - first_row < kBackwardRows ? row_end - first_row : kBackwardRows;

@@ -34,8 +34,8 @@ struct Kernels {
   // The name of the tile that `linear` runs.
   const char* (*linear_name)(const Layout&, Activation, int64_t rows);
 
-  // Columns [begin, end) of dx, counted in steps of `backward_step` k inside each group.
-  // scratch: backward_scratch floats.
+  // Columns [k_begin, k_end) of rows of dx, kBackwardColumns at most; best on multiples of that.
+  // scratch holds kBackwardScratch floats. Any split gives the same bits.
   void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end, int64_t k_begin,
                    int64_t k_end, float* scratch);
 
@@ -43,7 +43,7 @@ struct Kernels {
   void (*embedding)(const EmbeddingArgs&, int64_t begin, int64_t end);
 };
 
-// Floats of scratch that `backward` may use, and the widest k range it takes in one call.
+// Floats of scratch that `backward` uses, and the widest k range that it takes in one call.
 inline constexpr int64_t kBackwardScratch = 64 * 1024;
 inline constexpr int64_t kBackwardColumns = 64;
 
