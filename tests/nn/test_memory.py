@@ -5,6 +5,7 @@ import subprocess
 import sys
 import weakref
 
+import pytest
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +45,10 @@ class PeakBytes(TorchDispatchMode):
         return out
 
 
+# One of each kind of weight is enough here; collecting garbage takes most of the time.
+KINDS = pytest.mark.parametrize("scheme", [qk.W8A8(), qk.W4A16(group_size=16), qk.NF4()], ids=str)
+
+
 def model_of(layers, width):
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
 
@@ -59,6 +64,7 @@ def peak_while(action, model):
     return tracker
 
 
+@KINDS
 def test_quantizing_needs_no_more_than_the_float_model_and_one_layer(scheme):
     width, layers = 256, 8
     model = model_of(layers, width)
@@ -69,6 +75,7 @@ def test_quantizing_needs_no_more_than_the_float_model_and_one_layer(scheme):
     assert tracker.live == packed - layers * layer
 
 
+@KINDS
 def test_dequantizing_needs_no_more_than_the_float_model_and_one_layer(scheme):
     width, layers = 256, 8
     model = model_of(layers, width)
