@@ -1,0 +1,99 @@
+"""The compiled format table and layout ids, against the contract restated in tests/helpers."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import layout as packed_layout
+from helpers import reference as ref
+from helpers.data import FLOATS, KINDS
+from qkernels import _C
+
+ops = torch.ops.qkernels
+
+
+def test_table() -> None:
+    rows = _C.formats()
+    assert [row["name"] for row in rows] == [form.name for form in ref.FORMATS]
+    for row, form in zip(rows, ref.FORMATS, strict=True):
+        assert (row["code"], row["bits"], row["symmetric_range"]) == (
+            form.code,
+            form.bits,
+            form.range,
+        )
+        stored = (row["symmetric_min"] + form.offset, row["symmetric_max"] + form.offset)
+        assert stored == form.symmetric
+        assert row["has_zero_point"] == (form.asymmetric is not None)
+        if form.asymmetric:
+            assert (row["asymmetric_min"], row["asymmetric_max"]) == form.asymmetric
+        assert row["packs"] == (form is not ref.INT16)
+        assert row["storage"] == np.dtype(ref.storage_dtype(form)).name
+        assert getattr(torch, row["storage"]) == ops.quantize(torch.ones(2), row["code"])[0].dtype
+
+
+def test_layout_ids_say_everything() -> None:
+    seen = set()
+    for form in ref.FORMATS[:3]:
+        for code, dtype in enumerate(FLOATS):
+            for symmetric in (True, False) if form.asymmetric else (True,):
+                layout = _C.layout(form.code, code, symmetric)
+                assert layout == packed_layout.layout_id(form, code, symmetric)
+                assert _C.describe_layout(layout) == {
+                    "format": form.name,
+                    "scale_dtype": str(dtype).removeprefix("torch."),
+                    "symmetric": symmetric,
+                    "device": "cpu",
+                    "version": _C.build_info()["layout_version"],
+                }
+                seen.add(layout)
+    assert len(seen) == 15
+
+
+@pytest.mark.parametrize(
+    "wrong", [(3, 0, True), (2, 0, False), (4, 0, True), (-1, 0, True), (0, 3, True), (0, -1, True)]
+)
+def test_layouts_that_do_not_exist(wrong: tuple[int, int, bool]) -> None:
+    with pytest.raises(ValueError, match="no packed layout holds format .* formats are 0"):
+        _C.layout(*wrong)
+
+
+@pytest.mark.parametrize("layout", [-1, 2**62, 3 << 20 | 0x101, 0x10101 | 2 << 20])
+def test_ids_that_are_no_layout(layout: int) -> None:
+    for ask in (
+        lambda: _C.describe_layout(layout),
+        lambda: _C.block_bytes(layout, 64, -1),
+        lambda: _C.kernel_name(layout, 0, 1),
+    ):
+        with pytest.raises(ValueError, match=f"layout {layout} is not a packed layout"):
+            ask()
+
+
+@pytest.mark.parametrize("sizes", [(-1, -1), (64, 0), (64, -2), (2**41, -1)])
+def test_sizes_that_do_not_exist(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="in_features must be from 0 to .* group_size -1 or >= 1"):
+        _C.block_bytes(KINDS[0].layout, *sizes)
+
+
+def test_packed_sizes_are_little_more_than_the_codes() -> None:
+    """Memory is the point: what is stored beside codes and scales stays below the line padding."""
+    for kind in KINDS:
+        for k, group_size in ((1024, -1), (4096, 128), (4096, 32)):
+            groups = k // group_size if group_size > 0 else 1
+            codes = 16 * k * kind.form.bits // 8
+            scales = 16 * groups * (4 if kind.scale_dtype == torch.float32 else 2)
+            zeros = 0 if kind.symmetric else 16 * groups
+            sums = 16 * groups * 4 if kind.form is ref.INT8 else 0
+            extra = _C.block_bytes(kind.layout, k, group_size) - codes - scales - zeros - sums
+            assert 0 <= extra <= 4 * 64
+
+
+def test_kernel_names_say_what_runs() -> None:
+    for kind in KINDS:
+        for activation, part in ((0, "a16"), (1, "a8"), (2, "a8")):
+            if kind.form is ref.NF4 and activation:
+                continue
+            for rows in (1, 8, 1000):
+                name = _C.kernel_name(kind.layout, activation, rows)
+                weights = "nf4" if kind.form is ref.NF4 else f"w{kind.form.bits}"
+                assert name.startswith(f"matmul_{weights}{part}_")
+                assert _C.isa() in name or "scalar" in name

@@ -1,0 +1,134 @@
+"""Run as a script: hashes of results of seeded calls, to compare between ISAs and thread counts.
+
+Prints JSON: the ISA and kernels that ran and, for each number of threads, a hash for each case. A
+NaN counts as any NaN: its sign and payload are not promised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from helpers import reference as ref
+from helpers.data import FLOATS, INTEGER_KINDS, KINDS, awkward, floats, rng, weight
+from qkernels import _C
+
+ops = torch.ops.qkernels
+
+
+def digest(results: Iterable[Tensor]) -> str:
+    sha = hashlib.sha256()
+    for y in results:
+        y = torch.where(y.isnan(), torch.nan, y) if y.is_floating_point() else y
+        sha.update(f"{y.dtype}{tuple(y.shape)}".encode())
+        sha.update(y.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def hard(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """All magnitudes, zeros, subnormals; a NaN and infinities each in a row of its own."""
+    x = awkward((rows, cols), torch.float32, seed="hard")
+    x[-1, cols // 2], x[-2, -1], x[-3, 0] = torch.nan, torch.inf, -torch.inf
+    return x.to(dtype)
+
+
+def quantizing(dtype: torch.dtype, form: ref.Format, symmetric: bool) -> Iterator[Tensor]:
+    for shape in ((40, 1), (33, 37), (20, 1003), (4, 33000)):
+        x = hard(*shape, dtype)
+        for group_size in (None, -1, 1, 8, 33):
+            # An infinite value would make a tensor's one scale NaN, and hide all codes.
+            part = x[:-3] if group_size is None else x
+            scale_dtype = FLOATS[(shape[0] + (group_size or 0)) % 3]
+            data, scale, zero = ops.quantize(part, form.code, group_size, symmetric, scale_dtype)
+            yield from (data, scale, zero)
+            given = None if symmetric else zero
+            sizes = (form.code, group_size, shape[1], dtype)
+            yield ops.dequantize(data, scale, given, *sizes)
+            finite = torch.where(scale.isnan(), 0.1, scale)
+            yield ops.quantize_with(part, finite, given, form.code, group_size)
+
+
+def multiplying(dtype: torch.dtype, kind_at: int, activation: int) -> Iterator[Tensor]:
+    kind = INTEGER_KINDS[kind_at]
+    for m, n, k, group_size in (
+        (1, 700, 300, -1),
+        (5, 49, 1000, 7),
+        (18, 100, 127, 32),
+        (50, 333, 130, 16),
+        (129, 48, 96, -1),
+        (3, 17, 70, 1),
+    ):
+        w = weight(kind, n, k, group_size)
+        x = hard(m, k, dtype) if m > 4 else awkward((m, k), dtype)
+        premul = torch.exp(floats((k,), seed="premul"))
+        perm = torch.from_numpy(rng("perm", k).permutation(k))
+        for epilogue in range(5) if dtype == torch.float32 else (0, 3):
+            bias = floats((n,), FLOATS[epilogue % 3], seed="bias") if epilogue % 2 else None
+            yield w.linear(x, bias, activation=activation, epilogue=epilogue)
+        yield w.linear(x, activation=activation, premul=premul, perm=perm)
+        zero = torch.tensor([-3], dtype=torch.int8) if activation == 2 else None
+        yield w.linear(x, activation=activation, x_scale=torch.tensor(0.02), x_zero=zero)
+
+
+def reading(dtype: torch.dtype, kind_at: int) -> Iterator[Tensor]:
+    kind = KINDS[kind_at]
+    for n, k, group_size in ((100, 1000, 128), (37, 77, 7), (2000, 64, -1)):
+        w = weight(kind, n, k, group_size)
+        yield w.packed
+        yield from ops.unpack(w.packed, *w.sizes)
+        indices = torch.from_numpy(rng("indices", n).integers(0, n, 300))
+        yield ops.embedding(indices, w.packed, w.layout, n, k, group_size, dtype)
+
+
+def int_products() -> Iterator[Tensor]:
+    for m, k, n in ((1, 1000, 500), (50, 333, 130), (129, 64, 300)):
+        a, b = (torch.from_numpy(rng(s).integers(-128, 128, s, "int8")) for s in ((m, k), (k, n)))
+        yield ops.int_mm(a, b)
+
+
+def digests() -> dict[str, str]:
+    """By case. Only what the contract promises to be equal everywhere."""
+    found = {"int_mm": digest(int_products())}
+    for dtype in FLOATS:
+        for form in ref.FORMATS:
+            for symmetric in (True, False) if form.asymmetric else (True,):
+                found[f"quantize {form.name} {symmetric} {dtype}"] = digest(
+                    quantizing(dtype, form, symmetric)
+                )
+        for i, kind in enumerate(INTEGER_KINDS):
+            for activation in (1, 2):
+                found[f"linear {kind} {activation} {dtype}"] = digest(
+                    multiplying(dtype, i, activation)
+                )
+        for i, kind in enumerate(KINDS):
+            found[f"read {kind} {dtype}"] = digest(reading(dtype, i))
+    return found
+
+
+def float_digests() -> dict[str, str]:
+    """The float paths: equal for any number of threads, but each ISA has its own order of sums."""
+    found = {}
+    for kind in KINDS:
+        for m, n, k in ((1, 700, 300), (50, 333, 130), (129, 48, 96)):
+            w = weight(kind, n, k, 32)
+            x = hard(m, k, torch.float32) if m > 4 else awkward((m, k))
+            gradient = ops.linear_backward_input(floats((m, n)), w.packed, *w.sizes)
+            found[f"{kind} {m}"] = digest([w.linear(x, floats((n,)), epilogue=2), gradient])
+    return found
+
+
+def main() -> None:
+    by_threads = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        by_threads[threads] = {"exact": digests(), "float": float_digests()}
+    kernels = [_C.kernel_name(kind.layout, 1, 8) for kind in INTEGER_KINDS]
+    print(json.dumps({"isa": _C.isa(), "kernels": kernels, "threads": by_threads}))
+
+
+if __name__ == "__main__":
+    main()

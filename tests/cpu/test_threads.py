@@ -1,0 +1,109 @@
+"""Threads: large calls use torch's own, small calls start none, and callers may have several."""
+
+import functools
+import json
+import threading
+
+import pytest
+import torch
+
+from helpers.check import same_tensor
+from helpers.data import INTEGER_KINDS, KINDS, floats, weight
+from helpers.process import run_python
+
+ops = torch.ops.qkernels
+
+# Counts threads of the process and CPU time that each has used, from /proc.
+TASKS = """
+import json, os, sys, torch, qkernels
+from pathlib import Path
+from helpers.data import KINDS, floats, weight
+
+ops = torch.ops.qkernels
+
+def tasks():
+    used = {}
+    for task in Path("/proc/self/task").iterdir():
+        used[task.name] = int((task / "schedstat").read_text().split()[0])
+    return used
+
+torch.set_num_threads(int(sys.argv[1]))
+small, large = weight(KINDS[4], 64, 64, 32), weight(KINDS[4], 2048, 2048, 128)
+x, big = floats((1, 64)), floats((128, 2048))
+calls = {
+    "linear float": lambda w, x: w.linear(x),
+    "linear int8": lambda w, x: w.linear(x, activation=1),
+    "gradient": lambda w, x: ops.linear_backward_input(x, w.packed, *w.sizes),
+    "quantize": lambda w, x: ops.quantize(x, 0),
+    "embedding": lambda w, x: ops.embedding(
+        torch.arange(64), w.packed, w.layout, w.n, w.k, w.group_size, torch.float32),
+    "unpack": lambda w, x: ops.unpack(w.packed, *w.sizes),
+}
+before = len(tasks())
+for _ in range(20):
+    for call in calls.values():
+        call(small, x)
+after_small = len(tasks())
+shares = {}
+for name, call in calls.items():
+    call(large, big)  # starts the threads
+    start = tasks()
+    for _ in range(3):
+        call(large, big)
+    shares[name] = sorted(used - start.get(task, 0) for task, used in tasks().items())[::-1]
+print(json.dumps({"before": before, "after_small": after_small, "shares": shares}))
+"""
+
+
+@functools.cache
+def measured(threads: int) -> dict:
+    return json.loads(run_python("-c", TASKS, threads).stdout)
+
+
+def test_small_calls_start_no_thread() -> None:
+    """Layers of a few thousand weights would pay more for waking a thread than for the work."""
+    found = measured(2)
+    assert found["after_small"] == found["before"]
+
+
+def test_large_calls_use_as_many_threads_as_torch() -> None:
+    for name, used in measured(2)["shares"].items():
+        # Nanoseconds of CPU time, by thread.
+        assert used[1] > 0.1 * used[0], f"{name}: {used}"
+        assert sum(t > 0.02 * used[0] for t in used) == 2, f"{name}: {used}"
+
+
+def test_one_thread_means_one() -> None:
+    for name, used in measured(1)["shares"].items():
+        assert all(t == 0 for t in used[1:]), f"{name}: {used}"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_from_several_python_threads(threads: int) -> None:
+    """Workspaces belong to the calling thread; no call may see another's numbers."""
+    weights = [weight(kind, 200, 256, 64) for kind in KINDS]
+    inputs = [floats((m, 256), seed=m) for m in (1, 7, 33)]
+    activation = {w.kind: int(w.kind in INTEGER_KINDS) for w in weights}
+
+    def results() -> list[torch.Tensor]:
+        return [w.linear(x, activation=activation[w.kind]) for w in weights for x in inputs]
+
+    count = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        want = results()
+        found: list[list[torch.Tensor]] = []
+        workers = [
+            threading.Thread(target=lambda: found.extend(results() for _ in range(5)))
+            for _ in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        torch.set_num_threads(count)
+    assert len(found) == 20
+    for got in found:
+        for a, b in zip(got, want, strict=True):
+            same_tensor(a, b)

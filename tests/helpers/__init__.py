@@ -1,0 +1,1 @@
+"""What several test files need: the contract in numpy, seeded inputs, and child processes."""

@@ -1,0 +1,149 @@
+"""At least one call of every op and overload, for the tests that go over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers import reference as ref
+from helpers.data import INTEGER_KINDS, KINDS, floats, rng, weight
+
+ops = torch.ops.qkernels
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __str__(self) -> str:
+        overload = self.op._overloadname
+        op = (
+            self.op.__name__ if overload != "default" else self.op.__name__.removesuffix(".default")
+        )
+        return f"{op}-{self.name}"
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, Tensor)]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """The same call with other tensors."""
+        args = tuple(change(a) if isinstance(a, Tensor) else a for a in self.args)
+        kwargs = {k: change(v) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
+        return Sample(self.name, self.op, args, kwargs)
+
+    def __call__(self) -> Any:
+        return self.op(*self.args, **self.kwargs)
+
+
+def samples() -> list[Sample]:
+    return [*quantizers(), *weights(), *products(), *linears()]
+
+
+def quantizers() -> list[Sample]:
+    found = []
+
+    def add(name: str, op: Any, *args: Any, **kwargs: Any) -> None:
+        found.append(Sample(name, op, args, kwargs))
+
+    for form in ref.FORMATS:
+        for group_size in (None, -1, 4):
+            x = floats((3, 11))
+            name = f"{form.name}-{group_size}"
+            symmetric = form is ref.NF4 or group_size != -1
+            options = (form.code, group_size, symmetric, torch.bfloat16)
+            data, scale, zero = ops.quantize(x, *options)
+            given = None if symmetric else zero
+            add(name, ops.quantize.default, x, *options)
+            add(name, ops.quantize_with.default, x, scale, given, form.code, group_size)
+            add(
+                name,
+                ops.dequantize.default,
+                data,
+                scale,
+                given,
+                form.code,
+                group_size,
+                11,
+                torch.float16,
+            )
+            outs = {"data": data.clone(), "scale": scale.clone(), "zero_point": zero.clone()}
+            add(name, ops.quantize.out, x, form.code, group_size, symmetric, **outs)
+            add(
+                name,
+                ops.quantize_with.out,
+                x,
+                scale,
+                given,
+                form.code,
+                group_size,
+                out=data.clone(),
+            )
+            y = torch.empty(3, 11)
+            add(name, ops.dequantize.out, data, scale, given, form.code, group_size, out=y)
+    add("defaults", ops.quantize.default, floats((2, 3, 8)), 0)
+    return found
+
+
+def weights() -> list[Sample]:
+    found = []
+    for kind in KINDS:
+        w = weight(kind, 19, 21, 8)
+        layout, k, n, group_size = w.sizes
+        pack = (w.data, w.scale_tensor, w.zero_tensor, layout, k, group_size)
+        found.append(Sample(str(kind), ops.pack.default, pack, {}))
+        found.append(Sample(str(kind), ops.unpack.default, (w.packed, *w.sizes), {}))
+        indices = torch.tensor([[3, 0], [18, 3]])
+        table = (indices, w.packed, layout, n, k, group_size, torch.bfloat16)
+        found.append(Sample(str(kind), ops.embedding.default, table, {}))
+        gradient = (floats((2, 3, n)), w.packed, *w.sizes)
+        found.append(Sample(str(kind), ops.linear_backward_input.default, gradient, {}))
+    return found
+
+
+def products() -> list[Sample]:
+    a, b = (torch.from_numpy(rng(s).integers(-128, 128, s, "int8")) for s in ((5, 9), (9, 7)))
+    return [Sample("plain", ops.int_mm.default, (a, b), {})]
+
+
+def linears() -> list[Sample]:
+    found = []
+
+    def add(
+        name: str, op: Any, x: Tensor, w: Any, *extra: Any, codes: tuple[int, int] = (0, 0)
+    ) -> None:
+        found.append(Sample(name, op, (x, w.packed, *extra, *w.sizes, *codes), {}))
+
+    bias, premul, perm = floats((19,)), torch.exp(floats((21,))), torch.arange(21).flip(0)
+    scale, zero = torch.tensor(0.03), torch.tensor([5], dtype=torch.int8)
+    nothing = (None, None, None, None, None)
+    for kind in KINDS:
+        w = weight(kind, 19, 21, 8)
+        add(f"{kind}", ops.linear.default, floats((2, 3, 21)), w, *nothing)
+        if kind in INTEGER_KINDS:
+            add(f"{kind}-int8", ops.linear.default, floats((4, 21)), w, *nothing, codes=(1, 2))
+    w = weight(KINDS[4], 19, 21, 8)
+    x = floats((4, 21), torch.bfloat16)
+    add("static", ops.linear.default, x, w, bias, scale, zero, None, None, codes=(2, 1))
+    add("everything", ops.linear.default, x, w, bias, None, None, premul, perm, codes=(1, 3))
+    add("vector", ops.linear.default, floats((21,)), w, *nothing, codes=(1, 4))
+    add("no rows", ops.linear.default, floats((0, 21)), w, *nothing)
+
+    op = ops.linear_differentiable.default
+    for wants_x in (True, False):
+        for wants_bias in (True, False):
+            x = floats((4, 21)).requires_grad_(wants_x)
+            b = bias.clone().requires_grad_(wants_bias)
+            name = f"x {wants_x}, bias {wants_bias}"
+            add(name, op, x, w, b, None, None, premul, perm, codes=(1, 0))
+    x = floats((2, 3, 21), torch.bfloat16).requires_grad_()
+    add("float", op, x, weight(KINDS[6], 19, 21, 8), *nothing)
+    add("static", op, x, w, bias, scale, zero, None, None, codes=(2, 0))
+    return found

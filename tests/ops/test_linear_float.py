@@ -1,0 +1,148 @@
+"""W8A16, W4A16 and NF4: inside a bound that follows from the number of roundings."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import reference as ref
+from helpers.check import float_path_bound, same_tensor, within
+from helpers.data import (
+    FEATURES_IN,
+    FEATURES_OUT,
+    FLOATS,
+    GROUPS,
+    KINDS,
+    ROWS,
+    Kind,
+    Weight,
+    awkward,
+    floats,
+    rng,
+    strided,
+    weight,
+)
+
+
+def check(
+    w: Weight, x: torch.Tensor, bias: torch.Tensor | None = None,
+    premul: torch.Tensor | None = None, perm: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    y = w.linear(x, bias, premul=premul, perm=perm)
+    assert y.dtype == x.dtype
+    assert y.shape == (*x.shape[:-1], w.n)
+    a = ref.values(x).reshape(int(np.prod(x.shape[:-1])), w.k)
+    a = a if premul is None else a * ref.values(premul)
+    a = (a if perm is None else a[:, perm.numpy()]).astype(np.float64)
+    exact = w.exact()
+    want = a @ exact.T
+    bound = float_path_bound(a, exact, w.scale.shape[1])
+    if bias is not None:
+        want = want + ref.values(bias)
+        bound = bound + 2.0**-23 * np.abs(ref.values(bias))
+    within(y, want.reshape(y.shape), bound.reshape(y.shape))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_shapes(kind: Kind) -> None:
+    for i, n in enumerate(FEATURES_OUT):
+        for j, k in enumerate(FEATURES_IN):
+            w = weight(kind, n, k, GROUPS[(i + j) % len(GROUPS)])
+            m = ROWS[(i * len(FEATURES_IN) + j) % len(ROWS)]
+            bias = floats((n,), FLOATS[i % 3], seed="bias") if j % 2 else None
+            check(w, awkward((m, k), FLOATS[(i + j) % 3], seed=(i, j)), bias)
+
+
+@pytest.mark.parametrize("m", [*ROWS, 96, 129, 300])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rows(kind: Kind, m: int) -> None:
+    for n, k, group_size in ((50, 72, -1), (33, 70, 32), (96, 64, 16)):
+        check(weight(kind, n, k, group_size), awkward((m, k), seed=m))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_all_shapes(kind: Kind) -> None:
+    for m in ROWS:
+        for n in FEATURES_OUT:
+            for i, k in enumerate(FEATURES_IN):
+                for group_size in (-1, GROUPS[1 + (m + n + i) % 6]):
+                    check(weight(kind, n, k, group_size), awkward((m, k), FLOATS[i % 3]))
+
+
+@pytest.mark.parametrize(
+    "group_size", [-1, 1, 2, 3, 7, 8, 9, 15, 16, 31, 32, 64, 99, 100, 128, 10**9]
+)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_groups(kind: Kind, group_size: int) -> None:
+    for k in (100, 129):
+        check(weight(kind, 35, k, group_size), awkward((9, k), seed=group_size))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias_dtype", [None, *FLOATS], ids=str)
+def test_types(dtype: torch.dtype, bias_dtype: torch.dtype | None) -> None:
+    for kind in KINDS:
+        bias = None if bias_dtype is None else floats((37,), bias_dtype)
+        for m in (1, 19):
+            check(weight(kind, 37, 70, 32), awkward((m, 70), dtype), bias)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_premul_and_perm(kind: Kind, dtype: torch.dtype) -> None:
+    for m, k in ((1, 33), (18, 100)):
+        w = weight(kind, 35, k, 32)
+        x = awkward((m, k), dtype)
+        premul = torch.exp(floats((k,), seed="premul"))
+        perm = torch.from_numpy(rng("perm", k).permutation(k))
+        for by, at in ((premul, None), (None, perm), (premul, perm)):
+            check(w, x, None, by, at)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_one_hot_rows_read_the_weight_itself(kind: Kind) -> None:
+    """Every weight at its place: a wrong nibble, group or lane cannot hide in a sum."""
+    w = weight(kind, 50, 77, 24)
+    got = w.linear(torch.eye(77))
+    want = w.exact().T
+    np.testing.assert_allclose(got.numpy(), want, rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_short_rows_of_a_long_weight(kind: Kind) -> None:
+    """Long sums, where an accumulation in another type would show."""
+    w = weight(kind, 17, 8192, 128)
+    check(w, floats((2, 8192)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (3, 5, 70), (2, 3, 4, 70), (0, 70), (2, 0, 70)])
+def test_any_batch_rank(kind: Kind, shape: tuple[int, ...]) -> None:
+    check(weight(kind, 35, 70, 32), floats(shape))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_any_strides(kind: Kind) -> None:
+    w = weight(kind, 35, 70, 32)
+    x, bias = awkward((13, 70)), floats((35,))
+    want = w.linear(x, bias)
+    for name, view in strided(x):
+        assert torch.equal(view, x), name
+        same_tensor(w.linear(view, bias), want)
+    same_tensor(w.linear(x, torch.stack([bias, bias], 1)[:, 0]), want)
+    batch = x[:12].reshape(3, 4, 70).transpose(0, 1)
+    same_tensor(w.linear(batch, bias), want[:12].reshape(3, 4, 35).transpose(0, 1))
+
+
+@given(data=st.data())
+def test_drawn(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(KINDS))
+    m, n, k = (data.draw(st.integers(0, top)) for top in (40, 60, 150))
+    group_size = data.draw(st.just(-1) | st.integers(1, 160))
+    w = weight(kind, n, k, group_size, seed=data.draw(st.integers(0, 9)))
+    x = awkward((m, k), data.draw(st.sampled_from(FLOATS)), seed=data.draw(st.integers(0, 9)))
+    bias = data.draw(st.none() | st.sampled_from(FLOATS).map(lambda t: floats((n,), t)))
+    check(w, x, bias)
