@@ -34,11 +34,11 @@ SIMD void start(const LinearArgs& a, const uint8_t* weight, int64_t at, const in
   }
   if (!a.layout.symmetric) {
     const I zero = load_i8(weight + a.shape.zeros + at);
-    unroll<Rows>([&](auto r) INLINE { out[r] = sub(first, multiply(zero, splat(group_sums[r]))); });
+    unroll<Rows>([&](int r) INLINE { out[r] = sub(first, multiply(zero, splat(group_sums[r]))); });
   } else if constexpr (Tile::kFormat == Format::int4) {
-    unroll<Rows>([&](auto r) INLINE { out[r] = splat(-kInt4Offset * group_sums[r]); });
+    unroll<Rows>([&](int r) INLINE { out[r] = splat(-kInt4Offset * group_sums[r]); });
   } else {
-    unroll<Rows>([&](auto r) INLINE { out[r] = first; });
+    unroll<Rows>([&](int r) INLINE { out[r] = first; });
   }
 }
 
@@ -54,29 +54,29 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t begin = s.padded_begin(g);
     const uint8_t* codes[Blocks];
-    unroll<Blocks>([&](auto b) INLINE {
+    unroll<Blocks>([&](int b) INLINE {
       codes[b] = weight + b * s.bytes + code_offset(Tile::kFormat, begin, 0);
     });
     const int64_t steps = s.padded_length(g) / kGroupPad;
     typename Tile::Sum sums[kVectors][Rows];
     if constexpr (Tile::kFloat) {
       I zero[kVectors];
-      unroll<kVectors>([&](auto v) INLINE {
+      unroll<kVectors>([&](int v) INLINE {
         zero[v] = load_zero(a, weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth);
-        unroll<Rows>([&](auto r) INLINE { sums[v][r] = splat(0.0f); });
+        unroll<Rows>([&](int r) INLINE { sums[v][r] = splat(0.0f); });
       });
       Tile::accumulate(sums, zero, panel + begin * Rows * kBytes<Tile>, codes, steps);
     } else {
-      unroll<kVectors>([&](auto v) INLINE {
+      unroll<kVectors>([&](int v) INLINE {
         start<Tile>(a, weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth,
                     group_sums + g * Rows, sums[v]);
       });
       Tile::accumulate(sums, panel + begin * Rows * kBytes<Tile>, codes, steps);
     }
-    unroll<kVectors>([&](auto v) INLINE {
+    unroll<kVectors>([&](int v) INLINE {
       const int64_t at = g * kLanes + v % kParts * kWidth;
       const F scale = load_scale(a, weight + v / kParts * s.bytes, at);
-      unroll<Rows>([&](auto r) INLINE {
+      unroll<Rows>([&](int r) INLINE {
         float* sum = &total[r][v * kWidth];
         if constexpr (Tile::kFloat) {
           store(sum, fma(sums[v][r], scale, load(sum)));
@@ -116,8 +116,9 @@ void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int6
       tile_kernels<Tile>(std::make_integer_sequence<int, Tile::kRows * Tile::kBlocks>{});
   const Finish finish = finish_for(a);
   alignas(64) float bias[Tile::kBlocks * kLanes];
-  for (int64_t block = block_begin; block < block_end; block += Tile::kBlocks) {
-    const int blocks = least(block_end - block, Tile::kBlocks);
+  const int step = Tile::blocks(least(a.rows, Tile::kRows));
+  for (int64_t block = block_begin; block < block_end; block += step) {
+    const int blocks = least(block_end - block, step);
     load_bias(a, block * kLanes, blocks * kLanes, bias);
     for (int64_t row = row_begin; row < row_end; row += Tile::kRows) {
       const int rows = tile_rows<Tile>(a, row);

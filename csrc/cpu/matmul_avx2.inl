@@ -55,15 +55,15 @@ struct W8A8 {
                                 const uint8_t* const* codes, int64_t steps) {
     for (int64_t line = 0; line < steps * 2; ++line) {
       prefetch(codes[0] + line * 64);
-      unroll<2>([&](auto odd) INLINE {
+      unroll<2>([&](int odd) INLINE {
         I weight[Vectors];
-        unroll<Vectors>([&](auto v) INLINE {
+        unroll<Vectors>([&](int v) INLINE {
           const I bytes = load_half(codes[v / 2] + line * 64 + v % 2 * 32);
           weight[v] = _mm256_srai_epi16(odd ? bytes : _mm256_slli_epi16(bytes, 8), 8);
         });
-        unroll<Rows>([&](auto r) INLINE {
+        unroll<Rows>([&](int r) INLINE {
           const I x = broadcast_unit(panel + ((line * 2 + odd) * Rows + r) * 4);
-          unroll<Vectors>([&](auto v) INLINE { dot2_words(sums[v][r], x, weight[v]); });
+          unroll<Vectors>([&](int v) INLINE { dot2_words(sums[v][r], x, weight[v]); });
         });
       });
     }
@@ -92,20 +92,20 @@ struct W4A8 {
       I words[Vectors][Rows] = {};
       for (int64_t line = begin; line < end; ++line) {
         prefetch(codes[0] + line * 64);
-        unroll<2>([&](auto half) INLINE {
+        unroll<2>([&](int half) INLINE {
           I weight[Vectors];
-          unroll<Vectors>([&](auto v) INLINE {
+          unroll<Vectors>([&](int v) INLINE {
             const I bytes = load_half(codes[v / 2] + line * 64 + v % 2 * 32);
             weight[v] = bit_and(half == 0 ? bytes : _mm256_srli_epi16(bytes, 4), low);
           });
-          unroll<Rows>([&](auto r) INLINE {
+          unroll<Rows>([&](int r) INLINE {
             const I x = broadcast_unit(panel + ((line * 2 + half) * Rows + r) * 4);
-            unroll<Vectors>([&](auto v) INLINE { dot2_bytes(words[v][r], weight[v], x); });
+            unroll<Vectors>([&](int v) INLINE { dot2_bytes(words[v][r], weight[v], x); });
           });
         });
       }
-      unroll<Vectors>([&](auto v) INLINE {
-        unroll<Rows>([&](auto r) INLINE {
+      unroll<Vectors>([&](int v) INLINE {
+        unroll<Rows>([&](int r) INLINE {
           dot2_words(sums[v][r], words[v][r], _mm256_set1_epi16(1));
         });
       });
@@ -127,14 +127,12 @@ struct A16 {
   using Sum = F;
   static constexpr bool kFloat = true;
 
-  // Codes of k, less the zero points: 0 <= K < 8.
-  template <int K>
-  static INLINE F weight(const uint8_t* codes, const Table16& levels, I zero) {
+  // The weights of k of half a line, from its codes and zero points.
+  static INLINE F weight(I half, int k, const Table16& levels, I zero) {
     if constexpr (Fmt == Format::int8) {
-      const I half = load_half(codes + K / 4 * 64);
-      return to_float(sub(_mm256_srai_epi32(shift_left<24 - K % 4 * 8>(half), 24), zero));
+      return to_float(sub(_mm256_srai_epi32(_mm256_slli_epi32(half, 24 - k * 8), 24), zero));
     }
-    const I code = shift_right<K % 4 * 8 + K / 4 * 4>(load_half(codes));
+    const I code = _mm256_srli_epi32(half, k % 4 * 8 + k / 4 * 4);
     if constexpr (Fmt == Format::nf4) return lookup(levels, code);
     return to_float(sub(bit_and(code, splat(0xf)), zero));
   }
@@ -143,19 +141,19 @@ struct A16 {
   static INLINE void accumulate(F (&sums)[Vectors][Rows], const I (&zero)[Vectors],
                                 const uint8_t* panel, const uint8_t* const* codes,
                                 int64_t steps) {
+    constexpr int kPerLine = Fmt == Format::int8 ? 4 : 8;
     const float* x = reinterpret_cast<const float*>(panel);
     const Table16 levels = table16(kNf4Levels);
-    constexpr int64_t kStep = code_offset(Fmt, 8, 0);
-    for (int64_t step = 0; step < steps; ++step) {
-      unroll<Vectors / 2>([&](auto b) INLINE { prefetch(codes[b] + step * kStep); });
-      unroll<8>([&](auto k) INLINE {
+    for (int64_t line = 0; line < steps * 8 / kPerLine; ++line) {
+      unroll<Vectors / 2>([&](int b) INLINE { prefetch(codes[b] + line * 64); });
+      unroll<kPerLine>([&](int k) INLINE {
         F w[Vectors];
-        unroll<Vectors>([&](auto v) INLINE {
-          w[v] = weight<k>(codes[v / 2] + step * kStep + v % 2 * 32, levels, zero[v]);
+        unroll<Vectors>([&](int v) INLINE {
+          w[v] = weight(load_half(codes[v / 2] + line * 64 + v % 2 * 32), k, levels, zero[v]);
         });
-        unroll<Rows>([&](auto r) INLINE {
-          const F xk = splat(x[(step * 8 + k) * Rows + r]);
-          unroll<Vectors>([&](auto v) INLINE { sums[v][r] = fma(xk, w[v], sums[v][r]); });
+        unroll<Rows>([&](int r) INLINE {
+          const F xk = splat(x[(line * kPerLine + k) * Rows + r]);
+          unroll<Vectors>([&](int v) INLINE { sums[v][r] = fma(xk, w[v], sums[v][r]); });
         });
       });
     }

@@ -24,8 +24,8 @@ SIMD void prefetch(const uint8_t* p) {
 
 template <int Blocks, int Rows>
 SIMD void add_sums(I (&sums)[Blocks][Rows], const I (&more)[Blocks][Rows]) {
-  unroll<Blocks>([&](auto b) INLINE {
-    unroll<Rows>([&](auto r) INLINE { sums[b][r] = add(sums[b][r], more[b][r]); });
+  unroll<Blocks>([&](int b) INLINE {
+    unroll<Rows>([&](int r) INLINE { sums[b][r] = add(sums[b][r], more[b][r]); });
   });
 }
 
@@ -52,16 +52,16 @@ struct W8A8 {
     constexpr bool kTwo = Rows * Blocks < 8;
     I more[Blocks][Rows] = {};
     for (int64_t step = 0; step < steps; ++step) {
-      unroll<2>([&](auto half) INLINE {
+      unroll<2>([&](int half) INLINE {
         I weight[Blocks];
-        unroll<Blocks>([&](auto b) INLINE {
+        unroll<Blocks>([&](int b) INLINE {
           const uint8_t* line = codes[b] + step * 128 + half * 64;
           weight[b] = load_line(line);
           prefetch(line);
         });
-        unroll<Rows>([&](auto r) INLINE {
+        unroll<Rows>([&](int r) INLINE {
           const I x = broadcast_unit(panel + ((step * 2 + half) * Rows + r) * 4);
-          unroll<Blocks>([&](auto b) INLINE {
+          unroll<Blocks>([&](int b) INLINE {
             dot4(kTwo && half == 1 ? more[b][r] : sums[b][r], x, weight[b]);
           });
         });
@@ -90,17 +90,17 @@ struct W4A8 {
     I more[Blocks][Rows] = {};
     const I low = _mm512_set1_epi8(0xf);
     for (int64_t step = 0; step < steps; ++step) {
-      unroll<2>([&](auto half) INLINE {
+      unroll<2>([&](int half) INLINE {
         I weight[Blocks];
-        unroll<Blocks>([&](auto b) INLINE {
+        unroll<Blocks>([&](int b) INLINE {
           const uint8_t* line = codes[b] + step * 64;
           const I bytes = load_line(line);
           weight[b] = bit_and(half == 0 ? bytes : _mm512_srli_epi16(bytes, 4), low);
           if (half == 0) prefetch(line);
         });
-        unroll<Rows>([&](auto r) INLINE {
+        unroll<Rows>([&](int r) INLINE {
           const I x = broadcast_unit(panel + ((step * 2 + half) * Rows + r) * 4);
-          unroll<Blocks>([&](auto b) INLINE {
+          unroll<Blocks>([&](int b) INLINE {
             dot4(kTwo && half == 1 ? more[b][r] : sums[b][r], weight[b], x);
           });
         });
@@ -117,43 +117,45 @@ struct A16 {
   static constexpr const char* kName = Fmt == Format::int8   ? "matmul_w8a16_avx512_8x48"
                                        : Fmt == Format::int4 ? "matmul_w4a16_avx512_8x48"
                                                              : "matmul_nf4a16_avx512_8x48";
-  static constexpr int kRows = 8, kBlocks = 3;
+  static constexpr int kRows = 8, kBlocks = 4;
   static constexpr int kUnit = 1;
-  static constexpr int blocks(int) { return kBlocks; }
+  static constexpr int blocks(int rows) { return rows == 1 ? 4 : 3; }
   using Sum = F;
   static constexpr bool kFloat = true;
 
-  // Codes of k, less the zero points: 0 <= K < 8.
-  template <int K>
-  static INLINE F weight(const uint8_t* codes, const Table16& levels, I zero) {
+  // The weights of k of a line, from its codes and zero points (int4: from 2^23 + zero points).
+  static INLINE F weight(I line, int k, const Table16& levels, I zero) {
     if constexpr (Fmt == Format::int8) {
-      const I line = load_line(codes + K / 4 * 64);
-      return to_float(sub(_mm512_srai_epi32(shift_left<24 - K % 4 * 8>(line), 24), zero));
+      return to_float(sub(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - k * 8), 24), zero));
     }
-    const I code = shift_right<K % 4 * 8 + K / 4 * 4>(load_line(codes));
+    const I code = _mm512_srli_epi32(line, k % 4 * 8 + k / 4 * 4);
     if constexpr (Fmt == Format::nf4) return lookup(levels, code);
-    return to_float(sub(bit_and(code, splat(0xf)), zero));
+    // A code in the low bits of 2^23 is the float 2^23 + code; the difference is exact.
+    const I shifted = _mm512_ternarylogic_epi32(code, splat(0xf), splat(0x4b000000), 0xea);
+    return sub(floats(shifted), floats(zero));
   }
 
   template <int Rows, int Blocks>
-  static INLINE void accumulate(F (&sums)[Blocks][Rows], const I (&zero)[Blocks],
-                                const uint8_t* panel, const uint8_t* const* codes,
-                                int64_t steps) {
+  static INLINE void accumulate(F (&sums)[Blocks][Rows], I (&zero)[Blocks], const uint8_t* panel,
+                                const uint8_t* const* codes, int64_t steps) {
+    constexpr int kPerLine = Fmt == Format::int8 ? 4 : 8;
     const float* x = reinterpret_cast<const float*>(panel);
     const Table16 levels = table16(kNf4Levels);
-    constexpr int64_t kStep = code_offset(Fmt, 8, 0);
-    for (int64_t step = 0; step < steps; ++step) {
-      unroll<Blocks>([&](auto b) INLINE {
-        unroll<kStep / 64>([&](auto l) INLINE { prefetch(codes[b] + step * kStep + l * 64); });
+    if (Fmt == Format::int4) {
+      unroll<Blocks>([&](int b) INLINE {
+        zero[b] = bits(add(to_float(zero[b]), splat(0x1p23f)));
       });
-      unroll<8>([&](auto k) INLINE {
+    }
+    for (int64_t line = 0; line < steps * 8 / kPerLine; ++line) {
+      unroll<Blocks>([&](int b) INLINE { prefetch(codes[b] + line * 64); });
+      unroll<kPerLine>([&](int k) INLINE {
         F w[Blocks];
-        unroll<Blocks>([&](auto b) INLINE {
-          w[b] = weight<k>(codes[b] + step * kStep, levels, zero[b]);
+        unroll<Blocks>([&](int b) INLINE {
+          w[b] = weight(load_line(codes[b] + line * 64), k, levels, zero[b]);
         });
-        unroll<Rows>([&](auto r) INLINE {
-          const F xk = splat(x[(step * 8 + k) * Rows + r]);
-          unroll<Blocks>([&](auto b) INLINE { sums[b][r] = fma(xk, w[b], sums[b][r]); });
+        unroll<Rows>([&](int r) INLINE {
+          const F xk = splat(x[(line * kPerLine + k) * Rows + r]);
+          unroll<Blocks>([&](int b) INLINE { sums[b][r] = fma(xk, w[b], sums[b][r]); });
         });
       });
     }
