@@ -1,0 +1,111 @@
+"""What is compared: engines that compute a product with a prepared weight, and whole models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Call = Callable[[Tensor], Tensor]
+
+# Signal to quantization noise that a correct result reaches on normal weights and activations,
+# less a margin. A wrong sign, scale or order of nibbles gives about 0 dB.
+WORST_SQNR = {"float": 35.0, "8 bits": 28.0, "4 bits": 15.0}
+
+
+@dataclass(frozen=True)
+class LinearEngine:
+    """A way to compute `x @ weight.T`.
+
+    Args:
+        name: as results name it.
+        kind: "float", "8 bits" or "4 bits" per weight: with whom it competes.
+        dtype: type of the x that it is given.
+        bits: stored bits per weight, scales included.
+        arithmetic: what its products are made of: "int8" (int8 × int8), "int4" (int4 × int8),
+            "bf16", "fp32", or "" where it is not known.
+        build: prepares a float32 weight [N, K]; gives as many independent copies as asked for,
+            each a function of x [M, K].
+    """
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    bits: float
+    arithmetic: str
+    build: Callable[[Tensor, int], Sequence[Call]]
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class ModelEngine:
+    """A way to run a float model faster.
+
+    Args:
+        name: as results name it.
+        kind: "float", "8 bits" or "4 bits" per weight.
+        convert: takes its own float32 copy of the model; returns what is called instead of it.
+        compiled: whether `convert` compiles, which takes a while.
+    """
+
+    name: str
+    kind: str
+    convert: Callable[[nn.Module], Any]
+    own: bool = False
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class CodecEngine:
+    """A way to quantize or dequantize a tensor.
+
+    Args:
+        name: as results name it.
+        task: such as "quantize int8" or "dequantize nf4".
+        build: prepares for a float32 tensor; gives the timed call, and a function that turns its
+            result into the float32 tensor that the codes stand for.
+    """
+
+    name: str
+    task: str
+    build: Callable[[Tensor], tuple[Callable[[], Any], Callable[[Any], Tensor]]]
+    own: bool = False
+
+
+class WrongResultError(RuntimeError):
+    """An engine computed something else than was asked for, so its time means nothing."""
+
+
+def sqnr(reference: Tensor, got: Tensor) -> float:
+    """Signal to noise in dB; -inf if anything is not finite.
+
+    Example:
+        >>> round(sqnr(torch.tensor([1.0, 1.0]), torch.tensor([1.1, 1.1])))
+        20
+    """
+    noise = (reference.double() - got.double()).square().sum().item()
+    signal = reference.double().square().sum().item()
+    if not math.isfinite(noise):
+        return -math.inf
+    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
+
+
+def verified(name: str, kind: str, reference: Tensor, got: Tensor) -> float:
+    """The result's SQNR in dB, if it is near enough to the float reference.
+
+    Raises:
+        WrongResultError: another shape, or less SQNR than a correct result of this kind has.
+    """
+    if got.shape != reference.shape:
+        raise WrongResultError(f"{name}: shape {list(got.shape)}, not {list(reference.shape)}")
+    value = sqnr(reference, got)
+    if value < WORST_SQNR[kind]:
+        raise WrongResultError(
+            f"{name}: {value:.1f} dB SQNR, where a correct result of {kind} has more than "
+            f"{WORST_SQNR[kind]:.0f} dB"
+        )
+    return value

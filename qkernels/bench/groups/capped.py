@@ -1,0 +1,72 @@
+"""The same products with the instruction set capped, ours and that of peers that can be capped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from qkernels import _C
+from qkernels.bench import plan
+from qkernels.bench.bench import Bench, Unit
+from qkernels.bench.results import Record, Results
+
+# onnxruntime, OpenVINO and ggml take what the CPU has and cannot be told otherwise.
+_PEERS = "torch fp32,torch.ao *,torch int4pack *"
+
+
+def environment(isa: str) -> dict[str, str]:
+    """Variables that cap qkernels, torch, oneDNN, FBGEMM and MKL at an instruction set.
+
+    Args:
+        isa: as qkernels names it.
+
+    Example:
+        >>> environment("isa")["ONEDNN_MAX_CPU_ISA"]
+        'ISA'
+    """
+    return {
+        "QKERNELS_ISA": isa,
+        "ATEN_CPU_CAPABILITY": isa,
+        "ONEDNN_MAX_CPU_ISA": isa.upper(),
+        "FBGEMM_ENABLE_INSTRUCTIONS": isa.upper(),
+        "MKL_ENABLE_INSTRUCTIONS": isa.upper(),
+    }
+
+
+def units(bench: Bench) -> Iterator[Unit]:
+    """A unit for each ISA below the best, but for the reference."""
+    for isa in _C.available_isas()[1:-1]:
+        yield f"capped {isa}", lambda isa=isa: _capped(bench, isa)  # type: ignore[misc]
+
+
+def _capped(bench: Bench, isa: str) -> list[Record]:
+    records: list[Record] = []
+    # A process of its own: these variables are read once, when the libraries load.
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in bench.only.shapes(plan.CAPPED_SHAPES):
+            rows = ",".join(map(str, shape.rows))
+            out = Path(folder) / str(shape)
+            command = [sys.executable, "-m", "qkernels.bench", "--output", str(out)]
+            command += ["--threads", str(torch.get_num_threads()), "--no-plots"]
+            command += ["--only", "group=linear", f"shape={shape}", f"m={rows}", f"peer={_PEERS}"]
+            command += ["--quick"] if bench.quick else []
+            if bench.only.scheme:
+                command.append(f"scheme={','.join(bench.only.scheme)}")
+            done = subprocess.run(
+                command,
+                env={**os.environ, **environment(isa)},
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode != 0:
+                raise RuntimeError(f"the run capped at {isa} failed: {done.stderr.strip()[-500:]}")
+            records += Results.load(out / "results.json").records
+    for record in records:
+        record.unit, record.group = f"capped {isa}", "capped"
+    return records

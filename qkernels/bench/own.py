@@ -1,0 +1,193 @@
+"""qkernels' own engines, with the same interface as the peers'."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkernels import functional
+from qkernels.bench.engines import Call, CodecEngine, LinearEngine, ModelEngine
+from qkernels.formats import format_of
+from qkernels.nn import QLinear
+from qkernels.quantize import quantize_
+from qkernels.schemes import NF4, W4A8, W4A16, W8A8, W8A16, Scheme
+
+SCHEMES: dict[str, Scheme] = {
+    "W8A8": W8A8(),
+    "W4A8 g128": W4A8(),
+    "W4A8 g32": W4A8(group_size=32),
+    "W8A16": W8A16(),
+    "W4A16 g128": W4A16(),
+    "NF4 g64": NF4(),
+}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def stored_bits(scheme: Scheme) -> float:
+    """Bits per weight with the scales and zero points of a long row.
+
+    Example:
+        >>> stored_bits(W4A8(group_size=32))
+        4.75
+    """
+    bits = format_of(scheme.format).bits
+    if scheme.group_size == -1:
+        return bits
+    scale = torch.finfo(scheme.scale_dtype).bits
+    return bits + (scale + (0 if scheme.symmetric else 8)) / scheme.group_size
+
+
+def _kind(scheme: Scheme) -> str:
+    return f"{format_of(scheme.format).bits} bits"
+
+
+def _layer(weight: Tensor, scheme: Scheme) -> QLinear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return QLinear.from_float(layer, scheme).eval()
+
+
+def _linear(scheme: Scheme) -> Callable[[Tensor, int], Sequence[Call]]:
+    def build(weight: Tensor, copies: int) -> Sequence[Call]:
+        layer = _layer(weight, scheme)
+        return [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
+
+    return build
+
+
+def linear_engines() -> list[LinearEngine]:
+    """Every scheme; those with float activations for bfloat16 and for float32."""
+    engines = []
+    for name, scheme in SCHEMES.items():
+        if scheme.activation == "float":
+            variants = [(f"{name} {dtype}", dtype, dtype) for dtype in _DTYPES]
+        else:
+            arithmetic = "int8" if format_of(scheme.format).bits == 8 else "int4"
+            variants = [(name, "fp32", arithmetic)]
+        for variant, dtype, arithmetic in variants:
+            engines.append(
+                LinearEngine(
+                    variant,
+                    _kind(scheme),
+                    _DTYPES[dtype],
+                    stored_bits(scheme),
+                    arithmetic,
+                    _linear(scheme),
+                    own=True,
+                )
+            )
+    return engines
+
+
+def backward_engines() -> list[LinearEngine]:
+    """The gradient with respect to the input through a frozen quantized weight."""
+
+    def prepare(scheme: Scheme) -> Callable[[Tensor, int], Sequence[Call]]:
+        def build(weight: Tensor, copies: int) -> Sequence[Call]:
+            n, k = weight.shape
+            packed = _layer(weight, scheme).packed
+            op = torch.ops.qkernels.linear_backward_input
+
+            def one(copied: Tensor) -> Call:
+                return lambda grad: op(grad, copied, scheme.layout, k, n, scheme.group_size)
+
+            return [one(packed.detach().clone()) for _ in range(copies)]
+
+        return build
+
+    return [
+        LinearEngine(
+            name,
+            _kind(scheme),
+            torch.bfloat16,
+            stored_bits(scheme),
+            "bf16",
+            prepare(scheme),
+            own=True,
+        )
+        for name, scheme in SCHEMES.items()
+        if scheme.activation == "float"  # the activation's type does not matter on the way back
+    ]
+
+
+def model_engines() -> list[ModelEngine]:
+    """Whole models: every scheme, W8A8 also in bfloat16 and compiled."""
+
+    def converter(scheme: Scheme, dtype: torch.dtype, compiled: bool) -> Callable[[nn.Module], Any]:
+        def convert(model: nn.Module) -> Any:
+            quantize_(model, scheme, ignore=(), progress=False)
+            model = model.to(dtype)
+            return torch.compile(model) if compiled else model
+
+        return convert
+
+    def engine(
+        name: str, scheme: Scheme, dtype: torch.dtype, compiled: bool = False
+    ) -> ModelEngine:
+        convert = converter(scheme, dtype, compiled)
+        return ModelEngine(name, _kind(scheme), convert, own=True, compiled=compiled)
+
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    engines = [engine(f"{name} fp32", scheme, float32) for name, scheme in SCHEMES.items()]
+    engines += [engine(f"{name} bf16", scheme, bfloat16) for name, scheme in SCHEMES.items()]
+    for name, dtype in (("fp32", float32), ("bf16", bfloat16)):
+        engines.append(engine(f"W8A8 {name} compiled", SCHEMES["W8A8"], dtype, compiled=True))
+    return engines
+
+
+# What a codec is measured with: format, group size, symmetric.
+_CODECS: dict[str, tuple[str, int, bool]] = {
+    "int8": ("int8", -1, True),
+    "int4": ("int4", 128, False),
+    "nf4": ("nf4", 64, True),
+}
+
+
+def codec_engines() -> list[CodecEngine]:
+    """quantize and dequantize into given tensors, and into new ones."""
+
+    def quantizer(form: str, group: int, symmetric: bool, given: bool) -> Callable[[Tensor], Any]:
+        def build(x: Tensor) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
+            code = format_of(form).code
+            out = functional.quantize(x, form, group, symmetric)
+            empty = torch.empty(0, dtype=out.data.dtype)
+            zero = empty if out.zero_point is None else out.zero_point
+            arguments = (x, code, group, symmetric)
+
+            def into() -> object:
+                op = torch.ops.qkernels.quantize.out
+                return op(*arguments, data=out.data, scale=out.scale, zero_point=zero)
+
+            def new() -> object:
+                return functional.quantize(x, form, group, symmetric)
+
+            if given:
+                return into, lambda _: out.dequantize()
+            return new, lambda result: result.dequantize()
+
+        return build
+
+    def dequantizer(form: str, group: int, symmetric: bool, given: bool) -> Callable[[Tensor], Any]:
+        def build(x: Tensor) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
+            q = functional.quantize(x, form, group, symmetric)
+            out = torch.empty_like(x)
+
+            def into() -> object:
+                op = torch.ops.qkernels.dequantize.out
+                return op(q.data, q.scale, q.zero_point, format_of(form).code, group, out=out)
+
+            return (into, lambda _: out) if given else (q.dequantize, lambda result: result)
+
+        return build
+
+    engines = []
+    for form, (name, group, symmetric) in _CODECS.items():
+        for task, make in (("quantize", quantizer), ("dequantize", dequantizer)):
+            for label, given in (("qkernels", False), ("qkernels out=", True)):
+                build = make(name, group, symmetric, given)
+                engines.append(CodecEngine(label, f"{task} {form}", build, own=True))
+    return engines

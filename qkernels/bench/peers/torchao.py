@@ -1,0 +1,73 @@
+"""torchao: int8 dynamic and int8 weight-only layers, eager and compiled; its int4 for CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+
+from qkernels.bench.engines import Call, LinearEngine, ModelEngine
+
+_GROUP = 128
+
+
+def _int4_config() -> Any:
+    """Its int4 layers for CPUs have moved between releases; this is where 0.18 has them."""
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+    return PrototypeInt4WeightOnlyConfig(group_size=_GROUP)
+
+
+def _linear(
+    config: Callable[[], Any], dtype: torch.dtype, compiled: bool
+) -> Callable[[Tensor, int], Sequence[Call]]:
+    def one(weight: Tensor) -> Call:
+        n, k = weight.shape
+        layer = nn.Linear(k, n, bias=False, dtype=dtype)
+        layer.weight.data.copy_(weight)
+        model = nn.Sequential(layer)
+        quantize_(model, config())
+        call: Call = torch.compile(model, dynamic=False) if compiled else model
+        return call
+
+    return lambda weight, copies: [one(weight) for _ in range(copies)]
+
+
+def linear_engines() -> list[LinearEngine]:
+    def engine(
+        name: str, kind: str, bits: float, config: Callable[[], Any], dtype: torch.dtype, arith: str
+    ) -> list[LinearEngine]:
+        return [
+            LinearEngine(
+                f"torchao {name} {how}", kind, dtype, bits, arith, _linear(config, dtype, compiled)
+            )
+            for how, compiled in (("eager", False), ("compiled", True))
+        ]
+
+    w8a8, w8 = Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+    engines = engine("W8A8", "8 bits", 8, w8a8, torch.bfloat16, "int8")
+    engines += engine("W8A16", "8 bits", 8, w8, torch.bfloat16, "bf16")[1:]
+    try:
+        _int4_config()
+    except ImportError:
+        return engines
+    bits = 4 + 32 / _GROUP
+    return [
+        *engines,
+        *engine(f"int4 g{_GROUP}", "4 bits", bits, _int4_config, torch.bfloat16, "bf16")[:1],
+    ]
+
+
+def model_engines() -> list[ModelEngine]:
+    def convert(model: nn.Module) -> Any:
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        return torch.compile(model)
+
+    return [ModelEngine("torchao W8A8 compiled", "8 bits", convert, compiled=True)]

@@ -1,0 +1,100 @@
+"""Ratios, shares of the limit, targets, and the pages made of them."""
+
+import dataclasses
+
+import pytest
+
+from qkernels.bench import analysis
+from qkernels.bench.compare import comparison
+from qkernels.bench.results import Results
+from qkernels.bench.table import markdown, microseconds, table
+from qkernels.bench.targets import TARGETS, Outcome
+
+
+def test_the_limit_is_the_longer_of_reading_and_multiplying(results: Results) -> None:
+    one, many = results.records
+    assert analysis.limit_seconds(one, one.results[0]) == pytest.approx(2**24 / 16e9)
+    assert analysis.limit_seconds(many, many.results[0]) == pytest.approx(2 * 512 * 2**24 / 800e9)
+    assert analysis.share(one, one.results[0]) == pytest.approx(2**24 / 16e9 / 1.1e-3)
+
+
+def test_weights_in_the_cache_are_not_limited_by_memory(results: Results) -> None:
+    record = dataclasses.replace(results.records[0], case={"k": 384, "n": 384, "m": 1})
+    assert analysis.limit_seconds(record, record.results[0]) is None
+    record.case["m"] = 512
+    expected = 2 * 512 * 384 * 384 / 800e9
+    assert analysis.limit_seconds(record, record.results[0]) == pytest.approx(expected)
+
+
+def test_no_limit_without_a_measurement(results: Results) -> None:
+    record = dataclasses.replace(results.records[0], limits={})
+    assert analysis.share(record, record.results[0]) is None
+
+
+def test_peers_have_as_many_bits(results: Results) -> None:
+    record = results.records[0]
+    peers = analysis.peers_of(record, record.results[0])
+    assert [p.name for p in peers] == ["torch.ao x86", "torch int8pack bf16"]
+    best = analysis.fastest(peers)
+    assert best is not None and best.name == "torch.ao x86"
+
+
+def test_the_page_holds_times_ratios_and_shares(results: Results) -> None:
+    page = markdown(results)
+    line = next(x for x in page.splitlines() if x.startswith("| **W8A8**"))
+    assert line == "| **W8A8** | 1100 ±110 | 20000 ±2000 |"
+    assert "| · best peer | 2.00× torch.ao x86 | 1.05× torch.ao x86 |" in page
+    assert "| · torch float | 4.00× | 4.50× |" in page
+    assert "| · of the limit | 95% | 107% |" in page
+    assert "At most 3 minor page faults in a call (torch fp32)." in page
+    assert "| read memory | 10.0 | 16.0 | GB/s |" in page
+    assert "| openvino | not installed |" in page
+    assert "numpy" not in page
+
+
+def test_targets_say_met_and_short(results: Results) -> None:
+    page = markdown(results)
+    met = next(x for x in page.splitlines() if x.startswith("| W8A8 at M=1: ≥ 1.1×"))
+    assert "**met** 1/1" in met and "2.00 ×" in met and "torch.ao x86" in met
+    for record in results.records:
+        record.results[0].median *= 2
+    short = next(x for x in markdown(results).splitlines() if x.startswith("| W8A8 at M=1: ≥ 1.1×"))
+    assert "**short** 0/1" in short and "1.00 ×" in short
+
+
+def test_an_outcome_knows_its_direction() -> None:
+    assert Outcome("", "", 1.1, 1.0).met and not Outcome("", "", 1.1, 1.0, at_most=True).met
+    assert Outcome("", "", 0.5, 1.0).margin == pytest.approx(0.5)
+    assert Outcome("", "", 2.0, 1.0, at_most=True).margin == pytest.approx(0.5)
+
+
+def test_targets_of_what_was_not_measured_are_left_out(results: Results) -> None:
+    results.records.clear()
+    assert not any(list(target.find(results)) for target in TARGETS)
+    assert "## Targets" not in markdown(results)
+
+
+def test_compare_shows_what_moved(results: Results, slower: Results) -> None:
+    text = comparison(results, slower)
+    assert "2 results in both, 2 moved" in text
+    assert (
+        "| 4096x4096 M=1, avx512 | W8A8 | 1100 | 1650 | 1.50 | 2.00× → 1.33× | 95% → 64% |" in text
+    )
+
+
+def test_compare_is_silent_about_noise(results: Results) -> None:
+    assert "0 moved" in comparison(results, results)
+
+
+def test_compare_names_other_versions(results: Results, slower: Results) -> None:
+    slower.about["versions"] = {"torch": "2.14.0"}
+    assert "torch (2.13.0 → 2.14.0)" in comparison(results, slower)
+
+
+def test_markdown_tables_escape_their_bars() -> None:
+    assert table(["a"], [["x|y"]]).splitlines()[-1] == "| x\\|y |"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(1.26e-6, "1.3"), (99e-6, "99.0"), (0.5, "500000")])
+def test_microseconds(seconds: float, text: str) -> None:
+    assert microseconds(seconds) == text
