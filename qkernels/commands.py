@@ -20,6 +20,7 @@ from qkernels.io.file import open_tensors
 from qkernels.nn.module import WEIGHT_KEYS
 from qkernels.quantize import DEFAULT_IGNORE
 from qkernels.report.files import check_folder
+from qkernels.report.modules import label_of
 from qkernels.schemes import SCHEMES, Scheme
 from qkernels.summary import size_text
 from qkernels.terminal import console
@@ -192,7 +193,7 @@ def compare_with_folder(
         model,
         reference,
         _batches(tokenizer, inputs, batch_size, max_length),
-        names=(header.path.stem, str(header.metadata.get("source", Path(folder).resolve().name))),
+        names=(header.path.stem, label_of(reference)),
     )
     report.print()
     if html is not None:

@@ -138,7 +138,7 @@ def _layers(report: Report) -> str:
         "of every layer before; own SQNR is the layer alone, on the reference's input. The lowest "
         "are marked.</p>\n"
         '<div class="scroll"><table><thead><tr><th>#</th><th class=name>layer</th>'
-        "<th class=name>kind</th><th>SQNR</th><th>own SQNR</th><th>largest error</th>"
+        "<th class=kind>kind</th><th>SQNR</th><th>own SQNR</th><th>largest error</th>"
         "<th>before</th><th>bytes</th></tr></thead>\n"
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
@@ -149,7 +149,8 @@ def _layer_row(position: int, layer: Layer, limit: float) -> str:
     sqnr = words.decibel(layer.sqnr_db) + (" (NaN/Inf)" if layer.nonfinite else "")
     return (
         f"<tr{'' if layer.quantized else ' class=float'}><td>{position}</td>"
-        f"<td class=name>{escape(layer.name)}</td><td class=name>{escape(layer.kind)}</td>"
+        f"<td class=name>{escape(layer.name).replace('.', '.<wbr>')}</td>"
+        f"<td class=kind>{escape(layer.kind)}</td>"
         f"<td>{sqnr}</td><td{mark}>{words.decibel(layer.own_sqnr_db)}</td>"
         f"<td>{words.number(layer.max_abs_error)}</td>"
         f"<td>{size_text(layer.reference_bytes)}</td><td>{size_text(layer.bytes)}</td></tr>"

@@ -74,8 +74,8 @@ def sizes(report: Report) -> str:
             axes.barh(row, rest, left=inside, color=REFERENCE, height=0.6, label=labels[1])
             axes.annotate(size_text(total), (total, row), (4, 0), va="center",
                           textcoords="offset points")  # fmt: skip
-        axes.xaxis.set_major_formatter(lambda count, _: size_text(int(count)))
-        _finish_bars(axes, [name for name, _, _ in parts], "")
+        axes.set_xticks([])  # every bar says what it is
+        _finish_bars(axes, [name for name, _, _ in parts])
         if quantized:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         return _svg(figure, "Bytes of both models")
@@ -92,21 +92,21 @@ def latency(report: Report) -> str | None:
     with _style():
         figure, axes = _figure(height=1.3)
         for row, (_, timing, colour) in enumerate(bars):
-            median = timing.median * 1e3
-            low, high = timing.quantile(0.25) * 1e3, timing.quantile(0.75) * 1e3
+            median, low, high = timing.median, timing.quantile(0.25), timing.quantile(0.75)
             axes.barh(row, median, color=colour, height=0.6)
             axes.errorbar(median, row, xerr=[[median - low], [high - median]], color=_INK,
                           capsize=3, linewidth=1)  # fmt: skip
             axes.annotate(words.seconds(timing.median), (high, row), (6, 0), va="center",
                           textcoords="offset points")  # fmt: skip
-        _finish_bars(axes, [name for name, _, _ in bars], "ms, median and middle half of samples")
+        axes.xaxis.set_major_formatter(lambda value, _: words.seconds(value))
+        axes.set_xlabel("median, and the middle half of the samples")
+        _finish_bars(axes, [name for name, _, _ in bars])
         return _svg(figure, "Latency of both models")
 
 
-def _finish_bars(axes: Any, names: list[str], unit: str) -> None:
+def _finish_bars(axes: Any, names: list[str]) -> None:
     axes.set_yticks(range(len(names)), [_literal(name) for name in names])
     axes.invert_yaxis()
-    axes.set_xlabel(unit)
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     axes.grid(axis="x", alpha=0.25)

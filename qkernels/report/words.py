@@ -14,7 +14,7 @@ def seconds(value: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if value >= scale * 0.9995:
             return f"{_three(value / scale)} {unit}"
-    return f"{_three(value * 1e9)} ns"
+    return f"{_three(value * 1e9)} ns" if value else "0"
 
 
 def _three(value: float) -> str:

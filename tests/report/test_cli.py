@@ -133,7 +133,7 @@ def test_compare_prints_and_writes_the_report(capsys, folder, quantized, lines, 
     assert (facts["batches"], facts["rows"], facts["output"]) == (3, 9, "logits")
     assert facts["cosine_mean"] > 0.99
     assert facts["agreement"] is not None
-    assert (facts["model"], facts["reference"]) == ("tiny-w8a8", folder.name)
+    assert (facts["model"], facts["reference"]) == ("tiny-w8a8", "float32")
     assert "tiny-w8a8" in said
     assert html.read_text().startswith("<!doctype html>")
 
