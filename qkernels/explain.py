@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from qkernels import _C
 from qkernels.nn import QEmbedding, QLinear
 from qkernels.nn.module import QModule
-from qkernels.report.outputs import Caller, evaluating
 from qkernels.summary import size_text
 
 
@@ -116,6 +115,8 @@ def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
 
 def _record_inputs(model: nn.Module, layers: dict[str, QModule], x: Any) -> dict[str, Tensor]:
     """An empty tensor of the shape and dtype that each layer got first, in one run of the model."""
+    from qkernels.report.outputs import Caller, evaluating
+
     inputs: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Any:

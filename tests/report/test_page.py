@@ -58,7 +58,7 @@ def report(**changes):
 class Page(HTMLParser):
     """Checks that tags nest, and collects what a browser would fetch or run."""
 
-    VOID = frozenset({"meta", "path", "use", "br", "link"})
+    VOID = frozenset({"meta", "path", "use", "br", "wbr", "link"})
 
     def __init__(self, text):
         super().__init__()
