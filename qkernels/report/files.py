@@ -19,7 +19,7 @@ def write_atomically(path: str | PathLike[str], text: str) -> None:
         OSError: the folder does not exist, or the file cannot be written.
 
     Example:
-        >>> write_atomically("/tmp/qkernels-example.txt", "hello")
+        >>> write_atomically(folder / "hello.txt", "hello")
     """
     target = Path(path)
     check_folder(target)
