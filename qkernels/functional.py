@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -226,7 +227,7 @@ def linear(
     """`x @ weight.T + bias` with a packed quantized weight, differentiable in x and bias.
 
     Args:
-        x: float32, bfloat16 or float16 [..., in_features].
+        x: float [..., in_features]; float64 is computed with in float32.
         packed: uint8 [ceil(out_features / 16), bytes], from `pack`.
         bias: float [out_features], or None.
         layout: the weight's layout, `Scheme.layout`.
@@ -269,10 +270,11 @@ def linear(
     # The op with an autograd formula costs microseconds more on every call, so inference uses the
     # one without.
     op = torch.ops.qkernels.linear_differentiable if wants_grad else torch.ops.qkernels.linear
+    wide = x.dtype == torch.float64
     y: Tensor = op(
-        x,
+        x.float() if wide else x,
         packed,
-        bias,
+        bias.float() if wide and bias is not None else bias,
         x_scale,
         x_zero_point,
         x_premul,
@@ -284,7 +286,9 @@ def linear(
         activation_code,
         0 if wants_grad else epilogue_code,
     )
-    return _EPILOGUE_FUNCTIONS[epilogue](y) if wants_grad else y
+    if wants_grad:
+        y = _EPILOGUE_FUNCTIONS[epilogue](y)
+    return y.double() if wide else y
 
 
 def embedding(
@@ -307,7 +311,7 @@ def embedding(
         num_embeddings: rows of the table.
         embedding_dim: columns of the table.
         group_size: values of a row that share a scale; -1 for a whole row.
-        dtype: torch.float32, torch.bfloat16 or torch.float16.
+        dtype: of the result; torch.float64 is computed with in float32.
 
     Returns:
         [*indices.shape, embedding_dim] in `dtype`.
@@ -321,10 +325,11 @@ def embedding(
         >>> embedding(torch.tensor([2]), packed, layout=layout, num_embeddings=3, embedding_dim=3)
         tensor([[0., 0., 1.]])
     """
+    known = torch.float32 if dtype == torch.float64 else dtype
     out: Tensor = torch.ops.qkernels.embedding(
-        indices, packed, layout, num_embeddings, embedding_dim, group_size, dtype
+        indices, packed, layout, num_embeddings, embedding_dim, group_size, known
     )
-    return out
+    return out.to(dtype)
 
 
 def pack(weight: Quantized, layout: int) -> Tensor:
@@ -387,3 +392,9 @@ def unpack(
         group_size,
         torch.Size((out_features, in_features)),
     )
+
+
+# Symbolic tracing takes these as they are instead of tracing into them: what they do depends on
+# the type of x and on whether a gradient is needed.
+torch.fx.wrap("linear")
+torch.fx.wrap("embedding")

@@ -216,6 +216,12 @@ def _checked_values(
                 f"{path} is damaged: the bytes of {key} do not have the checksum they were saved "
                 "with; copy the file again"
             )
+    for key, want in expected.items():
+        if 0 in (s for s, size in zip(want.stride(), want.shape, strict=True) if size > 1):
+            raise ModelFileError(
+                f"{key} is an expanded tensor in the model, which cannot be written to; make it "
+                "contiguous before loading"
+            )
     for target in targets:
         for name in target.new._non_persistent_buffers_set:
             buffer = target.new._buffers[name]

@@ -140,20 +140,18 @@ class QEmbedding(QModule):
         return new
 
     def forward(self, indices: Tensor) -> Tensor:
-        wide = self.dtype == torch.float64  # the kernels know float32 at most
         try:
-            rows = functional.embedding(
+            return functional.embedding(
                 indices,
                 self.packed,
                 layout=self.layout,
                 num_embeddings=self.num_embeddings,
                 embedding_dim=self.embedding_dim,
                 group_size=self.scheme.group_size,
-                dtype=torch.float32 if wide else self.dtype,
+                dtype=self.dtype,
             )
         except RuntimeError as error:
             raise self._named(error) from None
-        return rows.double() if wide else rows
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -174,18 +174,12 @@ class QLinear(QModule):
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float64:  # the kernels compute in float32
-            bias = None if self.bias is None else self.bias.float()
-            return self._linear(x.float(), bias).double()
-        return self._linear(x, self.bias)
-
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         scheme = self.scheme
         try:
             return functional.linear(
                 x,
                 self.packed,
-                bias,
+                self.bias,
                 layout=self.layout,
                 in_features=self.in_features,
                 out_features=self.out_features,

@@ -101,6 +101,14 @@ def test_float64_compiles():
         assert torch.equal(got, model(x))
 
 
+def test_symbolic_tracing(scheme):
+    model = model_of(scheme)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(TOKENS), model(TOKENS))
+    traced(TOKENS).sum().backward()
+    assert model[1].bias.grad is not None
+
+
 def test_a_compiled_model_converts_and_saves(tmp_path):
     model = nn.Sequential(nn.Linear(32, 8))
     compiled = torch.compile(model, backend="aot_eager")

@@ -399,6 +399,17 @@ def test_a_non_persistent_buffer_on_meta_cannot_be_filled(path):
     assert model.embed.weight.is_meta
 
 
+def test_a_tensor_that_cannot_be_written_to(path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    qk.save_model(model, path)
+    other = nn.Sequential(nn.Linear(4, 4))
+    other[0].bias = nn.Parameter(torch.zeros(1).expand(4))
+    before = other[0].weight.clone()
+    with pytest.raises(ModelFileError, match=r"0\.bias is an expanded tensor"):
+        qk.load_model(other, path)
+    assert torch.equal(other[0].weight, before)
+
+
 def test_wrong_argument(path):
     with pytest.raises(TypeError, match="model is str"):
         qk.load_model("model", path)
