@@ -43,6 +43,16 @@ def _one_sentence(error: BaseException) -> str:
     return f"{text} (--traceback shows where)" if located else text
 
 
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for, not for every command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from qkernels import __version__
+
+        print(f"qkernels {__version__}")
+        parser.exit()
+
+
 def _parser(given: list[str]) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -51,7 +61,7 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qkernels", description="Low-bit layers for PyTorch that compute in integers."
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser(
@@ -114,12 +124,6 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=_compare)
     return parser
-
-
-def _version() -> str:
-    from qkernels import __version__
-
-    return f"qkernels {__version__}"
 
 
 def _doctor(options: argparse.Namespace) -> int:
