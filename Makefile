@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest
 # What pytest shall do besides, as in `make test PYTEST_ARGS="-x -k linear"`.
 PYTEST_ARGS ?=
 
-.PHONY: help demo test test-full lint format build clean
+.PHONY: help demo test test-full bench lint format build clean
 .DELETE_ON_ERROR:
 # Two pips must not write to one environment at a time.
 .NOTPARALLEL:
@@ -43,6 +43,9 @@ test-full: $(STAMPS)/built $(STAMPS)/demo $(STAMPS)/model $(STAMPS)/test ## run 
 	$(PYTEST) -m "" $(PYTEST_ARGS)
 	$(call pytest_on_lesser_isas,$(PYTEST_ARGS))
 
+bench: $(STAMPS)/built $(STAMPS)/demo $(STAMPS)/model $(STAMPS)/bench ## measure against peers; ARGS=--quick for less
+	$(BIN)/python -m qkernels.bench $(ARGS)
+
 # The demo's packages are there so that mypy sees the same types on every machine.
 lint: $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/model $(STAMPS)/lint ## check style and types
 	$(BIN)/ruff check .
@@ -67,7 +70,7 @@ $(STAMPS)/venv:
 	  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 	@mkdir -p $(STAMPS) && touch $@
 
-# One stamp for each file of requirements: build, demo, test, lint.
+# One stamp for each file of requirements: build, demo, test, bench, lint.
 $(STAMPS)/%: requirements/%.txt requirements/constraints.txt | $(STAMPS)/venv
 	$(PIP) -r $<
 	@touch $@
