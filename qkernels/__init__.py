@@ -25,27 +25,30 @@ except ModuleNotFoundError as missing:
 try:
     from qkernels import _C
 except ImportError as failure:
-    raise ImportError(
+    # Kept for whoever asks for a name: `qkernels doctor` has to run without the library.
+    _PROBLEM = (
         "qkernels' compiled library (qkernels._C) is missing or does not load with torch "
         f"{torch.__version__}: {failure}. It needs torch >= 2.10 on Linux x86-64 and the Python "
         "version that it was built for; `pip install --force-reinstall --no-deps qkernels` brings "
         "a fitting one, and `pip install .` in a checkout builds it"
-    ) from failure
+    )
+    from qkernels.doctor import doctor
+else:
+    _PROBLEM = ""
+    from qkernels import functional, io, nn, ops
+    from qkernels.doctor import doctor
+    from qkernels.explain import explain
+    from qkernels.functional import Quantized
+    from qkernels.io import load_model, save_model
+    from qkernels.quantize import dequantize_, quantize_
+    from qkernels.schemes import NF4, W4A8, W4A16, W8A8, W8A16, Scheme
+    from qkernels.summary import Summary
 
-from qkernels import functional, io, nn, ops
-from qkernels.doctor import doctor
-from qkernels.explain import explain
-from qkernels.functional import Quantized
-from qkernels.io import load_model, save_model
-from qkernels.quantize import dequantize_, quantize_
-from qkernels.schemes import NF4, W4A8, W4A16, W8A8, W8A16, Scheme
-from qkernels.summary import Summary
+    # The module of the same name, imported above, had taken its place.
+    quantize = functional.quantize
 
 if TYPE_CHECKING:
     from qkernels.report import Report, compare
-
-# The module of the same name, imported above, had taken its place.
-quantize = functional.quantize
 
 # Imported when they are first used: most programs need neither.
 _LAZY = {"Report": "qkernels.report", "compare": "qkernels.report"}
@@ -76,6 +79,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if _PROBLEM and name in __all__:
+        raise ImportError(_PROBLEM)
     if name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name]), name)
     elif name == "__version__":
@@ -96,4 +101,4 @@ def _version() -> str:
     try:
         return version("qkernels")
     except PackageNotFoundError:  # run from a checkout that was built in place
-        return _C.build_info()["version"]
+        return "unknown" if _PROBLEM else _C.build_info()["version"]

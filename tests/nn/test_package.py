@@ -1,6 +1,7 @@
 """The package itself: what import gives, how fast, and what it says when it cannot work."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -55,16 +56,18 @@ assert all(callable(f) for f in (qk.doctor, qk.explain, qk.quantize, qk.compare)
     assert result.returncode == 0, result.stderr
 
 
-def test_a_library_that_does_not_load_is_one_sentence(tmp_path):
+def test_a_library_that_does_not_load_is_one_sentence_and_doctor_runs(tmp_path):
     package = tmp_path / "qkernels"
-    package.mkdir()
-    (package / "__init__.py").write_text((ROOT / "qkernels" / "__init__.py").read_text())
+    shutil.copytree(ROOT / "qkernels", package, ignore=shutil.ignore_patterns("*.so", "*.pyc"))
     (package / "_C.abi3.so").write_bytes(b"not a library")
-    result = run("import qkernels", cwd=tmp_path)
+    result = run("import qkernels; qkernels.quantize_", cwd=tmp_path)
     message = result.stderr.strip().splitlines()[-1]
     assert message.startswith("ImportError: qkernels' compiled library")
     assert "torch >= 2.10" in message
     assert "pip install" in message
+    result = run("from qkernels.cli import main; raise SystemExit(main(['doctor']))", cwd=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert "does not load" in result.stdout
 
 
 def test_torch_missing_is_one_sentence():
