@@ -1,6 +1,6 @@
 """The suite's cases under pytest-benchmark, for its statistics, storage and comparisons.
 
-    pytest benchmarks --benchmark-group-by=group -k "4096x4096 and M=16"
+    pytest benchmarks --benchmark-group-by=group -k "4096x4096 and M16"
     pytest benchmarks --benchmark-autosave            # and later --benchmark-compare
 
 `qkernels bench` runs the same engines in turns and against the machine's limits: quote that.
@@ -46,7 +46,7 @@ def built(shape: Shape, engine: LinearEngine) -> tuple[Sequence[Call], Tensor, T
 
 @pytest.mark.parametrize("shape", plan.LINEAR_SHAPES, ids=str)
 @pytest.mark.parametrize("engine", LINEAR, ids=named)
-@pytest.mark.parametrize("m", plan.ROWS, ids=lambda m: f"M={m}")
+@pytest.mark.parametrize("m", plan.ROWS, ids=lambda m: f"M{m}")
 def test_linear(benchmark: Any, shape: Shape, engine: LinearEngine, m: int) -> None:
     if m not in shape.rows:
         pytest.skip(f"{shape} is measured with M={shape.rows}")

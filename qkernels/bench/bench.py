@@ -44,8 +44,13 @@ class Bench:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def chosen(self, engines: Iterable[Engine]) -> list[Engine]:
-        """Those engines that `--only` leaves."""
-        return [e for e in engines if self.only.engine(e.name, e.own)]  # type: ignore[attr-defined]
+        """Those engines that `--only` and `--quick` leave; compiling takes minutes."""
+        return [
+            e
+            for e in engines
+            if self.only.engine(e.name, e.own)  # type: ignore[attr-defined]
+            and not (self.quick and e.name.endswith("compiled"))  # type: ignore[attr-defined]
+        ]
 
     def skip(self, name: str, where: str, error: Exception) -> None:
         """Leave a contender out, and say why once."""

@@ -111,8 +111,10 @@ def _roofline(pyplot: Any, records: list[Record], path: Path) -> None:
     read = middle.limits["read"]
     intensities = [2.0**i for i in range(1, 12)]
     for peak, style in (("int8", "-"), ("bf16", "--")):
-        rates = [min(read * i, middle.limits[peak]) / 1e9 for i in intensities]
-        axes.plot(intensities, rates, style, color=_GREY, linewidth=1)
+        # With the knee, where reading takes as long as multiplying.
+        at = sorted([*intensities, middle.limits[peak] / read])
+        rates = [min(read * i, middle.limits[peak]) / 1e9 for i in at]
+        axes.plot(at, rates, style, color=_GREY, linewidth=1)
         axes.annotate(
             f"{peak} peak {middle.limits[peak] / 1e9:.0f} Gop/s",
             (intensities[-1], rates[-1]),
@@ -123,7 +125,7 @@ def _roofline(pyplot: Any, records: list[Record], path: Path) -> None:
         )
     axes.annotate(
         f"memory {read / 1e9:.0f} GB/s",
-        (4, read * 4 / 1e9),
+        (8, read * 8 / 1e9),
         textcoords="offset points",
         xytext=(-4, 6),
         ha="right",

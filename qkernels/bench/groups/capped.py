@@ -46,27 +46,29 @@ def units(bench: Bench) -> Iterator[Unit]:
 
 
 def _capped(bench: Bench, isa: str) -> list[Record]:
-    records: list[Record] = []
+    available = plan.CAPPED_SHAPES[:1] if bench.quick else plan.CAPPED_SHAPES
+    shapes = bench.only.shapes(available)
+    if not shapes:
+        return []
     # A process of its own: these variables are read once, when the libraries load.
     with tempfile.TemporaryDirectory() as folder:
-        for shape in bench.only.shapes(plan.CAPPED_SHAPES):
-            rows = ",".join(map(str, shape.rows))
-            out = Path(folder) / str(shape)
-            command = [sys.executable, "-m", "qkernels.bench", "--output", str(out)]
-            command += ["--threads", str(torch.get_num_threads()), "--no-plots"]
-            command += ["--only", "group=linear", f"shape={shape}", f"m={rows}", f"peer={_PEERS}"]
-            command += ["--quick"] if bench.quick else []
-            if bench.only.scheme:
-                command.append(f"scheme={','.join(bench.only.scheme)}")
-            done = subprocess.run(
-                command,
-                env={**os.environ, **environment(isa)},
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode != 0:
-                raise RuntimeError(f"the run capped at {isa} failed: {done.stderr.strip()[-500:]}")
-            records += Results.load(out / "results.json").records
+        command = [sys.executable, "-m", "qkernels.bench", "--output", folder, "--no-plots"]
+        command += ["--threads", str(torch.get_num_threads())]
+        command += ["--quick"] if bench.quick else []
+        command += ["--only", "group=linear", f"peer={_PEERS}"]
+        command.append(f"shape={','.join(map(str, shapes))}")
+        command.append(f"m={','.join(map(str, shapes[0].rows))}")
+        if bench.only.scheme:
+            command.append(f"scheme={','.join(bench.only.scheme)}")
+        done = subprocess.run(
+            command,
+            env={**os.environ, **environment(isa)},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"the run capped at {isa} failed: {done.stderr.strip()[-500:]}")
+        records = Results.load(Path(folder) / "results.json").records
     for record in records:
         record.unit, record.group = f"capped {isa}", "capped"
     return records

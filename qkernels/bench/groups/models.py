@@ -70,7 +70,7 @@ def units(bench: Bench) -> Iterator[Unit]:
 
 
 def minilm() -> Subject:
-    """all-MiniLM-L6-v2 with its weights; quality on the first lines of Python's own docstrings."""
+    """all-MiniLM-L6-v2 with its weights; quality on Python's own docstrings."""
     from transformers import AutoModel, AutoTokenizer
 
     from qkernels.demo.model import model_folder
@@ -135,7 +135,7 @@ def _ids(batch: int, tokens: int, vocabulary: int) -> Tensor:
 
 
 def _sentences() -> list[str]:
-    """First lines of the docstrings of functions that every Python has."""
+    """Docstrings of functions that every Python has."""
     import builtins
     import os
     import shutil
@@ -144,9 +144,9 @@ def _sentences() -> list[str]:
     found: dict[str, None] = {}
     for module in (builtins, os, shutil, statistics):
         for name, value in sorted(vars(module).items()):
-            text = inspect.getdoc(value) if callable(value) else None
-            if text and not name.startswith("_"):
-                found[text.splitlines()[0]] = None
+            text = " ".join((inspect.getdoc(value) or "").split()) if callable(value) else ""
+            if len(text) > 80 and not name.startswith("_"):
+                found[text] = None
     return list(found)
 
 
@@ -203,7 +203,7 @@ def llama() -> Subject:
 def _measure(bench: Bench, subject: Subject) -> list[Record]:
     unit = f"model {subject.name}"
     engines: Sequence[ModelEngine] = bench.chosen([*own.model_engines(), *bench.peers.models()])
-    engines = [e for e in engines if not e.compiled or (subject.compiled and not bench.quick)]
+    engines = [e for e in engines if not e.compiled or subject.compiled]
     model = subject.make()
     built: list[tuple[ModelEngine, Any, dict[str, float]]] = []
     for engine in engines:
