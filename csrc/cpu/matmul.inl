@@ -42,6 +42,15 @@ SIMD void start(const LinearArgs& a, const uint8_t* weight, int64_t at, const in
   }
 }
 
+// The lines of y that a tile will write, so that they arrive while it computes.
+SIMD void prefetch_output(const LinearArgs& a, int64_t row, int rows, int64_t block, int blocks) {
+  const int64_t size = bytes_of(a.y_type);
+  for (int r = 0; r < rows; ++r) {
+    const char* line = static_cast<const char*>(a.y) + ((row + r) * a.n + block * kLanes) * size;
+    for (int64_t i = 0; i < blocks * kLanes * size; i += kLine) _mm_prefetch(line + i, _MM_HINT_T0);
+  }
+}
+
 template <class Tile, int Rows, int Blocks>
 void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Finish finish) {
   const BlockShape& s = a.shape;
@@ -50,7 +59,9 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
   const int32_t* group_sums = a.group_sums + row * s.groups;
   constexpr int kParts = kLanes / kWidth;  // vectors of a block
   constexpr int kVectors = Blocks * kParts;
-  alignas(64) float total[Rows][Blocks * kLanes] = {};
+  alignas(64) float total[Rows][Blocks * kLanes];
+  if (s.groups == 0) std::memset(total, 0, sizeof(total));
+  prefetch_output(a, row, Rows, block, Blocks);
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t begin = s.padded_begin(g);
     const uint8_t* codes[Blocks];
@@ -78,12 +89,13 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
       const F scale = load_scale(a, weight + v / kParts * s.bytes, at);
       unroll<Rows>([&](int r) INLINE {
         float* sum = &total[r][v * kWidth];
+        const F before = g == 0 ? splat(0.0f) : load(sum);
         if constexpr (Tile::kFloat) {
-          store(sum, fma(sums[v][r], scale, load(sum)));
+          store(sum, fma(sums[v][r], scale, before));
         } else if (a.y_type == DType::i32) {
           store(reinterpret_cast<int32_t*>(sum), sums[v][r]);
         } else {
-          store(sum, fma(to_float(sums[v][r]), scale, load(sum)));
+          store(sum, fma(to_float(sums[v][r]), scale, before));
         }
       });
     });
@@ -117,14 +129,19 @@ void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int6
   const Finish finish = finish_for(a);
   alignas(64) float bias[Tile::kBlocks * kLanes];
   const int step = Tile::blocks(least(a.rows, Tile::kRows));
-  for (int64_t block = block_begin; block < block_end; block += step) {
-    const int blocks = least(block_end - block, step);
-    load_bias(a, block * kLanes, blocks * kLanes, bias);
-    for (int64_t row = row_begin; row < row_end; row += Tile::kRows) {
-      const int rows = tile_rows<Tile>(a, row);
-      for (int b = 0; b < blocks; b += Tile::blocks(rows)) {
-        const int width = least(blocks - b, Tile::blocks(rows));
-        kernels.of[rows - 1][width - 1](a, block + b, row, bias + b * kLanes, finish);
+  // So many rows at a time that their panel stays in the cache while the weights stream by.
+  constexpr int64_t kSlab = 32 * Tile::kRows;
+  for (int64_t begin = row_begin; begin < row_end; begin += kSlab) {
+    const int64_t end = begin + kSlab < row_end ? begin + kSlab : row_end;
+    for (int64_t block = block_begin; block < block_end; block += step) {
+      const int blocks = least(block_end - block, step);
+      load_bias(a, block * kLanes, blocks * kLanes, bias);
+      for (int64_t row = begin; row < end; row += Tile::kRows) {
+        const int rows = tile_rows<Tile>(a, row);
+        for (int b = 0; b < blocks; b += Tile::blocks(rows)) {
+          const int width = least(blocks - b, Tile::blocks(rows));
+          kernels.of[rows - 1][width - 1](a, block + b, row, bias + b * kLanes, finish);
+        }
       }
     }
   }
