@@ -198,6 +198,8 @@ def _why_left(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, QModule):
         return f"already quantized with {module.scheme}"
+    if kind.__module__.startswith("torch.ao."):
+        return "a module of torch.ao, whose weight is quantized in a way of its own"
     if not (module._parameters or module._buffers):
         return _NO_WEIGHT
     if kind in _PLAIN_LINEARS or kind is nn.Embedding:

@@ -273,6 +273,10 @@ def test_layers_that_would_lose_something_are_left_with_the_reason():
     assert "mask" in left_note(extra)
     assert "no QConv2d" in left_note(nn.Conv2d(3, 3, 1))
     assert "no quantized LSTM" in left_note(nn.LSTM(3, 3))
+    from torch.ao.nn.quantized.dynamic import Linear as TorchAoLinear
+
+    model = nn.Sequential(TorchAoLinear(8, 8), nn.Linear(8, 8))
+    assert "torch.ao" in rows(qk.quantize_(model, qk.W8A8()))["0._packed_params"].note
     assert "no quantized EmbeddingBag" in left_note(nn.EmbeddingBag(3, 3))
 
 
