@@ -51,6 +51,7 @@ lint: $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/model $(STAMPS)/lint ## check sty
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@! grep -nE '.{101,}' $(CPP) || { echo "longer than 100 columns"; exit 1; }
 	$(BIN)/mypy
 
 format: $(STAMPS)/lint ## rewrite the sources in the project's style
