@@ -121,7 +121,7 @@ def _pack(
     group_size: int,
 ) -> Tensor:
     _check_device("pack", data, scale=scale, zero_point=zero_point)
-    blocks = (data.shape[0] + 15) // 16
+    blocks = (data.shape[0] + _C.BLOCK_ROWS - 1) // _C.BLOCK_ROWS
     row = _C.block_bytes(layout, in_features, group_size)
     return data.new_empty([blocks, row], dtype=torch.uint8)
 

@@ -87,6 +87,11 @@ int64_t block_bytes(int64_t id, int64_t in_features, int64_t group_size) {
   return block_shape(decode(id), in_features, group_size).bytes;
 }
 
+int64_t longest_sum(int64_t id) {
+  const Layout l = decode(id);
+  return max_accumulation(l.format, l.symmetric);
+}
+
 std::string kernel_name(int64_t id, int activation, int64_t rows) {
   if (activation < 0 || activation >= kActivationCount) {
     throw std::invalid_argument("activation must be 0, 1 or 2, got " + std::to_string(activation));
@@ -137,6 +142,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe_layout", &describe_layout, py::arg("layout"), "What a layout id stands for.");
   m.def("block_bytes", &block_bytes, py::arg("layout"), py::arg("in_features"),
         py::arg("group_size"), "Bytes of a packed row, which holds 16 output features.");
+  m.def("longest_sum", &longest_sum, py::arg("layout"),
+        "Integer products that an int32 sum holds for certain.");
+  m.attr("BLOCK_ROWS") = kLanes;  // output features in a row of a packed weight
   m.def("kernel_name", &kernel_name, py::arg("layout"), py::arg("activation"), py::arg("rows"),
         "The kernel that linear runs for `rows` rows.");
   m.def("build_info", &build_info, "Version, compiler and interface of this build.");

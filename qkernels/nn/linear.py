@@ -11,8 +11,6 @@ from qkernels.nn.module import QModule
 from qkernels.nn.storage import packed_parameter, quantize_weight
 from qkernels.schemes import W8A8, Scheme
 
-# The longest int32 sum of int8 products that cannot overflow (csrc/core/params.h).
-MAX_INTEGER_SUM = 131_071
 _DEFAULT_SCHEME = W8A8()
 
 
@@ -219,9 +217,10 @@ def why_too_long(in_features: int, scheme: Scheme) -> str | None:
         scheme: says whether sums are integers and how long a group is.
     """
     length = in_features if scheme.group_size == -1 else min(in_features, scheme.group_size)
-    if scheme.activation == "float" or length <= MAX_INTEGER_SUM:
+    limit = _C.longest_sum(scheme.layout)
+    if scheme.activation == "float" or length <= limit:
         return None
     return (
         f"{scheme} sums {length} integer products in int32, which could overflow (the limit is "
-        f"{MAX_INTEGER_SUM}); use a group_size up to the limit, or a scheme with float activations"
+        f"{limit}); use a group_size up to the limit, or a scheme with float activations"
     )

@@ -24,8 +24,6 @@ from qkernels.schemes import Scheme
 
 __all__ = ["WEIGHT_KEYS", "QModule", "check_device"]
 
-# Rows of the matrix in one row of a packed weight (csrc/core/format.h).
-ROWS_PER_BLOCK = 16
 _saved = SavedWeights()
 
 
@@ -66,7 +64,7 @@ class QModule(nn.Module):
         if not self.dtype.is_floating_point:
             raise TypeError(f"{type(self).__name__}: dtype is {dtype}; expected a floating type")
         self.shape = (rows, columns)
-        blocks = -(-rows // ROWS_PER_BLOCK)
+        blocks = -(-rows // _C.BLOCK_ROWS)
         block_bytes = _C.block_bytes(self.layout, columns, scheme.group_size)
         packed = torch.empty(blocks, block_bytes, dtype=torch.uint8, device=device)
         self.packed = nn.Parameter(packed, requires_grad=False)
