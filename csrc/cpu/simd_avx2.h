@@ -118,6 +118,7 @@ SIMD F load(const float* p) { return _mm256_loadu_ps(p); }
 SIMD I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 SIMD void store(float* p, F x) { _mm256_storeu_ps(p, x); }
 SIMD void store(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+SIMD void stream(float* p, F x) { _mm256_stream_ps(p, x); }  // aligned, past the caches
 
 // The low words of the lanes, in order.
 SIMD __m128i low_words(I x) {

@@ -79,6 +79,7 @@ SIMD F load(const float* p) { return _mm512_loadu_ps(p); }
 SIMD I load(const int32_t* p) { return _mm512_loadu_si512(p); }
 SIMD void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 SIMD void store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+SIMD void stream(float* p, F x) { _mm512_stream_ps(p, x); }  // aligned, past the caches
 
 SIMD F from_bf16(__m256i x) {
   return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
