@@ -49,6 +49,11 @@ struct W8A8 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
                      _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, 0xd8), 0xd8));
   }
+  // sums + the codes of a unit.
+  static INLINE I add_units(I sums, I units) {
+    dot2_words(sums, units, _mm256_set1_epi16(1));
+    return sums;
+  }
 
   template <int Rows, int Vectors>
   static INLINE void accumulate(I (&sums)[Vectors][Rows], const uint8_t* panel,
@@ -82,6 +87,11 @@ struct W4A8 {
   static constexpr bool kFloat = false, kFlipped = false;
 
   static INLINE void store_units(uint8_t* out, I codes) { store_i8(out, codes); }
+  static INLINE I add_units(I sums, I units) {
+    const I pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), units);
+    dot2_words(sums, pairs, _mm256_set1_epi16(1));
+    return sums;
+  }
 
   template <int Rows, int Vectors>
   static INLINE void accumulate(I (&sums)[Vectors][Rows], const uint8_t* panel,

@@ -44,6 +44,11 @@ struct W8A8 {
   static INLINE void store_units(uint8_t* out, I codes) {
     store_i8(out, bit_xor(codes, splat(0x80)));
   }
+  // sums + the codes of a unit.
+  static INLINE I add_units(I sums, I units) {
+    dot4(sums, units, _mm512_set1_epi8(1));
+    return sub(sums, splat(4 * 0x80));
+  }
 
   template <int Rows, int Blocks>
   static INLINE void accumulate(I (&sums)[Blocks][Rows], const uint8_t* panel,
@@ -82,6 +87,10 @@ struct W4A8 {
   static constexpr bool kFloat = false, kFlipped = false;
   
   static INLINE void store_units(uint8_t* out, I codes) { store_i8(out, codes); }
+  static INLINE I add_units(I sums, I units) {
+    dot4(sums, _mm512_set1_epi8(1), units);
+    return sums;
+  }
 
   template <int Rows, int Blocks>
   static INLINE void accumulate(I (&sums)[Blocks][Rows], const uint8_t* panel,

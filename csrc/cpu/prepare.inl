@@ -110,31 +110,61 @@ Range row_range(const LinearArgs& a, int64_t row) {
   return all;
 }
 
-// ---- Codes --------------------------------------------------------------------------------------
+// Asks for what `fetch` will read of the same place in the next tile: while codes are made from what
+// the cache holds, memory would be idle.
+void prefetch_row(const LinearArgs& a, int64_t row, int64_t begin, int64_t count) {
+  if (row >= a.rows || a.perm != nullptr) return;
+  const int64_t size = bytes_of(a.x_type);
+  const char* next = static_cast<const char*>(a.x) + (row * a.shape.k + begin) * size;
+  for (int64_t i = 0; i < count * size; i += kLine) _mm_prefetch(next + i, _MM_HINT_T1);
+}
 
-// Codes of `count` elements from `begin` on into units; returns their sum.
-template <class Tile>
-int32_t encode_piece(const LinearArgs& a, const Encoder<Format::int8>& encoder, int64_t row, int64_t begin,
-                     int64_t count, uint8_t* units) {
-  alignas(64) float buffer[kChunk + kWidth];
-  const bool given = a.x_type == DType::i8;
-  const int8_t* codes = static_cast<const int8_t*>(a.x) + row * a.shape.k + begin;
-  const float* x = given ? nullptr : fetch(a, row, begin, count, buffer);
-  I sum = splat(0);
-  for (int64_t i = 0; i < count; i += kWidth) {
-    const int left = static_cast<int>(count - i < kWidth ? count - i : kWidth);
-    I code;
-    if (left == kWidth) {
-      code = given ? load_i8(codes + i) : encode(encoder, load(x + i));
-    } else {
-      code = given ? load_i8(codes + i, left)
-                   : encode(encoder, load_as<DType::f32>(x, i, left));
-      code = zero_unless(first(left), code);
-    }
-    sum = add(sum, code);
-    Tile::store_units(units + i * kBytes<Tile>, code);
+// ---- Units --------------------------------------------------------------------------------------
+
+// `count` codes into units, 0 in what is left of the last vector. codes(i, n) are the n from i on.
+template <class Tile, class Codes>
+SIMD void fill_units(int64_t count, uint8_t* units, const Codes& codes) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    Tile::store_units(units + i * kBytes<Tile>, codes(i, kWidth));
   }
-  return reduce_add(sum);
+  if (i < count) {
+    const int left = static_cast<int>(count - i);
+    Tile::store_units(units + i * kBytes<Tile>, zero_unless(first(left), codes(i, left)));
+  }
+}
+
+// A row's codes. `plain`: the scale was chosen for its numbers and symmetric, so that no quotient
+// is NaN or rounds to a code out of range.
+struct RowCodes {
+  Affine affine;
+  bool plain;
+};
+
+template <class Tile>
+void encode_piece(const LinearArgs& a, const RowCodes& codes, int64_t row, int64_t begin,
+                  int64_t count, uint8_t* units) {
+  if (a.x_type == DType::i8) {
+    const int8_t* given = static_cast<const int8_t*>(a.x) + row * a.shape.k + begin;
+    return fill_units<Tile>(count, units, [&](int64_t i, int n) INLINE {
+      return n == kWidth ? load_i8(given + i) : load_i8(given + i, n);
+    });
+  }
+  alignas(64) float buffer[kChunk + kWidth];
+  const float* x = fetch(a, row, begin, count, buffer);
+  const auto number = [&](int64_t i, int n) INLINE {
+    return n == kWidth ? load(x + i) : load_as<DType::f32>(x, i, n);
+  };
+  if (codes.plain) {
+    const F inverse = splat(codes.affine.inverse);
+    return fill_units<Tile>(count, units, [&](int64_t i, int n) INLINE {
+      return round_int(mul(number(i, n), inverse));
+    });
+  }
+  const bool symmetric = a.activation == Activation::int8_symmetric;
+  const Encoder<Format::int8> encoder = make_encoder<Format::int8>(codes.affine, symmetric);
+  fill_units<Tile>(count, units,
+                    [&](int64_t i, int n) INLINE { return encode(encoder, number(i, n)); });
 }
 
 // Floats into units, 0 after the last.
@@ -145,50 +175,82 @@ void copy_piece(const LinearArgs& a, int64_t row, int64_t begin, int64_t count, 
   std::memset(units + count * 4, 0, static_cast<size_t>(round_up(count, kGroupPad) - count) * 4);
 }
 
+// Sums of the codes of each group and row of a tile, from the finished panel.
+template <class Tile>
+void sum_groups(const BlockShape& s, const uint8_t* panel, int rows, int32_t* sums) {
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const int64_t units = s.padded_length(g) / Tile::kUnit;
+    const float* unit = reinterpret_cast<const float*>(panel + s.padded_begin(g) * rows * kBytes<Tile>);
+    I even = splat(0);
+    I odd = splat(0);
+    for (int64_t u = 0; u < units; u += 2) {  // groups are padded to an even number of units
+      even = Tile::add_units(even, bits(load_as<DType::f32>(unit, u * rows, rows)));
+      odd = Tile::add_units(odd, bits(load_as<DType::f32>(unit, (u + 1) * rows, rows)));
+    }
+    store_as<DType::f32>(sums, g * rows, floats(add(even, odd)), rows);
+  }
+}
+
 // ---- Tiles --------------------------------------------------------------------------------------
+
+template <class Tile>
+RowCodes choose_codes(const LinearArgs& a, int64_t row) {
+  if (a.x_type == DType::i8) return {};
+  const bool symmetric = a.activation == Activation::int8_symmetric;
+  const Range range = symmetric ? row_range<false>(a, row) : row_range<true>(a, row);
+  const Affine affine = activation_affine(a, range);
+  a.row_scale[row] = affine.scale;
+  a.row_zero[row] = static_cast<float>(affine.zero_point);
+  return {affine, symmetric && !a.is_static && range.finite()};
+}
+
+// k of the piece that begins at `at` of the padded row: all that lies side by side in x and in the
+// panel, up to `end`.
+SIMD Span piece_at(const BlockShape& s, int64_t at, int64_t end) {
+  if (s.group_padded == s.group_size) return {at, end < s.k ? end : s.k};
+  const int64_t last = s.groups - 1;
+  const int64_t g = at / s.group_padded < last ? at / s.group_padded : last;
+  const int64_t begin = s.group_begin(g) + at - s.padded_begin(g);
+  const int64_t group_end = s.group_begin(g) + s.group_length(g);
+  return {begin, group_end - begin < end - at ? group_end : begin + end - at};
+}
 
 template <class Tile>
 void prepare_tile(const LinearArgs& a, int64_t row, int rows) {
   const BlockShape& s = a.shape;
-  // A piece may end a vector past its padding.
+  // The last vector of a piece may go beyond its padding.
   constexpr int64_t kStride = (kChunk + kWidth) * kBytes<Tile>;
   alignas(64) uint8_t units[kMaxRows * kStride];
-  Affine affine[kMaxRows] = {};
-  int32_t* sums = a.group_sums + row * s.groups;
-  if (!Tile::kFloat) std::memset(sums, 0, static_cast<size_t>(rows * s.groups) * 4);
-  const bool has_scale = !Tile::kFloat && a.x_type != DType::i8;
-  const bool symmetric = a.activation == Activation::int8_symmetric;
-  for (int r = 0; has_scale && r < rows; ++r) {
-    const Range range = symmetric ? row_range<false>(a, row + r) : row_range<true>(a, row + r);
-    affine[r] = activation_affine(a, range);
-    a.row_scale[row + r] = affine[r].scale;
-    a.row_zero[row + r] = static_cast<float>(affine[r].zero_point);
+  RowCodes codes[kMaxRows] = {};
+  if constexpr (!Tile::kFloat) {
+    for (int r = 0; r < rows; ++r) codes[r] = choose_codes<Tile>(a, row + r);
   }
-  uint8_t* panel = a.panel + row * s.k_padded * kBytes<Tile>;
-  // Chunks in padded k; a chunk holds whole groups or a part of one.
+  uint8_t* const panel = a.panel + row * s.k_padded * kBytes<Tile>;
   for (int64_t chunk = 0; chunk < s.k_padded; chunk += kChunk) {
-    const int64_t chunk_end = chunk + kChunk < s.k_padded ? chunk + kChunk : s.k_padded;
+    const int64_t end = chunk + kChunk < s.k_padded ? chunk + kChunk : s.k_padded;
     for (int r = 0; r < rows; ++r) {
-      int64_t at = chunk;
-      while (at < chunk_end) {
-        const int64_t last = s.groups - 1;
-        const int64_t g = at / s.group_padded < last ? at / s.group_padded : last;
-        const int64_t inside = at - s.padded_begin(g);
-        const int64_t left = s.group_length(g) - inside;
-        const int64_t count = left < chunk_end - at ? left : chunk_end - at;
+      for (int64_t at = chunk; at < end;) {
+        const Span piece = piece_at(s, at, end);
+        const int64_t count = piece.end - piece.begin;
         uint8_t* out = units + r * kStride + (at - chunk) * kBytes<Tile>;
+        prefetch_row(a, row + Tile::kRows + r, piece.begin, count);
         if constexpr (Tile::kFloat) {
-          copy_piece(a, row + r, s.group_begin(g) + inside, count, out);
+          copy_piece(a, row + r, piece.begin, count, out);
         } else {
-          sums[g * rows + r] += encode_piece<Tile>(a, make_encoder<Format::int8>(affine[r], symmetric), row + r,
-                                                   s.group_begin(g) + inside, count, out);
+          encode_piece<Tile>(a, codes[r], row + r, piece.begin, count, out);
         }
         at += round_up(count, kGroupPad);
       }
     }
     interleave(reinterpret_cast<const uint32_t*>(units), kStride / 4, rows,
-               (chunk_end - chunk) * kBytes<Tile> / 4, reinterpret_cast<uint32_t*>(panel));
-    panel += (chunk_end - chunk) * kBytes<Tile> * rows;
+               (end - chunk) / Tile::kUnit,
+               reinterpret_cast<uint32_t*>(panel + chunk * rows * kBytes<Tile>));
+  }
+  if constexpr (!Tile::kFloat) {
+    // Where the weight's zero points are 0, nothing reads the sums.
+    if (!a.layout.symmetric || a.layout.format == Format::int4) {
+      sum_groups<Tile>(s, panel, rows, a.group_sums + row * s.groups);
+    }
   }
 }
 
