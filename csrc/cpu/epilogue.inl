@@ -76,8 +76,9 @@ void finish(const LinearArgs& a, const TileSums& t) {
     const F bias = load(t.bias + v * kWidth);
     F weight_sum = splat(0.0f);
     if (has_zero) {
-      weight_sum = load(reinterpret_cast<const float*>(a.packed + block * a.shape.bytes +
-                                                       a.shape.bias) + v * kWidth % kLanes);
+      weight_sum =
+          load(reinterpret_cast<const float*>(a.packed + block * a.shape.bytes + a.shape.bias) +
+               v * kWidth % kLanes);
     }
     for (int r = 0; r < t.rows; ++r) {
       const int64_t row = t.row + r;

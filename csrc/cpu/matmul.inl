@@ -174,14 +174,12 @@ int block_tile(const LinearArgs& a) {
 }
 
 int64_t panel_bytes(const LinearArgs& a) {
-  return with_tile(a.layout, a.activation, [&](auto tile) {
-    return a.rows * a.shape.k_padded * kBytes<decltype(tile)>;
-  });
+  return with_tile(a.layout, a.activation,
+                   [&](auto tile) { return a.rows * a.shape.k_padded * kBytes<decltype(tile)>; });
 }
 
 void prepare(const LinearArgs& a, int64_t begin, int64_t end) {
-  with_tile(a.layout, a.activation,
-            [&](auto tile) { prepare_as<decltype(tile)>(a, begin, end); });
+  with_tile(a.layout, a.activation, [&](auto tile) { prepare_as<decltype(tile)>(a, begin, end); });
 }
 
 void linear(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t row_begin,

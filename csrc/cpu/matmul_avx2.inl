@@ -16,9 +16,7 @@ SIMD I broadcast_unit(const uint8_t* p) {
 // int16. Inline assembly because GCC 12 reorders the additions and then runs out of registers.
 SIMD void dot2_words(I& sum, I x, I weight) {
   I product;
-  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
-      : "+x"(sum), "=x"(product)
-      : "x"(x), "x"(weight));
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=x"(product) : "x"(x), "x"(weight));
 }
 SIMD void dot2_bytes(I& sum, I unsigned_bytes, I signed_bytes) {
   I product;
@@ -33,8 +31,8 @@ SIMD void prefetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
 }
 
-// int8 weights, widened to int16: the even bytes of a line are one operand of vpmaddwd, the odd ones
-// the other, so that a lane keeps its four k. Units are the int16 codes of k 0, 2 and of k 1, 3.
+// int8 weights, widened to int16: first the even bytes of a line meet vpmaddwd, then the odd ones,
+// so that a lane keeps its four k. Units are the int16 codes of k 0, 2 and of k 1, 3.
 struct W8A8 {
   static constexpr Format kFormat = Format::int8;
   static constexpr const char* kName = "matmul_w8a8_avx2_6x16";
@@ -115,9 +113,8 @@ struct W4A8 {
         });
       }
       unroll<Vectors>([&](int v) INLINE {
-        unroll<Rows>([&](int r) INLINE {
-          dot2_words(sums[v][r], words[v][r], _mm256_set1_epi16(1));
-        });
+        unroll<Rows>([&](int r)
+                         INLINE { dot2_words(sums[v][r], words[v][r], _mm256_set1_epi16(1)); });
       });
     }
   }
@@ -149,8 +146,7 @@ struct A16 {
 
   template <int Rows, int Vectors>
   static INLINE void accumulate(F (&sums)[Vectors][Rows], const I (&zero)[Vectors],
-                                const uint8_t* panel, const uint8_t* const* codes,
-                                int64_t steps) {
+                                const uint8_t* panel, const uint8_t* const* codes, int64_t steps) {
     constexpr int kPerLine = Fmt == Format::int8 ? 4 : 8;
     const float* x = reinterpret_cast<const float*>(panel);
     const Table16 levels = table16(kNf4Levels);

@@ -40,7 +40,7 @@ struct W8A8 {
   static constexpr int blocks(int rows) { return rows <= 4 ? 1 : kBlocks; }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = true;
-  
+
   static INLINE void store_units(uint8_t* out, I codes) {
     store_i8(out, bit_xor(codes, splat(0x80)));
   }
@@ -85,7 +85,7 @@ struct W4A8 {
   static constexpr int blocks(int rows) { return rows <= 4 ? 1 : kBlocks; }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = false;
-  
+
   static INLINE void store_units(uint8_t* out, I codes) { store_i8(out, codes); }
   static INLINE I add_units(I sums, I units) {
     dot4(sums, _mm512_set1_epi8(1), units);
@@ -151,9 +151,7 @@ struct A16 {
     const float* x = reinterpret_cast<const float*>(panel);
     const Table16 levels = table16(kNf4Levels);
     if (Fmt == Format::int4) {
-      unroll<Blocks>([&](int b) INLINE {
-        zero[b] = bits(add(to_float(zero[b]), splat(0x1p23f)));
-      });
+      unroll<Blocks>([&](int b) INLINE { zero[b] = bits(add(to_float(zero[b]), splat(0x1p23f))); });
     }
     for (int64_t line = 0; line < steps * 8 / kPerLine; ++line) {
       unroll<Blocks>([&](int b) INLINE { prefetch(codes[b] + line * 64); });

@@ -110,8 +110,8 @@ Range row_range(const LinearArgs& a, int64_t row) {
   return all;
 }
 
-// Asks for what `fetch` will read of the same place in the next tile: while codes are made from what
-// the cache holds, memory would be idle.
+// Asks for what `fetch` will read at the same place in the next tile: while codes are made from
+// what the cache holds, memory would be idle.
 void prefetch_row(const LinearArgs& a, int64_t row, int64_t begin, int64_t count) {
   if (row >= a.rows || a.perm != nullptr) return;
   const int64_t size = bytes_of(a.x_type);
@@ -164,7 +164,7 @@ void encode_piece(const LinearArgs& a, const RowCodes& codes, int64_t row, int64
   const bool symmetric = a.activation == Activation::int8_symmetric;
   const Encoder<Format::int8> encoder = make_encoder<Format::int8>(codes.affine, symmetric);
   fill_units<Tile>(count, units,
-                    [&](int64_t i, int n) INLINE { return encode(encoder, number(i, n)); });
+                   [&](int64_t i, int n) INLINE { return encode(encoder, number(i, n)); });
 }
 
 // Floats into units, 0 after the last.
@@ -180,7 +180,8 @@ template <class Tile>
 void sum_groups(const BlockShape& s, const uint8_t* panel, int rows, int32_t* sums) {
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t units = s.padded_length(g) / Tile::kUnit;
-    const float* unit = reinterpret_cast<const float*>(panel + s.padded_begin(g) * rows * kBytes<Tile>);
+    const float* unit =
+        reinterpret_cast<const float*>(panel + s.padded_begin(g) * rows * kBytes<Tile>);
     I even = splat(0);
     I odd = splat(0);
     for (int64_t u = 0; u < units; u += 2) {  // groups are padded to an even number of units

@@ -26,7 +26,8 @@ static inline Affine activation_affine(const LinearArgs& a, const Range& range) 
 // sum of the dequantized weight: it turns the activation's zero point into one product.
 static inline float finish(const LinearArgs& a, int64_t row, float sum, float weight_sum,
                            float bias) {
-  if (a.activation == Activation::int8_asymmetric) sum = std::fma(-a.row_zero[row], weight_sum, sum);
+  if (a.activation == Activation::int8_asymmetric)
+    sum = std::fma(-a.row_zero[row], weight_sum, sum);
   return apply_epilogue(std::fma(a.row_scale[row], sum, bias), a.epilogue);
 }
 
