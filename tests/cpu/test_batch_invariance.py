@@ -57,7 +57,7 @@ def test_gradients(kind: Kind) -> None:
 
 def test_rows_beyond_the_workspace() -> None:
     """A call so large that its rows are taken in chunks."""
-    w = weight(KINDS[3], 16, 2048, 128)
+    w = weight(KINDS[3], 2, 2048, 128)
     x = floats((20_000, 2048), seed="many")
     for activation in (0, 1):
         whole = w.linear(x, activation=activation)

@@ -49,6 +49,13 @@ def test_input_gradient(kind: Kind, dtype: torch.dtype) -> None:
                 check_input_gradient(w, floats((m, n), dtype, seed=(i, j)))
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_large_input_gradients(kind: Kind) -> None:
+    """More outputs, and more rows, than are taken at a time."""
+    for m, n, k in ((3, 255, 70), (3, 256, 70), (7, 257, 130), (2, 700, 33), (800, 20, 70)):
+        check_input_gradient(weight(kind, n, k, 32), floats((m, n)))
+
+
 @pytest.mark.parametrize("shape", [(35,), (1, 35), (3, 5, 35), (2, 3, 4, 35), (0, 35), (2, 0, 35)])
 def test_any_batch_rank(shape: tuple[int, ...]) -> None:
     for kind in KINDS:

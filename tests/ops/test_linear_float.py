@@ -112,10 +112,12 @@ def test_one_hot_rows_read_the_weight_itself(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_short_rows_of_a_long_weight(kind: Kind) -> None:
-    """Long sums, where an accumulation in another type would show."""
-    w = weight(kind, 17, 8192, 128)
-    check(w, floats((2, 8192)))
+def test_long_rows(kind: Kind) -> None:
+    """Sums where an accumulation in another type would show, of more than is read at once."""
+    check(weight(kind, 17, 8192, 128), floats((2, 8192)))
+    for i, k in enumerate((511, 512, 513, 1025)):
+        for group_size in (-1, 7, 512, 513):
+            check(weight(kind, 18, k, group_size), floats((9, k), FLOATS[i % 3]))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

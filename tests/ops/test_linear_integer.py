@@ -78,6 +78,20 @@ def test_groups(kind: Kind, group_size: int) -> None:
             same_bits(w.linear(x, activation=activation), w.integer(x, None, activation))
 
 
+@pytest.mark.parametrize("k", [511, 512, 513, 520, 1024, 1025, 2500])
+@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
+def test_long_rows(kind: Kind, k: int) -> None:
+    """More than is quantized at a time, with groups that end before, at and after its end."""
+    for i, group_size in enumerate((-1, 7, 100, 512, 513, 1000)):
+        w = weight(kind, 18, k, group_size)
+        x = awkward((9, k), FLOATS[i % 3], seed=group_size)
+        same_bits(w.linear(x, activation=SYMMETRIC), w.integer(x, None, SYMMETRIC))
+        perm = torch.from_numpy(rng("perm", k).permutation(k))
+        premul = torch.exp(floats((k,), seed="premul"))
+        y = w.linear(x, activation=ASYMMETRIC, premul=premul, perm=perm)
+        same_bits(y, w.integer(x, None, ASYMMETRIC, premul=premul, perm=perm))
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("bias_dtype", [None, *FLOATS], ids=str)
 def test_types(dtype: torch.dtype, bias_dtype: torch.dtype | None) -> None:

@@ -59,6 +59,13 @@ def test_codes_scales_and_zero_points(
             check(x, form, group_size, symmetric, FLOATS[i % 3])
 
 
+@pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
+def test_long_rows(form: ref.Format, symmetric: bool) -> None:
+    """Longer than what is worked on at a time."""
+    for cols, group_size in ((5000, -1), (5000, None), (9001, 300), (5000, 4097), (4200, 33)):
+        check(awkward((3, cols), torch.bfloat16), form, group_size, symmetric)
+
+
 @pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
 def test_special_values(form: ref.Format, symmetric: bool, scale_dtype: torch.dtype) -> None:
