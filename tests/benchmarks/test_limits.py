@@ -1,5 +1,8 @@
 """The machine's limits: measured, named, and not needed."""
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,22 @@ def test_the_best_instruction_is_within_the_isa(machine: Machine) -> None:
 
 def test_every_peak_has_a_name_for_people(machine: Machine) -> None:
     assert machine._peaks.keys() <= PEAKS.keys()
+
+
+def test_the_loops_stay_in_registers(machine: Machine) -> None:
+    """An accumulator that goes through memory halves the rate, and so every limit."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("there is no objdump on this machine")
+    code = subprocess.run(
+        [objdump, "-d", "--no-show-raw-insn", machine._helper._name],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    loops = re.findall(r"<\S*(?:fma|madd|vnni|bf16)\S*>:\n(.*?)\bret\b", code, re.DOTALL)
+    assert len(loops) >= len(PEAKS)
+    assert not [line for loop in loops for line in loop.splitlines() if "(%rsp" in line]
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from qkernels.bench.results import Record
 # A quantized model that is right has at least this cosine to the float one, in the mean.
 WORST_COSINE = 0.8
 _PROMPT, _STEPS = 128, 16
+# Our own engines of quick runs.
+_QUICK = ("W8A8 fp32", "W8A8 bf16", "W4A8 g32 fp32")
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,12 @@ def llama() -> Subject:
 def _measure(bench: Bench, subject: Subject) -> list[Record]:
     unit = f"model {subject.name}"
     engines: Sequence[ModelEngine] = bench.chosen([*own.model_engines(), *bench.peers.models()])
-    engines = [e for e in engines if not e.compiled or subject.compiled]
+    engines = [
+        e
+        for e in engines
+        if (not e.compiled or subject.compiled)
+        and not (bench.quick and e.own and e.name not in _QUICK)
+    ]
     model = subject.make()
     built: list[tuple[ModelEngine, Any, dict[str, float]]] = []
     for engine in engines:

@@ -54,14 +54,19 @@ constexpr int kRepeat = 4096;
 
 #define EACH_CHAIN(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11)
 
-#define PEAK(NAME, TARGET, REGISTER, ZERO, STEP)                          \
-  __attribute__((target(TARGET))) void NAME() {                           \
-    REGISTER acc[kChains], a = ZERO(), b = ZERO();                        \
-    for (REGISTER& x : acc) x = ZERO();                                   \
-    for (int i = 0; i < kRepeat; ++i) {                                   \
-      EACH_CHAIN(STEP)                                                    \
-    }                                                                     \
-    for (REGISTER& x : acc) asm volatile("" : "+v"(x), "+v"(a), "+v"(b)); \
+// Without loops over the chains, which would keep them in memory.
+#define CLEAR(n) acc[n] = zero;
+#define KEEP(n) asm volatile("" ::"v"(acc[n]));
+
+#define PEAK(NAME, TARGET, REGISTER, ZERO, STEP)      \
+  __attribute__((target(TARGET))) void NAME() {       \
+    const REGISTER zero = ZERO(), a = zero, b = zero; \
+    REGISTER acc[kChains];                            \
+    EACH_CHAIN(CLEAR)                                 \
+    for (int i = 0; i < kRepeat; ++i) {               \
+      EACH_CHAIN(STEP)                                \
+    }                                                 \
+    EACH_CHAIN(KEEP)                                  \
   }
 
 #define FMA(n) asm volatile("vfmadd231ps %1, %2, %0" : "+v"(acc[n]) : "v"(a), "v"(b));
@@ -83,16 +88,16 @@ constexpr int kRepeat = 4096;
     asm volatile("vpaddd %1, %0, %0" : "+x"(acc[n]) : "x"(t));        \
   }
 // 15 * 127 * 2 * 8 fits int16, so 4-bit weights need the step to int32 once in eight products.
-#define MADDUBS8(n)                                                     \
-  {                                                                     \
-    __m256i t, u;                                                       \
-    asm volatile("vpmaddubsw %1, %2, %0" : "=x"(u) : "x"(a), "x"(b));   \
-    for (int j = 1; j < 8; ++j) {                                       \
-      asm volatile("vpmaddubsw %1, %2, %0" : "=x"(t) : "x"(a), "x"(b)); \
-      asm volatile("vpaddw %1, %0, %0" : "+x"(u) : "x"(t));             \
-    }                                                                   \
-    asm volatile("vpmaddwd %1, %0, %0" : "+x"(u) : "x"(b));             \
-    asm volatile("vpaddd %1, %0, %0" : "+x"(acc[n]) : "x"(u));          \
+#define MADDUBS_ADD                                                 \
+  asm volatile("vpmaddubsw %1, %2, %0" : "=x"(t) : "x"(a), "x"(b)); \
+  asm volatile("vpaddw %1, %0, %0" : "+x"(u) : "x"(t));
+#define MADDUBS8(n)                                                         \
+  {                                                                         \
+    __m256i t, u;                                                           \
+    asm volatile("vpmaddubsw %1, %2, %0" : "=x"(u) : "x"(a), "x"(b));       \
+    MADDUBS_ADD MADDUBS_ADD MADDUBS_ADD MADDUBS_ADD MADDUBS_ADD MADDUBS_ADD \
+        MADDUBS_ADD asm volatile("vpmaddwd %1, %0, %0" : "+x"(u) : "x"(b)); \
+    asm volatile("vpaddd %1, %0, %0" : "+x"(acc[n]) : "x"(u));              \
   }
 
 PEAK(fma_256, "avx2,fma", __m256, _mm256_setzero_ps, FMA)
