@@ -53,11 +53,12 @@ class Bench:
         ]
 
     def skip(self, name: str, where: str, error: Exception) -> None:
-        """Leave a contender out, and say why once."""
-        reason = f"{where}: {type(error).__name__}: {error}".strip().splitlines()[0][:300]
-        if name not in self.skipped:
-            self.say(f"  {name} is left out: {reason}")
-        self.skipped.setdefault(name, reason)
+        """Leave a contender, or a whole unit, out of `where`, and say why once."""
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+        key = name if name == where else f"{name}, {where}"
+        if key not in self.skipped:
+            self.say(f"  {key} is left out: {reason}")
+        self.skipped.setdefault(key, reason)
 
     def record(self, unit: str, group: str, case: Mapping[str, Any]) -> Record:
         """A record without results yet."""
@@ -78,6 +79,8 @@ class Bench:
             describe: name → further fields of its `Result`, at least `kind` and `own`.
             limits: what to sample in the same rounds: "read", "copy", or an arithmetic.
         """
+        if not contenders:
+            raise RuntimeError("no contender is left")
         rates: dict[str, list[float]] = {}
         sampled = self._samplers(limits)
 

@@ -171,7 +171,7 @@ def _run_units(bench: Bench, results: Results, path: Path) -> None:
             records = measure()
         except Exception as error:
             # One unit that fails must not cost the hour that the others took.
-            bench.skip(name, "the whole unit", error)
+            bench.skip(name, name, error)
         else:
             results.add(name, records)
         results.skipped.update(bench.skipped)

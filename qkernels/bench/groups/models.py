@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,20 +177,20 @@ def llama() -> Subject:
 
     prompt = _ids(1, _PROMPT, config.vocab_size)
     following = _ids(1, _STEPS, config.vocab_size)
-    caches: dict[int, Any] = {}
+    caches: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     def prefill(model: Any) -> Tensor:
         logits: Tensor = model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits
         return logits
 
     def decode(model: Any) -> Tensor:
-        if id(model) not in caches:
-            caches[id(model)] = model(input_ids=prompt, use_cache=True).past_key_values
-        cache = caches[id(model)]
+        if model not in caches:
+            caches[model] = model(input_ids=prompt, use_cache=True).past_key_values
+        cache = caches[model]
         for step in range(_STEPS):
             token = following[:, step : step + 1]
             logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-        cache.crop(_PROMPT)
+        cache.crop(-_STEPS)  # as it was after the prompt
         return torch.as_tensor(logits)
 
     tasks = (
