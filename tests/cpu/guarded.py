@@ -1,0 +1,81 @@
+"""Run as a script: calls of every op whose tensors lie between forbidden pages.
+
+Prints how many calls there were. An access past a tensor ends the process with a signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from helpers import reference as ref
+from helpers.check import same_tensor
+from helpers.data import FLOATS, INTEGER_KINDS, KINDS, awkward, floats, rng, weight
+from helpers.guard import guarded
+from ops.samples import Sample, samples
+
+ops = torch.ops.qkernels
+SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 47, 49, 63, 65, 100, 127, 513)
+
+
+def calls() -> Iterator[Sample]:
+    yield from samples()
+    for i, cols in enumerate(SIZES):
+        for form in ref.FORMATS:
+            x = awkward((3, cols), FLOATS[i % 3])
+            group_size = (-1, 1, 5, 16)[i % 4]
+            data, scale, zero = ops.quantize(x, form.code, group_size)
+            outs = {"data": data, "scale": scale, "zero_point": zero}
+            yield Sample("", ops.quantize.out, (x, form.code, group_size), outs)
+            options = (scale, None, form.code, group_size)
+            yield Sample("", ops.quantize_with.out, (x, *options), {"out": data})
+            yield Sample("", ops.dequantize.out, (data, *options), {"out": torch.empty_like(x)})
+        for j, kind in enumerate(KINDS):
+            n, m = SIZES[(i + j) % len(SIZES)], (1, 2, 4, 7, 9, 17)[(i + j) % 6]
+            w = weight(kind, n, cols, (-1, 1, 5, 16)[(i + j) % 4])
+            yield Sample(
+                "",
+                ops.pack.default,
+                (w.data, w.scale_tensor, w.zero_tensor, w.layout, cols, w.group_size),
+                {},
+            )
+            yield Sample("", ops.unpack.default, (w.packed, *w.sizes), {})
+            for activation in (0, 1, 2) if kind in INTEGER_KINDS else (0,):
+                x = awkward((m, cols), FLOATS[(i + j) % 3])
+                premul = floats((cols,)) if j % 2 else None
+                perm = torch.arange(cols).flip(0) if i % 2 else None
+                extra = (floats((n,), FLOATS[i % 3]), None, None, premul, perm)
+                sizes = (*w.sizes, activation, i % 5)
+                yield Sample("", ops.linear.default, (x, w.packed, *extra, *sizes), {})
+            grad = floats((m, n), FLOATS[i % 3])
+            yield Sample("", ops.linear_backward_input.default, (grad, w.packed, *w.sizes), {})
+            table = (torch.tensor([n - 1, 0]), w.packed, w.layout, n, cols, w.group_size)
+            yield Sample("", ops.embedding.default, (*table, FLOATS[j % 3]), {})
+        a, b = (
+            torch.from_numpy(rng(i, s).integers(-128, 128, s, "int8"))
+            for s in ((5, cols), (cols, 19))
+        )
+        yield Sample("", ops.int_mm.default, (a, b), {})
+
+
+def main() -> None:
+    count = 0
+    for call in calls():
+        for at_end in (True, False):
+            inside = call.mapped(lambda t, end=at_end: guarded(t, end))
+            results = [y if isinstance(y, tuple) else (y,) for y in (inside(), call())]
+            written = [list(c.kwargs.values()) for c in (inside, call)]
+            for got, want in zip(*results, strict=True):
+                assert (got is None) == (want is None)
+                if got is not None:
+                    same_tensor(got.detach(), want.detach())
+            for got, want in zip(*written, strict=True):
+                if isinstance(got, torch.Tensor):
+                    same_tensor(got, want)
+            count += 1
+    print(count)
+
+
+if __name__ == "__main__":
+    main()
