@@ -111,9 +111,9 @@ static inline void extend(Range* range, float x) {
 }
 
 struct Affine {
-  float scale;      // as stored: already rounded to the scale's type
-  float inverse;    // 1 / scale
-  int zero_point;   // added to the rounded quotient
+  float scale;     // as stored: already rounded to the scale's type
+  float inverse;   // 1 / scale
+  int zero_point;  // added to the rounded quotient
 };
 
 static inline constexpr float kSmallestScale = 0x1p-126f;  // FLT_MIN
@@ -259,9 +259,7 @@ static inline void store_zero_point(void* zeros, Format format, int64_t i, int v
 }
 
 // The zero point of a symmetric group, as the codes are stored.
-static inline int symmetric_zero(Format format) {
-  return format == Format::int4 ? kInt4Offset : 0;
-}
+static inline int symmetric_zero(Format format) { return format == Format::int4 ? kInt4Offset : 0; }
 
 // ---- Epilogue functions -------------------------------------------------------------------------
 // One polynomial each, with every fma written out: the vector code repeats these steps lane by
@@ -288,9 +286,7 @@ static inline float exp_poly(float x) {
   return p * bit_cast<float>(power);
 }
 
-static inline float sigmoid_times(float x, float z) {
-  return x / (1.0f + exp_poly(-z));
-}
+static inline float sigmoid_times(float x, float z) { return x / (1.0f + exp_poly(-z)); }
 
 // x * Phi(x), Phi by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
 static inline float gelu(float x) {

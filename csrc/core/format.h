@@ -129,11 +129,11 @@ inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
 }
 
 struct BlockShape {
-  int64_t k;             // in_features
-  int64_t group_size;    // in k; the last group may be shorter
-  int64_t groups;        // per output feature
-  int64_t group_padded;  // padded k of every group but the last
-  int64_t k_padded;      // sum of the padded groups
+  int64_t k;                          // in_features
+  int64_t group_size;                 // in k; the last group may be shorter
+  int64_t groups;                     // per output feature
+  int64_t group_padded;               // padded k of every group but the last
+  int64_t k_padded;                   // sum of the padded groups
   int64_t scales, zeros, sums, bias;  // byte offsets in a row; codes start at 0
   int64_t bytes;                      // of one row
 
@@ -155,8 +155,7 @@ inline constexpr BlockShape block_shape(const Layout& layout, int64_t k, int64_t
   s.group_size = group_size < 0 || group_size > k ? k : group_size;
   s.groups = group_size < 0 ? 1 : k == 0 ? 0 : (k + s.group_size - 1) / s.group_size;
   s.group_padded = round_up(s.group_size, kGroupPad);
-  s.k_padded =
-      s.groups == 0 ? 0 : (s.groups - 1) * s.group_padded + s.padded_length(s.groups - 1);
+  s.k_padded = s.groups == 0 ? 0 : (s.groups - 1) * s.group_padded + s.padded_length(s.groups - 1);
   int64_t at = s.k_padded * kLanes * info(layout.format).bits / 8;
   auto part = [&at](int64_t bytes) {
     const int64_t begin = at;
@@ -177,9 +176,7 @@ inline constexpr int64_t code_offset(Format format, int64_t kp, int lane) {
   return info(format).bits == 8 ? kp / 4 * kLine + lane * 4 + kp % 4
                                 : kp / 8 * kLine + lane * 4 + kp % 4;
 }
-inline constexpr int code_shift(int64_t kp) {
-  return kp % 8 < 4 ? 0 : 4;
-}
+inline constexpr int code_shift(int64_t kp) { return kp % 8 < 4 ? 0 : 4; }
 
 // ---- Codes of an op's arguments -----------------------------------------------------------------
 

@@ -11,8 +11,8 @@ namespace qkernels {
 struct QuantizeArgs {
   const void* x;  // [rows, cols]
   DType x_type;
-  void* data;        // [rows, row_bytes]
-  void* scale;       // [rows, groups]
+  void* data;   // [rows, row_bytes]
+  void* scale;  // [rows, groups]
   DType scale_type;
   void* zero_point;  // [rows, groups]; null when symmetric
   int64_t cols, groups, group_size, row_bytes;
@@ -39,8 +39,8 @@ struct LinearArgs {
   const void* x;  // [rows, k]
   DType x_type;   // i8: the codes themselves (int_mm)
   int64_t rows, n;
-  const float* premul;   // [k] or null: x is multiplied by it first
-  const int64_t* perm;   // [k] or null: column i of the weight belongs to x[perm[i]]
+  const float* premul;  // [k] or null: x is multiplied by it first
+  const int64_t* perm;  // [k] or null: column i of the weight belongs to x[perm[i]]
 
   const uint8_t* packed;
   Layout layout;

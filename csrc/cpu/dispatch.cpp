@@ -25,9 +25,7 @@ bool os_saves(uint32_t mask) {
 constexpr uint32_t kYmmState = 0x6;
 constexpr uint32_t kZmmState = 0xe6;
 
-bool always() {
-  return true;
-}
+bool always() { return true; }
 
 bool has_avx2() {
   uint32_t a, b, c, d;
@@ -57,15 +55,16 @@ const Isa* choose() {
     }
     if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, isa.name) != 0) continue;
     if (!isa.available()) {
-      throw std::runtime_error("qkernels: QKERNELS_ISA=" + std::string(wanted) +
-                               " but this machine cannot run it; unset it or choose one of: " + names);
+      throw std::runtime_error(
+          "qkernels: QKERNELS_ISA=" + std::string(wanted) +
+          " but this machine cannot run it; unset it or choose one of: " + names);
     }
     return &isa;
   }
   if (wanted != nullptr && *wanted != '\0') {
-    throw std::runtime_error("qkernels: QKERNELS_ISA=" + std::string(wanted) +
-                             " is not an instruction set that qkernels knows; unset it or choose one of: " +
-                             names);
+    throw std::runtime_error(
+        "qkernels: QKERNELS_ISA=" + std::string(wanted) +
+        " is not an instruction set that qkernels knows; unset it or choose one of: " + names);
   }
   return best;
 }

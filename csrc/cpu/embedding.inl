@@ -35,8 +35,7 @@ SIMD void dequantize_feature(const PackedRows& w, int64_t n, int64_t k_begin, in
     const int64_t group_end = shape.group_begin(g) + shape.group_length(g);
     const int64_t end = group_end < k_end ? group_end : k_end;
     for (; k < end && (k + padding) % kPerLine != 0; ++k) {
-      store_float(y, T, at + k,
-                  decode(packed_code(row, Fmt, k + padding, lane), Fmt, scale, zero));
+      store_float(y, T, at + k, decode(packed_code(row, Fmt, k + padding, lane), Fmt, scale, zero));
     }
     const Decoder<Fmt> decoder = make_decoder<Fmt>(scale, zero);
     for (; k < end; k += kWidth) {

@@ -17,9 +17,7 @@ uint32_t load_word(const uint8_t* p) {
   std::memcpy(&word, p, 4);
   return word;
 }
-void store_word(uint8_t* p, uint32_t word) {
-  std::memcpy(p, &word, 4);
-}
+void store_word(uint8_t* p, uint32_t word) { std::memcpy(p, &word, 4); }
 
 // A word of 4-bit codes: in storage 0 1 2 3 4 5 6 7 from the low nibble up, packed 0 4 1 5 2 6 3 7.
 // Two swaps of neighbours, each its own inverse.
@@ -32,7 +30,7 @@ uint32_t swap_nibbles(uint32_t x) {
   return x ^ t ^ t << 4;
 }
 
-struct Bytes {  // int8
+struct Bytes {                          // int8
   static constexpr int64_t kCodes = 4;  // in a word
 
   static uint32_t pack(uint32_t word) { return word; }

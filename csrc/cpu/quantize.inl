@@ -66,8 +66,8 @@ SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_en
         most[i] = r.max;
         magnitude[i] = static_cast<int32_t>(r.magnitude);
       }
-      const Affines affines = choose_affines<Fmt, Symmetric>(
-          {load(least), load(most), load(magnitude)}, a.scale_type);
+      const Affines affines =
+          choose_affines<Fmt, Symmetric>({load(least), load(most), load(magnitude)}, a.scale_type);
       store(scale, affines.scale);
       store(inverse, affines.inverse);
       store(zero, affines.zero_point);
@@ -81,8 +81,7 @@ SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_en
       }
       for (int i = 0; i < count; ++i) {
         encode_span<T, Fmt>(a.x, at, {scale[i], inverse[i], zero[i]}, Symmetric,
-                            group_span(g + i, a.group_size, a.cols), out,
-                            batch * a.group_size);
+                            group_span(g + i, a.group_size, a.cols), out, batch * a.group_size);
       }
     }
   }
@@ -140,8 +139,8 @@ SIMD void dequantize_rows(const DequantizeArgs& a, int64_t row_begin, int64_t ro
     for (int64_t g = 0; g < a.groups; ++g) {
       const int64_t i = a.shared_scale ? 0 : row * a.groups + g;
       const float scale = load_float(a.scale, a.scale_type, i);
-      const int zero = a.zero_point == nullptr ? symmetric_zero(Fmt)
-                                               : load_zero_point(a.zero_point, Fmt, i);
+      const int zero =
+          a.zero_point == nullptr ? symmetric_zero(Fmt) : load_zero_point(a.zero_point, Fmt, i);
       decode_span<T, Fmt>(codes, scale, zero, group_span(g, a.group_size, a.cols), a.y,
                           row * a.cols, streamed);
     }
@@ -174,9 +173,8 @@ void quantize_with(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
 
 Range range(const void* x, DType type, int64_t begin, int64_t end) {
   Range result;
-  with_float_type(type, [&](auto t) {
-    result = range_of<decltype(t)::value, true>(x, begin, end);
-  });
+  with_float_type(type,
+                  [&](auto t) { result = range_of<decltype(t)::value, true>(x, begin, end); });
   return result;
 }
 

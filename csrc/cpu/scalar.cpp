@@ -46,8 +46,8 @@ void quantize_with(const QuantizeArgs& a, int64_t row_begin, int64_t row_end) {
       const int64_t end = begin + a.group_size < a.cols ? begin + a.group_size : a.cols;
       const int64_t at = a.shared_scale ? 0 : row * a.groups + g;
       const float scale = load_float(a.scale, a.scale_type, at);
-      const int zero = a.symmetric ? symmetric_zero(a.format)
-                                   : load_zero_point(a.zero_point, a.format, at);
+      const int zero =
+          a.symmetric ? symmetric_zero(a.format) : load_zero_point(a.zero_point, a.format, at);
       encode_group(a, row, begin, end, {scale, 1.0f / scale, zero});
     }
   }
@@ -74,16 +74,10 @@ void dequantize(const DequantizeArgs& a, int64_t row_begin, int64_t row_end) {
 // ---- Linear -------------------------------------------------------------------------------------
 // Panel: int8 or float [rows][k_padded], zero in the padding.
 
-bool is_float(const LinearArgs& a) {
-  return a.activation == Activation::float_;
-}
+bool is_float(const LinearArgs& a) { return a.activation == Activation::float_; }
 
-int row_tile(const LinearArgs&) {
-  return 1;
-}
-int block_tile(const LinearArgs&) {
-  return 1;
-}
+int row_tile(const LinearArgs&) { return 1; }
+int block_tile(const LinearArgs&) { return 1; }
 int64_t panel_bytes(const LinearArgs& a) {
   return a.rows * a.shape.k_padded * (is_float(a) ? 4 : 1);
 }
@@ -240,14 +234,12 @@ void embedding(const EmbeddingArgs& a, int64_t begin, int64_t end) {
 }
 
 const Kernels kTable = {
-    "scalar",     quantize, quantize_with, range,       dequantize, row_tile, block_tile,
-    panel_bytes,  prepare,  linear,        linear_name, backward,   embedding,
+    "scalar",    quantize, quantize_with, range,       dequantize, row_tile,  block_tile,
+    panel_bytes, prepare,  linear,        linear_name, backward,   embedding,
 };
 
 }  // namespace scalar
 
-const Kernels* scalar_kernels() {
-  return &scalar::kTable;
-}
+const Kernels* scalar_kernels() { return &scalar::kTable; }
 
 }  // namespace qkernels

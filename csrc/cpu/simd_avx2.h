@@ -42,9 +42,13 @@ SIMD I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
 SIMD I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
 SIMD I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
 template <int Count>
-SIMD I shift_left(I x) { return _mm256_slli_epi32(x, Count); }
+SIMD I shift_left(I x) {
+  return _mm256_slli_epi32(x, Count);
+}
 template <int Count>
-SIMD I shift_right(I x) { return _mm256_srli_epi32(x, Count); }  // fills with zeros
+SIMD I shift_right(I x) {
+  return _mm256_srli_epi32(x, Count);
+}  // fills with zeros
 
 SIMD F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 SIMD I round_int(F x) { return _mm256_cvtps_epi32(x); }  // half to even
@@ -89,7 +93,9 @@ SIMD int32_t reduce_add(I x) {
 // ---- Tables -------------------------------------------------------------------------------------
 
 // 16 entries; an index is read modulo 16.
-struct Table16 { F low, high; };
+struct Table16 {
+  F low, high;
+};
 SIMD Table16 table16(const float* entries) {
   return {_mm256_loadu_ps(entries), _mm256_loadu_ps(entries + 8)};
 }
@@ -124,9 +130,7 @@ SIMD void stream(float* p, F x) { _mm256_stream_ps(p, x); }  // aligned, past th
 SIMD __m128i low_words(I x) {
   return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
 }
-SIMD F from_bf16(__m128i x) {
-  return floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
+SIMD F from_bf16(__m128i x) { return floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 SIMD __m128i to_bf16(F x) {
   const I b = bits(x);
   const I odd = bit_and(shift_right<16>(b), splat(1));
@@ -199,8 +203,7 @@ SIMD I load_u4(const void* p, int count) { return spread_nibbles(load_bytes(p, (
 
 // Lanes hold numbers that fit.
 SIMD __m128i low_bytes(I x) {
-  const __m128i words =
-      _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   return _mm_packs_epi16(words, words);
 }
 SIMD __m128i signed_words(I x) {
@@ -208,9 +211,7 @@ SIMD __m128i signed_words(I x) {
 }
 SIMD void store_i8(void* p, I x) { _mm_storel_epi64(static_cast<__m128i*>(p), low_bytes(x)); }
 SIMD void store_i8(void* p, I x, int count) { store_bytes(p, low_bytes(x), count); }
-SIMD void store_i16(void* p, I x) {
-  _mm_storeu_si128(static_cast<__m128i*>(p), signed_words(x));
-}
+SIMD void store_i16(void* p, I x) { _mm_storeu_si128(static_cast<__m128i*>(p), signed_words(x)); }
 SIMD void store_i16(void* p, I x, int count) { store_bytes(p, signed_words(x), count * 2); }
 SIMD __m128i join_nibbles(I x) {
   // The low byte of every 64 bits; a byte shuffle and a dword shuffle bring the four together.

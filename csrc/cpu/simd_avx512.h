@@ -38,9 +38,13 @@ SIMD I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
 SIMD I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
 SIMD I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
 template <int Count>
-SIMD I shift_left(I x) { return _mm512_slli_epi32(x, Count); }
+SIMD I shift_left(I x) {
+  return _mm512_slli_epi32(x, Count);
+}
 template <int Count>
-SIMD I shift_right(I x) { return _mm512_srli_epi32(x, Count); }  // fills with zeros
+SIMD I shift_right(I x) {
+  return _mm512_srli_epi32(x, Count);
+}  // fills with zeros
 
 SIMD F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 SIMD I round_int(F x) { return _mm512_cvtps_epi32(x); }  // half to even
@@ -69,7 +73,9 @@ SIMD int32_t reduce_add(I x) { return _mm512_reduce_add_epi32(x); }
 // ---- Tables -------------------------------------------------------------------------------------
 
 // 16 entries; an index is read modulo 16.
-struct Table16 { F entries; };
+struct Table16 {
+  F entries;
+};
 SIMD Table16 table16(const float* entries) { return {_mm512_loadu_ps(entries)}; }
 SIMD F lookup(const Table16& t, I index) { return _mm512_permutexvar_ps(index, t.entries); }
 
@@ -81,9 +87,7 @@ SIMD void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 SIMD void store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
 SIMD void stream(float* p, F x) { _mm512_stream_ps(p, x); }  // aligned, past the caches
 
-SIMD F from_bf16(__m256i x) {
-  return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
+SIMD F from_bf16(__m256i x) { return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 SIMD __m256i to_bf16(F x) {
   // Rounds by integer addition: the hardware instruction flushes subnormals.
   const I b = bits(x);
@@ -101,8 +105,8 @@ SIMD __m256i to_f16(F x) {
 template <DType T>
 SIMD F load_as(const void* data, int64_t i) {
   if constexpr (T == DType::f32) return load(static_cast<const float*>(data) + i);
-  const __m256i half = _mm256_loadu_si256(
-      reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + i));
+  const __m256i half =
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(data) + i));
   if constexpr (T == DType::bf16) return from_bf16(half);
   return from_f16(half);
 }
@@ -174,9 +178,7 @@ SIMD void store_i16(void* p, I x, int count) {
 SIMD __m128i join_nibbles(I x) {
   return _mm512_cvtepi64_epi8(_mm512_or_si512(x, _mm512_srli_epi64(x, 28)));
 }
-SIMD void store_u4(void* p, I x) {
-  _mm_storel_epi64(static_cast<__m128i*>(p), join_nibbles(x));
-}
+SIMD void store_u4(void* p, I x) { _mm_storel_epi64(static_cast<__m128i*>(p), join_nibbles(x)); }
 // Writes whole bytes: an odd `count` clears the last high nibble.
 SIMD void store_u4(void* p, I x, int count) {
   _mm_mask_storeu_epi8(p, first((count + 1) / 2), join_nibbles(zero_unless(first(count), x)));
@@ -193,7 +195,6 @@ SIMD I load_lane_u4(const uint8_t* p) {
   int32_t line[2];
   for (int i = 0; i < 2; ++i) std::memcpy(&line[i], p + i * kLine, 4);
   const I both = _mm512_mask_set1_epi32(splat(line[0]), 0xff00, line[1]);
-  const I shifts =
-      _mm512_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28, 0, 8, 16, 24, 4, 12, 20, 28);
+  const I shifts = _mm512_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28, 0, 8, 16, 24, 4, 12, 20, 28);
   return bit_and(_mm512_srlv_epi32(both, shifts), splat(0xf));
 }

@@ -29,9 +29,7 @@ inline std::string text_of(const Shape& shape) {
   return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-inline std::string shape_text(const Tensor& t) {
-  return text_of(shape_of(t));
-}
+inline std::string shape_text(const Tensor& t) { return text_of(shape_of(t)); }
 
 // torch's Python names, for the types that users meet.
 inline std::string dtype_text(ScalarType type) {
@@ -122,9 +120,7 @@ inline void check_group_size(const char* op, int64_t group_size) {
   }
 }
 
-inline int64_t code_bytes(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Short ? 2 : 1;
-}
+inline int64_t code_bytes(const Tensor& t) { return t.scalar_type() == ScalarType::Short ? 2 : 1; }
 
 // The dtype of codes and of zero points in storage.
 inline ScalarType storage_type(Format format) {

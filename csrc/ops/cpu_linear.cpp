@@ -19,9 +19,7 @@ constexpr int64_t kPanelCap = int64_t{32} << 20;
 // Rows a kernel may touch past the last one, so that tiles need no special case for scratch.
 constexpr int64_t kRowSlack = 16;
 
-int64_t workspace_rows(int64_t rows) {
-  return round_up(rows, kRowSlack);
-}
+int64_t workspace_rows(int64_t rows) { return round_up(rows, kRowSlack); }
 
 // Splits tiles of columns, and rows when there are few columns, over the threads.
 void run_tiles(const Kernels& table, const LinearArgs& a) {
@@ -91,14 +89,12 @@ void run_linear(const LinearArgs& whole) {
 Activation check_activation(const char* op, const Layout& layout, const BlockShape& shape,
                             int64_t code) {
   if (code < 0 || code >= kActivationCount) {
-    fail(op, "activation must be 0 (float), 1 (int8 symmetric) or 2 (int8 asymmetric), got ",
-         code);
+    fail(op, "activation must be 0 (float), 1 (int8 symmetric) or 2 (int8 asymmetric), got ", code);
   }
   const Activation activation = static_cast<Activation>(code);
   if (activation == Activation::float_) return activation;
   if (layout.format == Format::nf4) {
-    fail(op, "an nf4 weight takes float activations, got activation=", code,
-         "; pass activation=0");
+    fail(op, "an nf4 weight takes float activations, got activation=", code, "; pass activation=0");
   }
   const int64_t limit = max_accumulation(layout.format, layout.symmetric);
   if (shape.group_size > limit) {

@@ -112,9 +112,7 @@ Format check_symmetry(const char* op, int64_t format_code, bool symmetric) {
   return format;
 }
 
-Shape zero_shape(const Cut& cut, bool symmetric) {
-  return symmetric ? Shape{0} : cut.scale;
-}
+Shape zero_shape(const Cut& cut, bool symmetric) { return symmetric ? Shape{0} : cut.scale; }
 
 void check_out(const char* op, const char* name, const Tensor& t, const Shape& shape,
                ScalarType type) {
@@ -194,8 +192,7 @@ void run_quantize_with(const char* op, const Tensor& x_any, const Tensor& scale,
   a.scale = const_cast<void*>(given.scale.const_data_ptr());  // only read by quantize_with
   a.scale_type = given.scale_type;
   a.symmetric = !given.zero_point;
-  a.zero_point =
-      a.symmetric ? nullptr : const_cast<void*>(given.zero_point->const_data_ptr());
+  a.zero_point = a.symmetric ? nullptr : const_cast<void*>(given.zero_point->const_data_ptr());
   if (!cut.per_tensor) split_groups(&cut, &a);
   const Kernels& table = kernels();
   parallel(cut.rows, grain_for(kGrain, cut.cols),

@@ -67,8 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed_any, int64_t layo
   const ScalarType type = storage_type(layout.format);
   Tensor data = empty_cpu({out_features, a.row_bytes}, type);
   Tensor scale = empty_cpu({out_features, a.shape.groups}, scalar_type(layout.scale));
-  Tensor zeros = empty_cpu(
-      layout.symmetric ? Shape{0} : Shape{out_features, a.shape.groups}, type);
+  Tensor zeros = empty_cpu(layout.symmetric ? Shape{0} : Shape{out_features, a.shape.groups}, type);
   a.packed = packed.const_data_ptr<uint8_t>();
   a.data = data.mutable_data_ptr();
   a.scale = scale.mutable_data_ptr();

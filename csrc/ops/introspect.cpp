@@ -80,9 +80,9 @@ py::dict describe_layout(int64_t id) {
 
 int64_t block_bytes(int64_t id, int64_t in_features, int64_t group_size) {
   if (in_features < 0 || in_features > kMaxFeatures || (group_size != -1 && group_size < 1)) {
-    throw std::invalid_argument("in_features must be from 0 to 2^40 and group_size -1 or >= 1, got " +
-                                std::to_string(in_features) + " and " +
-                                std::to_string(group_size));
+    throw std::invalid_argument(
+        "in_features must be from 0 to 2^40 and group_size -1 or >= 1, got " +
+        std::to_string(in_features) + " and " + std::to_string(group_size));
   }
   return block_shape(decode(id), in_features, group_size).bytes;
 }
