@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
@@ -28,16 +29,29 @@ def _int4_config() -> Any:
 def _linear(
     config: Callable[[], Any], dtype: torch.dtype, compiled: bool
 ) -> Callable[[Tensor, int], Sequence[Call]]:
-    def one(weight: Tensor) -> Call:
+    def quantized(weight: Tensor) -> Tensor:
         n, k = weight.shape
         layer = nn.Linear(k, n, bias=False, dtype=dtype)
         layer.weight.data.copy_(weight)
         model = nn.Sequential(layer)
         quantize_(model, config())
-        call: Call = torch.compile(model, dynamic=False) if compiled else model
-        return call
+        return layer.weight
 
-    return lambda weight, copies: [one(weight) for _ in range(copies)]
+    def build(weight: Tensor, copies: int) -> Sequence[Call]:
+        product: Any = F.linear
+        if compiled:
+            # Anew for each layer, so that its sizes are constants. The copies of a weight are
+            # arguments: a module for each would be compiled for each, until torch gives up.
+            torch._dynamo.reset()
+            product = torch.compile(_product)
+        weights = [quantized(weight) for _ in range(copies)]
+        return [lambda x, w=w: product(x, w) for w in weights]  # type: ignore[misc]
+
+    return build
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
 
 
 def linear_engines() -> list[LinearEngine]:
