@@ -114,7 +114,7 @@ inline constexpr bool decode_layout(int64_t id, Layout* layout) {
 //           4 bit: per 8 k one 64-byte line, byte[lane * 4 + k % 4] = code(k) | code(k + 4) << 4
 //   scales  [groups][16] in their stored type
 //   zeros   [groups][16] bytes, asymmetric only
-//   sums    [groups][16] int32, sum of the codes, int8 only: undoes the sign flip that vpdpbusd asks
+//   sums    [groups][16] int32, sum of the codes, int8 only: undoes the sign flip for vpdpbusd
 //   bias    [16] float, integer formats only: sum over k of the dequantized weight, which turns an
 //           activation's zero point into one multiplication
 //

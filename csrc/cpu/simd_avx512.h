@@ -49,7 +49,7 @@ SIMD I shift_right(I x) {
 SIMD F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 SIMD I round_int(F x) { return _mm512_cvtps_epi32(x); }  // half to even
 
-// ---- Comparisons: false when an operand is NaN ---------------------------------------------------
+// ---- Comparisons: false when an operand is NaN -------------------------------------------------
 
 SIMD M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 SIMD M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
