@@ -265,8 +265,8 @@ static inline int symmetric_zero(Format format) { return format == Format::int4 
 // One polynomial each, with every fma written out: the vector code repeats these steps lane by
 // lane, so all ISAs agree to the bit. NaN stays NaN.
 
-// exp with a relative error below 1e-7 for x from -87 to 88. Below, it stays at exp(-87), as good as
-// zero for the callers; from 89 on the power of two below is infinity, and so is the result.
+// exp with a relative error below 1e-7 for x from -87 to 88. Below, it stays at exp(-87), which is
+// zero to the callers; from 89 on the power of two below is infinity, and so is the result.
 static inline float exp_poly(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 89.0f ? 89.0f : x;

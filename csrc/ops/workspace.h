@@ -1,5 +1,5 @@
-// Scratch memory of a call: kept between calls by the calling thread, so that a small layer pays for
-// no allocation; beyond a cap it is given back at once.
+// Scratch memory of a call: kept between calls by the calling thread, so that a small layer needs no
+// allocation; beyond a cap it is given back at once.
 #pragma once
 
 #include <cstdint>
