@@ -1,4 +1,4 @@
-// Scratch memory of a call: kept between calls by the calling thread, so that a small layer needs no
+// Scratch memory of a call, kept by the calling thread, so that a small layer needs no
 // allocation; beyond a cap it is given back at once.
 #pragma once
 
