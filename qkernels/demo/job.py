@@ -94,6 +94,8 @@ def run_demo(
         torch.set_num_threads(threads)
     console = make_console()
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder to write the results into")
     folder.mkdir(parents=True, exist_ok=True)
 
     _heading(console, 1, "The data")
@@ -103,40 +105,11 @@ def run_demo(
         else docstring_dataset(plan.per_library, seed)
     )
     _show_data(console, data)
-
-    _heading(console, 2, "Train a head on the frozen encoder")
     tokenizer = Tokenizer()
     model = build_model(len(data.classes), seed)
-    scores = {}
-    train_head(model, tokenizer, data, console)
-    scores["head"] = _show_accuracy(console, model, tokenizer, data)
-
-    _heading(console, 3, f"Fine-tune {_last(plan.layers)} of the encoder with it")
-    fine_tune(model, tokenizer, data, console, seed, plan.layers, plan.epochs, lr=plan.lr)
-    scores["fine-tuned"] = _show_accuracy(console, model, tokenizer, data)
-
-    _heading(console, 4, "Quantize")
-    by_scheme: dict[str, SentenceClassifier] = {}
-    for scheme in contenders.SCHEMES:
-        began = time.perf_counter()
-        name = contenders.label(scheme)
-        by_scheme[name], summary = contenders.quantized(model, scheme)
-        console.print(
-            f"{name:10} {len(summary.converted)} layers in {time.perf_counter() - began:.1f} s: "
-            f"{size_text(summary.bytes_before)} → {size_text(summary.bytes_after)}"
-        )
-    console.print("The head stays float32. The embedding tables have 8 bits in every scheme.")
-    models, missing = contenders.contenders(model, by_scheme)
-
-    _heading(console, 5, "Measure: answers, size, speed")
-    quality = evaluate.measure_quality(models, tokenizer, data.test, console)
-    latency = evaluate.measure_latency(models, plan.latency_budget, console)
-    rows = evaluate.make_rows(models, quality, latency)
-    console.print()
-    console.print(evaluate.as_table(rows))
-    console.print()
-    for line in [*_explanation(data, rows[0].quality), *missing]:
-        console.print(line)
+    training = _train(console, plan, seed, data, tokenizer, model)
+    by_scheme = _quantize(console, model, folder / "modules.txt")
+    rows, missing = _measure(console, plan, data, tokenizer, model, by_scheme)
 
     _heading(console, 6, "Save, and reload in a fresh process")
     batches = _first_batches(tokenizer, data, plan.report_batches)
@@ -151,38 +124,95 @@ def run_demo(
     _heading(console, 7, "Report")
     page = folder / "report.html"
     _report(model, by_scheme[REPORTED], batches).save_html(page)
+    machine = machine_facts()
     facts = {
         "task": data.title,
         "texts": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
         "classes": data.classes,
         "majority": data.majority(),
-        "training": scores,
+        "training": training,
         "seed": seed,
         "models": [row.to_dict() for row in rows],
         "missing": missing,
         "files": {
-            n: {"bytes": p.stat().st_size, "identical": identical[n]} for n, p in files.items()
+            name: {"name": path.name, "bytes": path.stat().st_size, "identical": identical[name]}
+            for name, path in files.items()
         },
-        "machine": machine_facts(),
+        "machine": machine,
         "seconds": time.perf_counter() - start,
     }
     write_atomically(folder / "table.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    write_atomically(folder / "table.md", _markdown(data, rows, missing, facts["machine"]))  # type: ignore[arg-type]
-    console.print(f"Table: {escape(str(folder / 'table.md'))} and table.json, models beside them.")
+    write_atomically(folder / "table.md", _markdown(data, rows, missing, machine))
     console.print(
-        f"Done in {time.perf_counter() - start:.0f} s. The report on {REPORTED}, by layer:"
+        f"{escape(str(folder))} holds the models, the table above as table.md and table.json, and "
+        "modules.txt, which says what became of every layer."
     )
+    console.print(f"Done in {time.perf_counter() - start:.0f} s. {REPORTED} layer by layer:")
     console.print(f"[bold]{escape(str(page.resolve()))}[/bold]", soft_wrap=True)
     return 0 if all(identical.values()) else 1
+
+
+def _train(
+    console: Console,
+    plan: Plan,
+    seed: int,
+    data: Dataset,
+    tokenizer: Tokenizer,
+    model: SentenceClassifier,
+) -> dict[str, dict[str, float]]:
+    _heading(console, 2, "Train a head on the frozen encoder")
+    train_head(model, tokenizer, data, console)
+    head = _show_accuracy(console, model, tokenizer, data)
+    layers = "layer" if plan.layers == 1 else f"{plan.layers} layers"
+    _heading(console, 3, f"Fine-tune the last {layers} of the encoder with it")
+    fine_tune(model, tokenizer, data, console, seed, plan.layers, plan.epochs, lr=plan.lr)
+    return {"head": head, "fine-tuned": _show_accuracy(console, model, tokenizer, data)}
+
+
+def _quantize(
+    console: Console, model: SentenceClassifier, listing: Path
+) -> dict[str, SentenceClassifier]:
+    _heading(console, 4, "Quantize")
+    found: dict[str, SentenceClassifier] = {}
+    summaries = []
+    for scheme in contenders.SCHEMES:
+        start = time.perf_counter()
+        name = contenders.label(scheme)
+        found[name], summary = contenders.quantized(model, scheme)
+        summaries.append(f"{scheme}\n{summary}\n")
+        console.print(
+            f"{name:10} {len(summary.converted)} layers in {time.perf_counter() - start:.1f} s: "
+            f"{size_text(summary.bytes_before)} → {size_text(summary.bytes_after)}"
+        )
+    write_atomically(listing, "\n".join(summaries))
+    console.print("The head stays float32. The embedding tables have 8 bits in every scheme.")
+    return found
+
+
+def _measure(
+    console: Console,
+    plan: Plan,
+    data: Dataset,
+    tokenizer: Tokenizer,
+    model: SentenceClassifier,
+    by_scheme: dict[str, SentenceClassifier],
+) -> tuple[list[evaluate.Row], list[str]]:
+    _heading(console, 5, "Measure answers, size and speed")
+    models, missing = contenders.contenders(model, by_scheme)
+    quality = evaluate.measure_quality(models, tokenizer, data.test, console)
+    latency = evaluate.measure_latency(models, plan.latency_budget, console)
+    rows = evaluate.make_rows(models, quality, latency)
+    console.print()
+    console.print(evaluate.as_table(rows))
+    console.print()
+    for line in [*_explanation(data, rows[0].quality), *missing]:
+        console.print(line)
+    return rows, missing
 
 
 def _heading(console: Console, number: int, text: str) -> None:
     console.print()
     console.rule(f"[bold]{number}. {text}[/bold]", align="left")
-
-
-def _last(layers: int) -> str:
-    return "the last layer" if layers == 1 else f"the last {layers} layers"
 
 
 def _show_data(console: Console, data: Dataset) -> None:
