@@ -26,7 +26,7 @@ SIMD void dot2_bytes(I& sum, I unsigned_bytes, I signed_bytes) {
 }
 
 // How far ahead of the codes in use the next ones are asked for, in bytes.
-constexpr int64_t kPrefetch = 1024;
+constexpr int64_t kPrefetch = 512;
 SIMD void prefetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
 }
@@ -36,9 +36,10 @@ SIMD void prefetch(const uint8_t* p) {
 struct W8A8 {
   static constexpr Format kFormat = Format::int8;
   static constexpr const char* kName = "matmul_w8a8_avx2_6x16";
-  static constexpr int kRows = 6, kBlocks = 1;
+  static constexpr int kRows = 6, kBlocks = 4;
   static constexpr int kUnit = 2;  // k per unit
-  static constexpr int blocks(int) { return 1; }
+  // Blocks of a tile of `rows`. Few rows are limited by memory, which likes several streams.
+  static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = false;
 
@@ -57,7 +58,7 @@ struct W8A8 {
   static INLINE void accumulate(I (&sums)[Vectors][Rows], const uint8_t* panel,
                                 const uint8_t* const* codes, int64_t steps) {
     for (int64_t line = 0; line < steps * 2; ++line) {
-      prefetch(codes[0] + line * 64);
+      unroll<Vectors / 2>([&](int b) INLINE { prefetch(codes[b] + line * 64); });
       unroll<2>([&](int odd) INLINE {
         I weight[Vectors];
         unroll<Vectors>([&](int v) INLINE {
@@ -78,9 +79,9 @@ struct W8A8 {
 struct W4A8 {
   static constexpr Format kFormat = Format::int4;
   static constexpr const char* kName = "matmul_w4a8_avx2_4x16";
-  static constexpr int kRows = 4, kBlocks = 1;
+  static constexpr int kRows = 4, kBlocks = 4;
   static constexpr int kUnit = 4;
-  static constexpr int blocks(int) { return 1; }
+  static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = false;
 
@@ -99,7 +100,7 @@ struct W4A8 {
       const int64_t end = begin + 4 < steps ? begin + 4 : steps;
       I words[Vectors][Rows] = {};
       for (int64_t line = begin; line < end; ++line) {
-        prefetch(codes[0] + line * 64);
+        unroll<Vectors / 2>([&](int b) INLINE { prefetch(codes[b] + line * 64); });
         unroll<2>([&](int half) INLINE {
           I weight[Vectors];
           unroll<Vectors>([&](int v) INLINE {

@@ -17,7 +17,7 @@ SIMD I broadcast_unit(const uint8_t* p) {
 }
 
 // How far ahead of the codes in use the next ones are asked for, in bytes.
-constexpr int64_t kPrefetch = 1024;
+constexpr int64_t kPrefetch = 512;
 SIMD void prefetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
 }
@@ -34,10 +34,10 @@ SIMD void add_sums(I (&sums)[Blocks][Rows], const I (&more)[Blocks][Rows]) {
 struct W8A8 {
   static constexpr Format kFormat = Format::int8;
   static constexpr const char* kName = "matmul_w8a8_avx512_8x48";
-  static constexpr int kRows = 8, kBlocks = 3;
+  static constexpr int kRows = 8, kBlocks = 6;
   static constexpr int kUnit = 4;  // k per unit
-  // Blocks of a tile of `rows`. Few rows are limited by memory, which likes one stream best.
-  static constexpr int blocks(int rows) { return rows <= 4 ? 1 : kBlocks; }
+  // Blocks of a tile of `rows`. Few rows are limited by memory, which likes six streams best.
+  static constexpr int blocks(int rows) { return rows <= 4 ? 6 : 3; }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = true;
 
@@ -80,9 +80,9 @@ struct W8A8 {
 struct W4A8 {
   static constexpr Format kFormat = Format::int4;
   static constexpr const char* kName = "matmul_w4a8_avx512_8x48";
-  static constexpr int kRows = 8, kBlocks = 3;
+  static constexpr int kRows = 8, kBlocks = 6;
   static constexpr int kUnit = 4;
-  static constexpr int blocks(int rows) { return rows <= 4 ? 1 : kBlocks; }
+  static constexpr int blocks(int rows) { return rows <= 4 ? 6 : 3; }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = false;
 
