@@ -33,9 +33,9 @@ FOREIGN_VARIABLES = (
     "MALLOC_CONF",
 )
 
-# Measured on glibc 2.36: no page fault when a large tensor is allocated again and again, in twelve of
-# fourteen processes (the place of the heap is random, and in some it cannot grow). Freed memory then
-# stays in the process, up to the given number of bytes.
+# Measured on glibc 2.36: no page fault when a large tensor is allocated again and again, in twelve
+# of fourteen processes (the place of the heap is random, and in some it cannot grow). Freed memory
+# then stays in the process, up to the given number of bytes.
 GLIBC_ADVICE = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483648"
 JEMALLOC_ADVICE = "MALLOC_CONF=oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 
