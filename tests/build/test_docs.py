@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -159,3 +160,14 @@ def test_resolve(name: str, found: bool) -> None:
 def test_public_names_are_there() -> None:
     """`from qkernels import *` must not fail on a name that has gone."""
     assert not [name for name in qkernels.__all__ if not hasattr(qkernels, name)]
+
+
+def test_readme_quotes_the_committed_demo() -> None:
+    """Every row of numbers in the README stands in a result file, and that says where it ran."""
+    result = (ROOT / "benchmarks/results/demo.md").read_text()
+    facts = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if "%" in line]
+    quoted = [line for line in rows if line.startswith("|")]
+    assert len(quoted) == len(facts["models"])
+    assert all(line in result.splitlines() for line in quoted)
+    assert facts["machine"]["commit"] in result
