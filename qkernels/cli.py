@@ -1,4 +1,4 @@
-"""The command `qkernels`: doctor, demo, quantize, inspect, compare."""
+"""The command `qkernels`: doctor, demo, quantize, inspect, compare, bench."""
 
 from __future__ import annotations
 
@@ -123,6 +123,15 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
         "--lines", type=int, default=512, metavar="N", help="read at most N lines (default: 512)"
     )
     compare.set_defaults(run=_compare)
+
+    bench = commands.add_parser(
+        "bench", parents=[common], help="measure against other libraries and the machine's limits"
+    )
+    if "bench" in given:
+        from qkernels import bench as bench_package
+
+        bench_package.add_arguments(bench)
+        bench.set_defaults(run=bench_package.run)
     return parser
 
 
