@@ -35,11 +35,14 @@ SIMD void prefetch(const uint8_t* p) {
 // so that a lane keeps its four k. Units are the int16 codes of k 0, 2 and of k 1, 3.
 struct W8A8 {
   static constexpr Format kFormat = Format::int8;
-  static constexpr const char* kName = "matmul_w8a8_avx2_6x16";
   static constexpr int kRows = 6, kBlocks = 4;
   static constexpr int kUnit = 2;  // k per unit
   // Blocks of a tile of `rows`. Few rows are limited by memory, which likes several streams.
   static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+  static const char* name(int64_t rows) {
+    if (rows == 1) return "matmul_w8a8_avx2_1x64";
+    return rows == 2 ? "matmul_w8a8_avx2_2x32" : "matmul_w8a8_avx2_6x16";
+  }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = false;
 
@@ -78,10 +81,13 @@ struct W8A8 {
 // 2 * 15 * 128 = 3840, so eight of them, 32 k, fit an int16.
 struct W4A8 {
   static constexpr Format kFormat = Format::int4;
-  static constexpr const char* kName = "matmul_w4a8_avx2_4x16";
   static constexpr int kRows = 4, kBlocks = 4;
   static constexpr int kUnit = 4;
   static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+  static const char* name(int64_t rows) {
+    if (rows == 1) return "matmul_w4a8_avx2_1x64";
+    return rows == 2 ? "matmul_w4a8_avx2_2x32" : "matmul_w4a8_avx2_4x16";
+  }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = false;
 
@@ -125,13 +131,17 @@ struct W4A8 {
 template <Format Fmt>
 struct A16 {
   static constexpr Format kFormat = Fmt;
-  static constexpr const char* kName = Fmt == Format::int8   ? "matmul_w8a16_avx2_6x16"
-                                       : Fmt == Format::int4 ? "matmul_w4a16_avx2_6x16"
-                                                             : "matmul_nf4a16_avx2_6x16";
   static constexpr int kRows = 6, kBlocks = 4;
   static constexpr int kUnit = 1;
   // The sums of an output wait for each other; with few rows, more blocks fill the gaps.
   static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+  static const char* name(int64_t rows) {
+    constexpr const char* kNames[][3] = {
+        {"matmul_w8a16_avx2_6x16", "matmul_w8a16_avx2_3x32", "matmul_w8a16_avx2_1x64"},
+        {"matmul_w4a16_avx2_6x16", "matmul_w4a16_avx2_3x32", "matmul_w4a16_avx2_1x64"},
+        {"matmul_nf4a16_avx2_6x16", "matmul_nf4a16_avx2_3x32", "matmul_nf4a16_avx2_1x64"}};
+    return kNames[static_cast<int>(Fmt)][rows == 1 ? 2 : rows <= 3];
+  }
   using Sum = F;
   static constexpr bool kFloat = true;
 

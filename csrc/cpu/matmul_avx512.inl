@@ -33,11 +33,13 @@ SIMD void add_sums(I (&sums)[Blocks][Rows], const I (&more)[Blocks][Rows]) {
 // code; `start` takes 128 times the sum of the weights away.
 struct W8A8 {
   static constexpr Format kFormat = Format::int8;
-  static constexpr const char* kName = "matmul_w8a8_avx512_8x48";
   static constexpr int kRows = 8, kBlocks = 6;
   static constexpr int kUnit = 4;  // k per unit
   // Blocks of a tile of `rows`. Few rows are limited by memory, which likes six streams best.
   static constexpr int blocks(int rows) { return rows <= 4 ? 6 : 3; }
+  static const char* name(int64_t rows) {
+    return rows <= 4 ? "matmul_w8a8_avx512_4x96" : "matmul_w8a8_avx512_8x48";
+  }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = true;
 
@@ -79,10 +81,12 @@ struct W8A8 {
 // int4 weights: nibbles are the unsigned operand, activations the signed one.
 struct W4A8 {
   static constexpr Format kFormat = Format::int4;
-  static constexpr const char* kName = "matmul_w4a8_avx512_8x48";
   static constexpr int kRows = 8, kBlocks = 6;
   static constexpr int kUnit = 4;
   static constexpr int blocks(int rows) { return rows <= 4 ? 6 : 3; }
+  static const char* name(int64_t rows) {
+    return rows <= 4 ? "matmul_w4a8_avx512_4x96" : "matmul_w4a8_avx512_8x48";
+  }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = false;
 
@@ -123,12 +127,16 @@ struct W4A8 {
 template <Format Fmt>
 struct A16 {
   static constexpr Format kFormat = Fmt;
-  static constexpr const char* kName = Fmt == Format::int8   ? "matmul_w8a16_avx512_8x48"
-                                       : Fmt == Format::int4 ? "matmul_w4a16_avx512_8x48"
-                                                             : "matmul_nf4a16_avx512_8x48";
   static constexpr int kRows = 8, kBlocks = 4;
   static constexpr int kUnit = 1;
   static constexpr int blocks(int rows) { return rows == 1 ? 4 : 3; }
+  static const char* name(int64_t rows) {
+    constexpr const char* kNames[][2] = {
+        {"matmul_w8a16_avx512_8x48", "matmul_w8a16_avx512_1x64"},
+        {"matmul_w4a16_avx512_8x48", "matmul_w4a16_avx512_1x64"},
+        {"matmul_nf4a16_avx512_8x48", "matmul_nf4a16_avx512_1x64"}};
+    return kNames[static_cast<int>(Fmt)][rows == 1];
+  }
   using Sum = F;
   static constexpr bool kFloat = true;
 
