@@ -83,11 +83,15 @@ def test_one_thread_means_one() -> None:
 def test_calls_from_several_python_threads(threads: int) -> None:
     """Workspaces belong to the calling thread; no call may see another's numbers."""
     weights = [weight(kind, 200, 256, 64) for kind in KINDS]
-    inputs = [floats((m, 256), seed=m) for m in (1, 7, 33)]
-    activation = {w.kind: int(w.kind in INTEGER_KINDS) for w in weights}
+    inputs = [(floats((m, 256), seed=m), floats((m, 200), seed=m)) for m in (1, 7, 33)]
 
     def results() -> list[torch.Tensor]:
-        return [w.linear(x, activation=activation[w.kind]) for w in weights for x in inputs]
+        found = []
+        for w in weights:
+            for x, grad in inputs:
+                found.append(w.linear(x, activation=int(w.kind in INTEGER_KINDS)))
+                found.append(ops.linear_backward_input(grad, w.packed, *w.sizes))
+        return found
 
     count = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -95,7 +99,7 @@ def test_calls_from_several_python_threads(threads: int) -> None:
         want = results()
         found: list[list[torch.Tensor]] = []
         workers = [
-            threading.Thread(target=lambda: found.extend(results() for _ in range(5)))
+            threading.Thread(target=lambda: found.extend(results() for _ in range(10)))
             for _ in range(4)
         ]
         for worker in workers:
@@ -104,7 +108,7 @@ def test_calls_from_several_python_threads(threads: int) -> None:
             worker.join()
     finally:
         torch.set_num_threads(count)
-    assert len(found) == 20
+    assert len(found) == 40
     for got in found:
         for a, b in zip(got, want, strict=True):
             same_tensor(a, b)
