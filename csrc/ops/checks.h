@@ -128,6 +128,18 @@ inline ScalarType storage_type(Format format) {
   return format == Format::int8 ? ScalarType::Char : ScalarType::Byte;
 }
 
+// int4 zero points are codes; a larger one would spill into the neighbouring nibble.
+inline void check_zero_points(const char* op, const Tensor& zero_point, Format format) {
+  if (format != Format::int4) return;
+  const uint8_t* at = zero_point.const_data_ptr<uint8_t>();
+  for (int64_t i = 0; i < zero_point.numel(); ++i) {
+    if (at[i] > 15) {
+      fail(op, "zero_point must hold int4 codes from 0 to 15, got ", static_cast<int>(at[i]),
+           "; take it from quantize, or clamp it");
+    }
+  }
+}
+
 // The layout behind an id, which must be one that this device's kernels read.
 inline Layout check_layout(const char* op, int64_t id) {
   Layout layout;

@@ -178,6 +178,7 @@ Given check_given(const char* op, const Cut& cut, Format format, const Tensor& s
            shape_text(*zero_point));
     }
     given.zero_point = dense(*zero_point);
+    check_zero_points(op, *given.zero_point, format);
   }
   return given;
 }

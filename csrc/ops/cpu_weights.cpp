@@ -40,6 +40,7 @@ Tensor pack(const Tensor& data_any, const Tensor& scale_any,
     check_dtype(op, "zero_point", *zero_point, storage_type(layout.format));
     check_shape(op, "zero_point", *zero_point, {n, a.shape.groups});
     zeros = dense(*zero_point);
+    check_zero_points(op, *zeros, layout.format);
   }
   const int64_t blocks = (n + kLanes - 1) / kLanes;
   Tensor packed = empty_cpu({blocks, a.shape.bytes}, ScalarType::Byte);

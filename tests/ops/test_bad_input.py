@@ -130,6 +130,8 @@ quantize_with:
     zero_point must have the shape of scale, (3, 1), got (3, 2)
   ops.quantize_with(X, S8, Z4[:, :1], NF4)
     format nf4 has no zero point; pass zero_point=None
+  ops.quantize_with(X, S4, torch.full_like(Z4, 16), INT4, 4)
+    zero_point must hold int4 codes from 0 to 15, got 16
   ops.quantize_with(X, S8, None, 9)
     format must be a code from 0 to 3, got 9
   ops.quantize_with(X, S8, None, INT8, 0)
@@ -165,6 +167,8 @@ dequantize:
     zero_point must be uint8, got int8
   dequantize(D4, S4, Z4[:2], INT4, 4)
     zero_point must have the shape of scale, (3, 2), got (2, 2)
+  dequantize(D4, S4, torch.full_like(Z4, 255), INT4, 4)
+    zero_point must hold int4 codes from 0 to 15, got 255
   dequantize(group_size=-3)
     group_size must be -1
   dequantize(format=7)
@@ -194,6 +198,8 @@ pack:
     the layout is asymmetric but zero_point is None; pass zero_point
   pack(zero=G.zero_tensor.char())
     zero_point must be uint8, got int8
+  pack(zero=torch.full_like(G.zero_tensor, 16))
+    zero_point must hold int4 codes from 0 to 15, got 16
   pack(zero=G.zero_tensor[:18])
     zero_point must have shape (19, 2), got (18, 2)
   pack(layout=SYMMETRIC)
