@@ -29,6 +29,7 @@ class Effort:
         budget: seconds after which no further round starts.
         turn: seconds of a turn, which holds at least one and at most `max_calls` timed calls.
         max_calls: see `turn`.
+        warm: seconds for calling a contender's further copies before it is timed.
     """
 
     min_rounds: int = 5
@@ -36,10 +37,11 @@ class Effort:
     budget: float = 2.0
     turn: float = 0.01
     max_calls: int = 20
+    warm: float = 2.0
 
 
 FULL = Effort()
-QUICK = Effort(min_rounds=3, max_rounds=6, budget=0.6, turn=0.005, max_calls=10)
+QUICK = Effort(min_rounds=3, max_rounds=6, budget=0.6, turn=0.005, max_calls=10, warm=0.05)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def measure(
         contenders: name to callable without arguments; at least one.
         effort: how long.
         kinds: contender to kind. One that takes more than 8 times as long as the fastest of its
-            kind is left out after two rounds.
+            kind is left out of further rounds.
         each_round: called once in every round, to sample what the contenders are compared with.
 
     Returns:
@@ -133,8 +135,9 @@ def measure(
     names = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
     faults: dict[str, list[float]] = {name: [] for name in names}
+    usual = {name: _once(contenders[name]) for name in names}
+    running = _without_hopeless({name: [usual[name]] for name in names}, kinds or {})
     deadline = time.perf_counter() + effort.budget
-    running = names
     for turn in range(effort.max_rounds):
         if turn >= effort.min_rounds and time.perf_counter() >= deadline:
             break
@@ -143,25 +146,31 @@ def measure(
             each_round()
         first = turn % len(running)
         for name in running[first:] + running[:first]:
-            took, faulted = _turn(name, contenders[name], samples[name], effort)
+            took, faulted = _turn(contenders[name], usual[name], effort)
             samples[name] += took
             faults[name].append(faulted)
+            usual[name] = statistics.median(samples[name])
         if turn == 1:
             running = _without_hopeless(samples, kinds or {})
     return {
-        name: Measured(Timing(tuple(sorted(samples[name]))), statistics.median(faults[name]))
+        name: Measured(
+            Timing(tuple(sorted(samples[name] or [usual[name]]))),
+            statistics.median(faults[name] or [0.0]),
+        )
         for name in names
     }
 
 
+def _once(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    settle()
+    return interleave({"": call}, warmup=0, min_rounds=1, max_rounds=1)[""].median
+
+
 def _turn(
-    name: str, call: Callable[[], object], before: Sequence[float], effort: Effort
+    call: Callable[[], object], usual: float, effort: Effort
 ) -> tuple[list[float], float]:
     settle()
-    if before:
-        usual = statistics.median(before)
-    else:
-        usual = interleave({name: call}, warmup=0, min_rounds=1, max_rounds=1)[name].median
     # Waking threads and caches costs a call that takes long next to nothing.
     warmup = 0 if usual > effort.turn else max(1, min(3, int(0.001 / usual)))
     calls = max(1, min(effort.max_calls, int(effort.turn / usual)))
@@ -170,8 +179,8 @@ def _turn(
     try:
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         timing = interleave(
-            {name: call}, warmup=warmup, min_rounds=calls, max_rounds=calls, budget=0.0
-        )[name]
+            {"": call}, warmup=warmup, min_rounds=calls, max_rounds=calls, budget=0.0
+        )[""]
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     finally:
         gc.enable()
@@ -182,7 +191,8 @@ def _without_hopeless(
     samples: Mapping[str, Sequence[float]], kinds: Mapping[str, str]
 ) -> list[str]:
     fastest: dict[str, float] = {}
-    for name, times in samples.items():
+    taken = {name: min(times) for name, times in samples.items() if times}
+    for name, time_of in taken.items():
         kind = kinds.get(name, name)
-        fastest[kind] = min(fastest.get(kind, float("inf")), min(times))
-    return [n for n, t in samples.items() if min(t) <= HOPELESS * fastest[kinds.get(n, n)]]
+        fastest[kind] = min(fastest.get(kind, float("inf")), time_of)
+    return [n for n, t in taken.items() if t <= HOPELESS * fastest[kinds.get(n, n)]]

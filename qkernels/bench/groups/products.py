@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,13 +15,15 @@ from qkernels import functional
 from qkernels.bench import own, plan
 from qkernels.bench.bench import Bench, Unit
 from qkernels.bench.engines import Call, LinearEngine, verified
-from qkernels.bench.measure import rotate
+from qkernels.bench.measure import HOPELESS, rotate
 from qkernels.bench.peers import torch_float
 from qkernels.bench.plan import Shape
 from qkernels.bench.results import Record, last_level_cache
 
 # Between two calls on the same copy of a weight, this many times the last-level cache is read.
 _PAST_CACHE = 2.5
+# Seconds of a call from which on a hopeless contender is not measured with more rows.
+_TOO_LONG = 0.3
 
 
 def linear_units(bench: Bench) -> Iterator[Unit]:
@@ -94,6 +97,10 @@ def _products(
         record = bench.record(unit, group, {"k": shape.k, "n": shape.n, "m": m})
         with torch.inference_mode():
             records.append(_one(bench, record, built, x[:m], reference[:m]))
+        slow = too_slow(records[-1]) if m != shape.rows[-1] else {}
+        for name in slow:
+            bench.skip(name, f"{unit} with more than {m} rows", slow[name])
+        built = [(engine, calls) for engine, calls in built if engine.name not in slow]
     built.clear()
     gc.collect()
     return records
@@ -112,8 +119,12 @@ def _one(
     for engine, calls in built:
         given = inputs[engine.dtype]
         try:
-            # Every copy runs once, so that none is prepared (or compiled) in a timed call.
-            quality = min(verified(engine.name, engine.kind, reference, c(given)) for c in calls)
+            quality = verified(engine.name, engine.kind, reference, calls[0](given))
+            # The other copies run too, so that none is prepared (or compiled) in a timed call.
+            deadline = time.perf_counter() + bench.effort.warm
+            for call in calls[1:]:
+                if time.perf_counter() < deadline:
+                    verified(engine.name, engine.kind, reference, call(given))
         except Exception as error:
             bench.skip(engine.name, record.unit, error)
             continue
@@ -130,6 +141,24 @@ def _one(
     return bench.compare(record, contenders, describe, ("read", *sorted(wanted)))
 
 
+def too_slow(record: Record) -> dict[str, RuntimeError]:
+    """Contenders that need not be measured with more rows, and why: some libraries fall back to
+    plain loops on machines without the instructions that they were written for.
+
+    Args:
+        record: of fewer rows.
+    """
+    found = {}
+    for result in record.results:
+        fastest = min(r.median for r in record.results if r.kind == result.kind)
+        if result.median > max(_TOO_LONG, HOPELESS * fastest):
+            found[result.name] = RuntimeError(
+                f"a call takes {result.median:.1f} s, {result.median / fastest:.0f} times as long "
+                f"as the fastest of its kind"
+            )
+    return found
+
+
 def _int_mm(bench: Bench, shape: Shape) -> list[Record]:
     generator = torch.Generator().manual_seed(0)
     a, b = (
@@ -137,13 +166,15 @@ def _int_mm(bench: Bench, shape: Shape) -> list[Record]:
         for size in ((max(shape.rows), shape.k), (shape.k, shape.n))
     )
     exact = (a.double() @ b.double()).to(torch.int32)
-    records = []
+    records: list[Record] = []
+    slow: dict[str, RuntimeError] = {}
     for m in shape.rows:
         x = a[:m]
         contenders: dict[str, Callable[[], Tensor]] = {
             "qkernels": lambda x=x: functional.int_mm(x, b),  # type: ignore[misc]
             "torch _int_mm": lambda x=x: torch._int_mm(x, b),  # type: ignore[misc]
         }
+        contenders = {name: call for name, call in contenders.items() if name not in slow}
         right = {name: call for name, call in contenders.items() if torch.equal(call(), exact[:m])}
         for name in contenders.keys() - right.keys():
             bench.skip(name, f"int_mm {shape}", ValueError("the product is not exact"))
@@ -159,4 +190,8 @@ def _int_mm(bench: Bench, shape: Shape) -> list[Record]:
         case = {"k": shape.k, "n": shape.n, "m": m}
         record = bench.record(f"int_mm {shape}", "int_mm", case)
         records.append(bench.compare(record, right, describe, ("read", "int8")))
+        found = too_slow(records[-1]) if m != shape.rows[-1] else {}
+        for name, why in found.items():
+            bench.skip(name, f"int_mm {shape} with more than {m} rows", why)
+        slow |= found
     return records
