@@ -3,6 +3,14 @@
 // order that every ISA and every tile size keeps, per output: S = fma(sum, scale, S), group after
 // group from 0.
 
+// A sum as a float, and as the int32 that int_mm wants (whose sums are integers).
+SIMD F float_of(F sum) { return sum; }
+SIMD F float_of(I sum) { return to_float(sum); }
+SIMD I bits_of(F sum) { return bits(sum); }
+SIMD I bits_of(I sum) { return sum; }
+SIMD void load_to(F* sum, const float* from) { *sum = load(from); }
+SIMD void load_to(I* sum, const float* from) { *sum = bits(load(from)); }
+
 // kWidth scales of group and lane `at` on.
 SIMD F load_scale(const LinearArgs& a, const uint8_t* weight, int64_t at) {
   const uint8_t* scales = weight + a.shape.scales;
@@ -51,6 +59,16 @@ SIMD void prefetch_output(const LinearArgs& a, int64_t row, int rows, int64_t bl
   }
 }
 
+// Adds a group's finished sum to the total of the groups before it, or to 0.
+template <class Tile>
+SIMD void fold(const LinearArgs& a, typename Tile::Sum sum, F scale, bool is_first, float* total) {
+  if (a.y_type == DType::i32) {
+    store(reinterpret_cast<int32_t*>(total), bits_of(sum));
+  } else {
+    store(total, fma(float_of(sum), scale, is_first ? splat(0.0f) : load(total)));
+  }
+}
+
 template <class Tile, int Rows, int Blocks>
 void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Finish finish) {
   const BlockShape& s = a.shape;
@@ -87,20 +105,139 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
     unroll<kVectors>([&](int v) INLINE {
       const int64_t at = g * kLanes + v % kParts * kWidth;
       const F scale = load_scale(a, weight + v / kParts * s.bytes, at);
-      unroll<Rows>([&](int r) INLINE {
-        float* sum = &total[r][v * kWidth];
-        const F before = g == 0 ? splat(0.0f) : load(sum);
-        if constexpr (Tile::kFloat) {
-          store(sum, fma(sums[v][r], scale, before));
-        } else if (a.y_type == DType::i32) {
-          store(reinterpret_cast<int32_t*>(sum), sums[v][r]);
-        } else {
-          store(sum, fma(to_float(sums[v][r]), scale, before));
-        }
-      });
+      unroll<Rows>([&](int r)
+                       INLINE { fold<Tile>(a, sums[v][r], scale, g == 0, &total[r][v * kWidth]); });
     });
   }
   finish(a, {&total[0][0], bias, row, block, Rows, Blocks});
+}
+
+// ---- Many rows ----------------------------------------------------------------------------------
+// Where unpacking codes takes a good part of a tile's time (Tile::kWideRows), a block's weights are
+// unpacked once for a slab of rows, as many k at a time as stay in the L1 cache. The order of the
+// sums is that of `tile`.
+
+constexpr int64_t kUnpackedBytes = 16 * 1024;
+
+// So many rows at a time that their panel stays in the cache while the weights stream by.
+template <class Tile>
+constexpr int64_t kSlab = 32 * Tile::kRows;
+
+template <class Tile>
+struct WideScratch {
+  alignas(64) uint8_t unpacked[kUnpackedBytes];
+  alignas(64) float scales[kUnpackedBytes / kLanes / kGroupPad][kLanes];  // of groups
+  alignas(64) float partial[kSlab<Tile>][kLanes];  // sums of a group that goes on in the next chunk
+  alignas(64) float total[kSlab<Tile>][kLanes];
+};
+
+// Padded k [begin, end) of a block, from group g on: several whole groups, or a part of one.
+struct WideChunk {
+  const uint8_t* weight;
+  int64_t begin, end, g;
+};
+
+template <class Tile>
+void unpack_chunk(const LinearArgs& a, const WideChunk& c, WideScratch<Tile>* scratch) {
+  uint8_t* out = scratch->unpacked;
+  int64_t g = c.g;
+  for (int64_t at = c.begin; at < c.end; ++g) {
+    const int64_t group_end = a.shape.padded_begin(g) + a.shape.padded_length(g);
+    const int64_t end = group_end < c.end ? group_end : c.end;
+    I zero[kLanes / kWidth];
+    for (int v = 0; v < kLanes / kWidth; ++v) {
+      const int64_t lane = g * kLanes + v * kWidth;
+      store(scratch->scales[g - c.g] + v * kWidth, load_scale(a, c.weight, lane));
+      zero[v] = load_zero(a, c.weight, lane);
+    }
+    const int64_t steps = (end - at) / kGroupPad;
+    Tile::unpack(c.weight + code_offset(Tile::kFormat, at, 0), zero, steps, out);
+    out += steps * kGroupPad * kLanes * kBytes<Tile>;
+    at = end;
+  }
+}
+
+template <class Tile, int Rows>
+void wide_tile(const LinearArgs& a, const WideChunk& c, int64_t row, int64_t slab_row,
+               WideScratch<Tile>* scratch) {
+  const BlockShape& s = a.shape;
+  constexpr int kParts = kLanes / kWidth;
+  const uint8_t* panel = a.panel + (row * s.k_padded + c.begin * Rows) * kBytes<Tile>;
+  const int32_t* group_sums = a.group_sums + row * s.groups;
+  const uint8_t* unpacked = scratch->unpacked;
+  int64_t g = c.g;
+  for (int64_t at = c.begin; at < c.end; ++g) {
+    const int64_t group_begin = s.padded_begin(g);
+    const int64_t group_end = group_begin + s.padded_length(g);
+    const int64_t end = group_end < c.end ? group_end : c.end;
+    typename Tile::Sum sums[kParts][Rows];
+    unroll<kParts>([&](int v) INLINE {
+      if (at != group_begin) {
+        unroll<Rows>([&](int r) INLINE {
+          load_to(&sums[v][r], scratch->partial[slab_row + r] + v * kWidth);
+        });
+      } else if constexpr (Tile::kFloat) {
+        unroll<Rows>([&](int r) INLINE { sums[v][r] = splat(0.0f); });
+      } else {
+        start<Tile>(a, c.weight, g * kLanes + v * kWidth, group_sums + g * Rows, sums[v]);
+      }
+    });
+    const int64_t steps = (end - at) / kGroupPad;
+    Tile::accumulate_unpacked(sums, panel, unpacked, steps);
+    panel += steps * kGroupPad * Rows * kBytes<Tile>;
+    unpacked += steps * kGroupPad * kLanes * kBytes<Tile>;
+    unroll<kParts>([&](int v) INLINE {
+      const F scale = load(scratch->scales[g - c.g] + v * kWidth);
+      unroll<Rows>([&](int r) INLINE {
+        if (end != group_end) {
+          store(scratch->partial[slab_row + r] + v * kWidth, floats(bits_of(sums[v][r])));
+        } else {
+          fold<Tile>(a, sums[v][r], scale, g == 0, scratch->total[slab_row + r] + v * kWidth);
+        }
+      });
+    });
+    at = end;
+  }
+}
+
+// The end of the chunk that begins at padded k `begin`, in group g.
+template <class Tile>
+int64_t chunk_end(const BlockShape& s, int64_t begin, int64_t g) {
+  constexpr int64_t kMost = kUnpackedBytes / (kLanes * kBytes<Tile>);
+  const int64_t group_end = s.padded_begin(g) + s.padded_length(g);
+  if (group_end - begin > kMost) return begin + kMost;
+  if (begin != s.padded_begin(g) || s.group_padded > kMost) return group_end;
+  const int64_t whole = begin + kMost / s.group_padded * s.group_padded;
+  return whole < s.k_padded ? whole : s.k_padded;
+}
+
+template <class Tile, int... Index>
+void wide(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t row_begin,
+          int64_t row_end, std::integer_sequence<int, Index...>) {
+  using Kernel =
+      void (*)(const LinearArgs&, const WideChunk&, int64_t, int64_t, WideScratch<Tile>*);
+  static constexpr Kernel kKernels[] = {wide_tile<Tile, Index + 1>...};
+  const Finish finish = finish_for(a);
+  WideScratch<Tile> scratch;
+  alignas(64) float bias[kLanes];
+  for (int64_t slab = row_begin; slab < row_end; slab += kSlab<Tile>) {
+    const int64_t end = slab + kSlab<Tile> < row_end ? slab + kSlab<Tile> : row_end;
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      WideChunk c{a.packed + block * a.shape.bytes, 0, 0, 0};
+      for (; c.begin < a.shape.k_padded; c.begin = c.end) {
+        c.g = c.begin / a.shape.group_padded;
+        c.end = chunk_end<Tile>(a.shape, c.begin, c.g);
+        unpack_chunk<Tile>(a, c, &scratch);
+        for (int64_t row = slab; row < end; row += Tile::kRows) {
+          kKernels[tile_rows<Tile>(a, row) - 1](a, c, row, row - slab, &scratch);
+        }
+      }
+      load_bias(a, block * kLanes, kLanes, bias);
+      for (int64_t row = slab; row < end; row += Tile::kRows) {
+        finish(a, {scratch.total[row - slab], bias, row, block, tile_rows<Tile>(a, row), 1});
+      }
+    }
+  }
 }
 
 // ---- Choosing a tile ----------------------------------------------------------------------------
@@ -124,15 +261,19 @@ constexpr TileKernels<Tile> tile_kernels(std::integer_sequence<int, Index...>) {
 template <class Tile>
 void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t row_begin,
                int64_t row_end) {
+  if constexpr (Tile::kWideRows > 0) {
+    if (row_end - row_begin >= Tile::kWideRows && a.shape.k_padded > 0) {
+      return wide<Tile>(a, block_begin, block_end, row_begin, row_end,
+                        std::make_integer_sequence<int, Tile::kRows>{});
+    }
+  }
   static constexpr TileKernels<Tile> kernels =
       tile_kernels<Tile>(std::make_integer_sequence<int, Tile::kRows * Tile::kBlocks>{});
   const Finish finish = finish_for(a);
   alignas(64) float bias[Tile::kBlocks * kLanes];
   const int step = Tile::blocks(least(a.rows, Tile::kRows));
-  // So many rows at a time that their panel stays in the cache while the weights stream by.
-  constexpr int64_t kSlab = 32 * Tile::kRows;
-  for (int64_t begin = row_begin; begin < row_end; begin += kSlab) {
-    const int64_t end = begin + kSlab < row_end ? begin + kSlab : row_end;
+  for (int64_t begin = row_begin; begin < row_end; begin += kSlab<Tile>) {
+    const int64_t end = begin + kSlab<Tile> < row_end ? begin + kSlab<Tile> : row_end;
     for (int64_t block = block_begin; block < block_end; block += step) {
       const int blocks = least(block_end - block, step);
       load_bias(a, block * kLanes, blocks * kLanes, bias);

@@ -33,7 +33,7 @@ SIMD void add_sums(I (&sums)[Blocks][Rows], const I (&more)[Blocks][Rows]) {
 // code; `start` takes 128 times the sum of the weights away.
 struct W8A8 {
   static constexpr Format kFormat = Format::int8;
-  static constexpr int kRows = 8, kBlocks = 6;
+  static constexpr int kRows = 8, kBlocks = 6, kWideRows = 0;
   static constexpr int kUnit = 4;  // k per unit
   // Blocks of a tile of `rows`. Few rows are limited by memory, which likes six streams best.
   static constexpr int blocks(int rows) { return rows <= 4 ? 6 : 3; }
@@ -81,7 +81,7 @@ struct W8A8 {
 // int4 weights: nibbles are the unsigned operand, activations the signed one.
 struct W4A8 {
   static constexpr Format kFormat = Format::int4;
-  static constexpr int kRows = 8, kBlocks = 6;
+  static constexpr int kRows = 8, kBlocks = 6, kWideRows = 0;
   static constexpr int kUnit = 4;
   static constexpr int blocks(int rows) { return rows <= 4 ? 6 : 3; }
   static const char* name(int64_t rows) {
@@ -127,7 +127,7 @@ struct W4A8 {
 template <Format Fmt>
 struct A16 {
   static constexpr Format kFormat = Fmt;
-  static constexpr int kRows = 8, kBlocks = 4;
+  static constexpr int kRows = 8, kBlocks = 4, kWideRows = 0;
   static constexpr int kUnit = 1;
   static constexpr int blocks(int rows) { return rows == 1 ? 4 : 3; }
   static const char* name(int64_t rows) {

@@ -167,9 +167,7 @@ def _once(call: Callable[[], object]) -> float:
     return interleave({"": call}, warmup=0, min_rounds=1, max_rounds=1)[""].median
 
 
-def _turn(
-    call: Callable[[], object], usual: float, effort: Effort
-) -> tuple[list[float], float]:
+def _turn(call: Callable[[], object], usual: float, effort: Effort) -> tuple[list[float], float]:
     settle()
     # Waking threads and caches costs a call that takes long next to nothing.
     warmup = 0 if usual > effort.turn else max(1, min(3, int(0.001 / usual)))

@@ -32,10 +32,20 @@ def test_rows_alone_and_in_company(kind: Kind, activation: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize(("kind", "activation"), CASES)
+def test_rows_of_a_large_batch_with_long_groups(kind: Kind, activation: int) -> None:
+    """Groups longer than what a kernel unpacks at once, more rows than it takes at once."""
+    w = weight(kind, 33, 2100, 1100)
+    x = awkward((230, 2100))
+    whole = w.linear(x, activation=activation)
+    for row in (0, 100, 191, 192, 193, 229):
+        same_tensor(w.linear(x[row], activation=activation), whole[row])
+
+
+@pytest.mark.parametrize(("kind", "activation"), CASES)
 def test_outputs_do_not_depend_on_the_other_outputs(kind: Kind, activation: int) -> None:
     """What a column-parallel layer counts on: a slice of blocks gives a slice of the result."""
     w = weight(kind, 112, 70, 32)
-    for m in (1, 5, 18):
+    for m in (1, 5, 18, 49):
         x = awkward((m, 70))
         whole = w.linear(x, activation=activation)
         for begin, end in ((0, 16), (16, 64), (48, 112), (96, 112)):
