@@ -62,18 +62,18 @@ struct LinearArgs {
   uint8_t* panel;
   float* row_scale;     // [rows]; NaN for a row that held NaN or Inf
   float* row_zero;      // [rows]; zero points as floats
-  int32_t* group_sums;  // [rows, groups]: sums of the row's codes
+  int32_t* group_sums;  // sums of the rows' codes by group, in an order that the ISA chooses
 };
 
 // dx[rows, k] = dy[rows, n] . W[n, k], dequantized a panel at a time.
 struct BackwardArgs {
-  const float* dy;  // [rows, n]
+  const void* dy;  // [rows, n]
   int64_t rows, n;
   const uint8_t* packed;
   Layout layout;
   BlockShape shape;
   void* dx;
-  DType dx_type;
+  DType type;  // of dy and dx
 };
 
 struct EmbeddingArgs {

@@ -34,7 +34,8 @@ struct Kernels {
   // The name of the tile that `linear` runs.
   const char* (*linear_name)(const Layout&, Activation, int64_t rows);
 
-  // Columns [k_begin, k_end) of rows of dx, kBackwardColumns at most; best on multiples of that.
+  // Columns [k_begin, k_end) of rows of dx, kBackwardColumns at most; best a multiple of
+  // kBackwardStep of them.
   // scratch holds kBackwardScratch floats. Any split gives the same bits.
   void (*backward)(const BackwardArgs&, int64_t row_begin, int64_t row_end, int64_t k_begin,
                    int64_t k_end, float* scratch);
@@ -44,8 +45,9 @@ struct Kernels {
 };
 
 // Floats of scratch that `backward` uses, and the widest k range that it takes in one call.
-inline constexpr int64_t kBackwardScratch = 64 * 1024;
-inline constexpr int64_t kBackwardColumns = 64;
+inline constexpr int64_t kBackwardColumns = 256;
+inline constexpr int64_t kBackwardStep = 64;
+inline constexpr int64_t kBackwardScratch = kBackwardColumns * (512 + 256 + 8);
 
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();

@@ -217,9 +217,10 @@ void backward(const BackwardArgs& a, int64_t row_begin, int64_t row_end, int64_t
     for (int64_t k = k_begin; k < k_end; ++k) {
       float sum = 0.0f;
       for (int64_t n = 0; n < a.n; ++n) {
-        sum = std::fma(a.dy[row * a.n + n], weight_at(a.packed, a.layout, a.shape, n, k), sum);
+        const float dy = load_float(a.dy, a.type, row * a.n + n);
+        sum = std::fma(dy, weight_at(a.packed, a.layout, a.shape, n, k), sum);
       }
-      store_float(a.dx, a.dx_type, row * a.shape.k + k, sum);
+      store_float(a.dx, a.type, row * a.shape.k + k, sum);
     }
   }
 }

@@ -219,35 +219,38 @@ Tensor linear_backward_input(const Tensor& grad_any, const Tensor& packed_any, i
     fail(op, "grad must have shape (..., ", out_features, "), got ", shape_text(grad_any));
   }
   const Tensor packed = check_packed(op, packed_any, a.shape, out_features);
-  Tensor grad = dense(grad_any);
-  if (type != DType::f32) grad = torch::stable::to(grad, ScalarType::Float);
+  const Tensor grad = dense(grad_any);
   a.rows = 1;
   for (size_t i = 0; i + 1 < shape.size(); ++i) a.rows *= shape[i];
   shape.back() = in_features;
   Tensor dx = empty_cpu(shape, scalar_type(type));
-  a.dy = grad.const_data_ptr<float>();
+  a.dy = grad.const_data_ptr();
   a.n = out_features;
   a.packed = packed.const_data_ptr<uint8_t>();
   a.dx = dx.mutable_data_ptr();
-  a.dx_type = type;
+  a.type = type;
   if (a.rows == 0 || in_features == 0) return dx;
 
-  // Every cell dequantizes its columns anew, so rows are cut only when there are few columns.
+  // As many strips of columns for one thread as for another. Every cell dequantizes its columns
+  // anew, so rows are cut only when there are few columns.
   const Kernels& table = kernels();
-  const int64_t columns = (in_features + kBackwardColumns - 1) / kBackwardColumns;
   const int64_t threads = torch::stable::get_num_threads();
+  const int64_t least = (in_features + kBackwardColumns - 1) / kBackwardColumns;
+  const int64_t strips = round_up(least, threads);
+  const int64_t width = round_up((in_features + strips - 1) / strips, kBackwardStep);
+  const int64_t columns = (in_features + width - 1) / width;
   const int64_t cuts = columns >= threads ? 1 : std::min(a.rows, threads);
   const int64_t rows_per_cut = (a.rows + cuts - 1) / cuts;
-  const int64_t work = kBackwardColumns * out_features * std::max<int64_t>(1, rows_per_cut / 8);
+  const int64_t work = width * out_features * std::max<int64_t>(1, rows_per_cut / 8);
   parallel(columns * cuts, grain_for(kLinearGrain, work), [&](int64_t begin, int64_t end) {
-    Workspace scratch(Workspace::bytes<float>(kBackwardScratch));
-    float* panel = scratch.take<float>(kBackwardScratch);
+    Workspace workspace(Workspace::bytes<float>(kBackwardScratch));
+    float* scratch = workspace.take<float>(kBackwardScratch);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t k = i / cuts * kBackwardColumns;
+      const int64_t k = i / cuts * width;
       const int64_t row = i % cuts * rows_per_cut;
       if (row >= a.rows) continue;
       table.backward(a, row, std::min(a.rows, row + rows_per_cut), k,
-                     std::min(in_features, k + kBackwardColumns), panel);
+                     std::min(in_features, k + width), scratch);
     }
   });
   return dx;
