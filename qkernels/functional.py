@@ -14,6 +14,11 @@ from qkernels import _C
 from qkernels.formats import format_of
 from qkernels.schemes import ACTIVATIONS
 
+# The op with an autograd formula costs microseconds more on every call, so inference uses the one
+# without. Looking them up costs half a microsecond, so that is done here.
+_LINEAR = torch.ops.qkernels.linear.default
+_LINEAR_DIFFERENTIABLE = torch.ops.qkernels.linear_differentiable.default
+
 # The numbers that the linear op takes.
 EPILOGUES: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
@@ -267,9 +272,7 @@ def linear(
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
-    # The op with an autograd formula costs microseconds more on every call, so inference uses the
-    # one without.
-    op = torch.ops.qkernels.linear_differentiable if wants_grad else torch.ops.qkernels.linear
+    op = _LINEAR_DIFFERENTIABLE if wants_grad else _LINEAR
     wide = x.dtype == torch.float64
     y: Tensor = op(
         x.float() if wide else x,
