@@ -18,10 +18,10 @@ namespace avx2 {
 namespace {
 
 #include "cpu/simd_avx2.h"
+#include "cpu/unroll.inl"
 #include "cpu/codes.inl"
 #include "cpu/quantize.inl"
 #include "cpu/embedding.inl"
-#include "cpu/unroll.inl"
 #include "cpu/backward.inl"
 #include "cpu/epilogue.inl"
 #include "cpu/prepare.inl"

@@ -22,10 +22,10 @@ namespace avx512 {
 namespace {
 
 #include "cpu/simd_avx512.h"
+#include "cpu/unroll.inl"
 #include "cpu/codes.inl"
 #include "cpu/quantize.inl"
 #include "cpu/embedding.inl"
-#include "cpu/unroll.inl"
 #include "cpu/backward.inl"
 #include "cpu/epilogue.inl"
 #include "cpu/prepare.inl"

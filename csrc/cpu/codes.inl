@@ -66,10 +66,19 @@ SIMD Range reduce(const Ranges& r) {
   return result;
 }
 
+// Prefetches the elements `ahead` further on, unless 0.
 template <DType T, bool Signed>
-SIMD Range range_of(const void* x, int64_t begin, int64_t end) {
+SIMD Range range_of(const void* x, int64_t begin, int64_t end, int64_t ahead = 0) {
   Ranges r = no_ranges();
   int64_t i = begin;
+  if (ahead != 0) {
+    constexpr int64_t kPerLine = kLine / bytes_of(T);
+    const char* next = static_cast<const char*>(x) + ahead * bytes_of(T);
+    for (; i + kPerLine <= end; i += kPerLine) {
+      __builtin_prefetch(next + i * bytes_of(T), 0, 2);
+      for (int64_t j = i; j < i + kPerLine; j += kWidth) extend<Signed>(&r, load_as<T>(x, j));
+    }
+  }
   for (; i + kWidth <= end; i += kWidth) extend<Signed>(&r, load_as<T>(x, i));
   if (i < end) extend<Signed>(&r, load_as<T>(x, i, static_cast<int>(end - i)));
   return reduce<Signed>(r);
@@ -171,6 +180,20 @@ SIMD I encode(const Encoder<Fmt>& e, F x) {
     return increment(guess, greater(value, lookup(e.middles, guess)));
   } else {
     return add(round_int(min(max(quotient, e.low), e.high)), e.zero);
+  }
+}
+
+// The same for finite numbers whose quotients are far from the ends of int32; the code is not yet
+// brought into its range (nf4's always is).
+template <Format Fmt, bool HasZero>
+SIMD I encode_tame(const Encoder<Fmt>& e, F x) {
+  const F quotient = mul(x, e.inverse);
+  if constexpr (Fmt == Format::nf4) {
+    const I guess = round_int(nf4_guess(quotient));
+    return increment(guess, greater(quotient, lookup(e.middles, guess)));
+  } else {
+    const I code = round_int(quotient);
+    return HasZero ? add(code, e.zero) : code;
   }
 }
 

@@ -14,9 +14,57 @@ SIMD bool starts_inside_byte(const Span& span) {
   return info(Fmt).bits == 4 && span.begin % 2 != 0 && span.begin < span.end;
 }
 
+// A plain store first reads the line that it overwrites. Where an output of so many elements is far
+// larger than a core's caches, writing past them saves that read: for int8 codes and float32
+// numbers; 4-bit codes and 16-bit numbers measured slower so.
+constexpr int64_t kStreamed = 1 << 20;
+
+// Whether encode_tame may be used: 16384 is beyond every code, and far below what an int32 holds;
+// nf4_guess is good a little beyond 1, where the rounding of a stored scale may lead.
+template <Format Fmt>
+SIMD bool is_tame(int32_t magnitude, float inverse) {
+  float largest;
+  std::memcpy(&largest, &magnitude, 4);
+  return largest * inverse < (Fmt == Format::nf4 ? 1.01f : 16384.0f);  // false for NaN
+}
+
+// encode_span for most of a span that is_tame, 4 * kWidth codes at a time; returns the first k that
+// it left.
+template <DType T, Format Fmt, bool Symmetric>
+SIMD int64_t encode_tame_span(const void* x, int64_t at, const Affine& affine, Span span,
+                              uint8_t* out, int64_t ahead, bool streamed) {
+  constexpr int kBlock = 4 * kWidth;
+  constexpr bool kHasZero = !(Symmetric && Fmt == Format::int8);
+  const Encoder<Fmt> encoder = make_encoder<Fmt>(affine, Symmetric);
+  const char* next = static_cast<const char*>(x) + (at + ahead) * bytes_of(T);
+  int64_t k = span.begin;
+  for (; k + kBlock <= span.end; k += kBlock) {
+    if (ahead != 0) {
+      for (int64_t line = 0; line < kBlock * bytes_of(T); line += kLine) {
+        __builtin_prefetch(next + k * bytes_of(T) + line, 0, 2);  // read, into the L2 cache
+      }
+    }
+    I codes[4];
+    unroll<4>([&](int i) INLINE {
+      codes[i] = encode_tame<Fmt, kHasZero>(encoder, load_as<T>(x, at + k + i * kWidth));
+    });
+    const I bytes = clamp_bytes(narrow(codes[0], codes[1], codes[2], codes[3]),
+                                code_min(Fmt, Symmetric), code_max(Fmt, Symmetric));
+    if constexpr (Fmt == Format::int8) {
+      if (streamed && reinterpret_cast<uintptr_t>(out + k) % kBlock == 0) {
+        stream_all(out + k, bytes);
+      } else {
+        store_all(out + k, bytes);
+      }
+    } else {
+      store_all_nibbles(out + k / 2, bytes);
+    }
+  }
+  return k;
+}
+
 // x[at + k] to code k of `out`. Writing in ascending order, a group leaves the high nibble clear
-// that the next one fills. Prefetches x `ahead` elements further on, unless 0: while codes are made
-// from what the cache holds, memory would be idle.
+// that the next one fills. Prefetches x `ahead` elements further on, unless 0.
 template <DType T, Format Fmt>
 SIMD void encode_span(const void* x, int64_t at, const Affine& affine, bool symmetric, Span span,
                       uint8_t* out, int64_t ahead) {
@@ -52,6 +100,12 @@ SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_en
   constexpr int64_t kInCache = 4096;  // elements
   const int64_t fit = a.group_size * kWidth <= kInCache ? kWidth : kInCache / a.group_size;
   const int64_t batch = fit < 1 ? 1 : fit;
+  // Memory would be idle while the cache is worked on, so the next groups are asked for then: a
+  // long one while this one's range is taken, short ones while codes are made. Each measured best.
+  const int64_t next = batch * a.group_size;
+  const int64_t ahead_of_range = batch == 1 ? next : 0;
+  const int64_t ahead_of_codes = batch == 1 ? 0 : next;
+  const bool streamed = (row_end - row_begin) * a.cols >= kStreamed;
   float least[kWidth] = {}, most[kWidth] = {}, scale[kWidth], inverse[kWidth];
   int32_t magnitude[kWidth] = {}, zero[kWidth];
   for (int64_t row = row_begin; row < row_end; ++row) {
@@ -61,7 +115,8 @@ SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_en
       const int count = static_cast<int>(a.groups - g < batch ? a.groups - g : batch);
       for (int i = 0; i < count; ++i) {
         const Span span = group_span(g + i, a.group_size, a.cols);
-        const Range r = range_of<T, !Symmetric>(a.x, at + span.begin, at + span.end);
+        const Range r =
+            range_of<T, !Symmetric>(a.x, at + span.begin, at + span.end, ahead_of_range);
         least[i] = r.min;
         most[i] = r.max;
         magnitude[i] = static_cast<int32_t>(r.magnitude);
@@ -80,11 +135,19 @@ SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_en
             static_cast<uint8_t*>(a.zero_point), first_scale, affines.zero_point, count);
       }
       for (int i = 0; i < count; ++i) {
-        encode_span<T, Fmt>(a.x, at, {scale[i], inverse[i], zero[i]}, Symmetric,
-                            group_span(g + i, a.group_size, a.cols), out, batch * a.group_size);
+        Span span = group_span(g + i, a.group_size, a.cols);
+        const Affine affine{scale[i], inverse[i], zero[i]};
+        if constexpr (Fmt != Format::int16) {
+          if (is_tame<Fmt>(magnitude[i], inverse[i]) && !starts_inside_byte<Fmt>(span)) {
+            span.begin = encode_tame_span<T, Fmt, Symmetric>(a.x, at, affine, span, out,
+                                                             ahead_of_codes, streamed);
+          }
+        }
+        encode_span<T, Fmt>(a.x, at, affine, Symmetric, span, out, ahead_of_codes);
       }
     }
   }
+  if (streamed) _mm_sfence();  // streamed stores become visible before the caller goes on
 }
 
 template <DType T, Format Fmt>
@@ -130,9 +193,6 @@ SIMD void decode_span(const uint8_t* codes, float scale, int zero, Span span, vo
 
 template <DType T, Format Fmt>
 SIMD void dequantize_rows(const DequantizeArgs& a, int64_t row_begin, int64_t row_end) {
-  // A plain store first reads the line that it overwrites. Where a float32 output is far larger
-  // than a core's caches, writing past them saves that read; 16-bit outputs measured slower so.
-  constexpr int64_t kStreamed = 1 << 20;  // elements
   const bool streamed = (row_end - row_begin) * a.cols >= kStreamed;
   for (int64_t row = row_begin; row < row_end; ++row) {
     const uint8_t* codes = static_cast<const uint8_t*>(a.data) + row * a.row_bytes;

@@ -230,6 +230,25 @@ SIMD void store_u4(void* p, I x, int count) {
   store_bytes(p, join_nibbles(zero_unless(first(count), x)), (count + 1) / 2);
 }
 
+// ---- 4 * kWidth codes at once -------------------------------------------------------------------
+
+// Four vectors of int32 as bytes, in order; what does not fit becomes the nearest that does.
+SIMD I narrow(I a, I b, I c, I d) {
+  const I bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+SIMD I clamp_bytes(I x, int low, int high) {
+  return _mm256_min_epi8(_mm256_max_epi8(x, _mm256_set1_epi8(static_cast<char>(low))),
+                         _mm256_set1_epi8(static_cast<char>(high)));
+}
+SIMD void store_all(void* p, I bytes) { _mm256_storeu_si256(static_cast<__m256i*>(p), bytes); }
+SIMD void stream_all(void* p, I bytes) { _mm256_stream_si256(static_cast<__m256i*>(p), bytes); }
+SIMD void store_all_nibbles(void* p, I bytes) {
+  const I pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(_mm256_castsi256_si128(pairs),
+                                                              _mm256_extracti128_si256(pairs, 1)));
+}
+
 // ---- One lane of packed lines: kWidth codes in ascending k, from 4 bytes of each 64-byte line ---
 
 SIMD I load_lane_i8(const uint8_t* p) {

@@ -184,6 +184,25 @@ SIMD void store_u4(void* p, I x, int count) {
   _mm_mask_storeu_epi8(p, first((count + 1) / 2), join_nibbles(zero_unless(first(count), x)));
 }
 
+// ---- 4 * kWidth codes at once -------------------------------------------------------------------
+
+// Four vectors of int32 as bytes, in order; what does not fit becomes the nearest that does.
+SIMD I narrow(I a, I b, I c, I d) {
+  const I bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, bytes);
+}
+SIMD I clamp_bytes(I x, int low, int high) {
+  return _mm512_min_epi8(_mm512_max_epi8(x, _mm512_set1_epi8(static_cast<char>(low))),
+                         _mm512_set1_epi8(static_cast<char>(high)));
+}
+SIMD void store_all(void* p, I bytes) { _mm512_storeu_si512(p, bytes); }
+SIMD void stream_all(void* p, I bytes) { _mm512_stream_si512(static_cast<__m512i*>(p), bytes); }
+SIMD void store_all_nibbles(void* p, I bytes) {
+  const I pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x1001));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi16_epi8(pairs));
+}
+
 // ---- One lane of packed lines: kWidth codes in ascending k, from 4 bytes of each 64-byte line ---
 
 SIMD I load_lane_i8(const uint8_t* p) {

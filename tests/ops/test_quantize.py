@@ -59,6 +59,28 @@ def test_codes_scales_and_zero_points(
             check(x, form, group_size, symmetric, FLOATS[i % 3])
 
 
+@pytest.mark.parametrize("largest", [3e38, 3e9, 1e-5, 190 * 2.0**-24, 1.4 * 2.0**-24, 3e-39])
+@pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
+def test_scales_that_their_type_cannot_hold(
+    form: ref.Format, symmetric: bool, scale_dtype: torch.dtype, largest: float
+) -> None:
+    """Quotients then lie far outside the codes; whole vectors of them, of both signs."""
+    x = floats((6, 300)).clamp(-3, 3) / 3 * largest
+    x[1], x[2] = x[1].abs(), -x[2].abs()
+    for group_size in (-1, 64, 100):
+        check(x, form, group_size, symmetric, scale_dtype)
+
+
+@pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
+def test_a_streamed_result(form: ref.Format, symmetric: bool, scale_dtype: torch.dtype) -> None:
+    """So large that it is written past the caches, from an odd address on too."""
+    x = floats((2100, 1025))
+    check(x[:, 1:], form, -1, symmetric, scale_dtype)
+    check(x, form, -1, symmetric, scale_dtype)
+
+
 @pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
 def test_long_rows(form: ref.Format, symmetric: bool) -> None:
     """Longer than what is worked on at a time."""
