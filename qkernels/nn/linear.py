@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -175,7 +177,7 @@ class QLinear(QModule):
         scheme = self.scheme
         # Looking parameters up as attributes costs microseconds. Replicas of nn.DataParallel have
         # theirs among the plain attributes.
-        own = self._parameters if "packed" in self._parameters else self.__dict__
+        own: dict[str, Any] = self._parameters if "packed" in self._parameters else self.__dict__
         try:
             return functional.linear(
                 x,
