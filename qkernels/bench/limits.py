@@ -92,7 +92,7 @@ class Machine:
         threads = threads or self.threads
         source, _ = self._buffers
         self._offset = (getattr(self, "_offset", 0) + _SAMPLE_BYTES) % _STREAM_BYTES
-        size = _SAMPLE_BYTES // (128 * threads) * 128 * threads
+        size = _SAMPLE_BYTES // (384 * threads) * 384 * threads
         return size / float(self._helper.qk_read(source.data_ptr() + self._offset, size, threads))
 
     def copy(self, threads: int | None = None) -> float:

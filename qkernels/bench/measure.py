@@ -17,6 +17,8 @@ from qkernels.timing import Timing, interleave
 
 # A contender this much slower than the fastest of its kind has lost; it keeps its first samples.
 HOPELESS = 8.0
+# Seconds of a call from which on one is enough to see that.
+LONG = 0.3
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def rotate(calls: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
     return lambda *args: following()(*args)
 
 
-def settle(limit: float = 0.1) -> None:
+def settle(limit: float = 1.0) -> None:
     """Wait until the threads that another library left spinning sleep, at most `limit` seconds.
 
     Thread pools spin for a while after their work to be ready for more. On a machine with few cores
@@ -82,7 +84,7 @@ def settle(limit: float = 0.1) -> None:
     deadline = time.perf_counter() + limit
     while time.perf_counter() < deadline:
         used, start = time.process_time(), time.perf_counter()
-        time.sleep(0.001)
+        time.sleep(0.005)  # the time of other threads counts in ticks of 4 ms
         if time.process_time() - used < 0.2 * (time.perf_counter() - start):
             return
 
@@ -136,7 +138,9 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in names}
     faults: dict[str, list[float]] = {name: [] for name in names}
     usual = {name: _once(contenders[name]) for name in names}
-    running = _without_hopeless({name: [usual[name]] for name in names}, kinds or {})
+    # One short call may have met a sleeping thread pool; a long one tells enough.
+    hopeful = _without_hopeless({name: [usual[name]] for name in names}, kinds or {})
+    running = [name for name in names if name in hopeful or usual[name] < LONG]
     deadline = time.perf_counter() + effort.budget
     for turn in range(effort.max_rounds):
         if turn >= effort.min_rounds and time.perf_counter() >= deadline:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 GROUPS = ("linear", "overhead", "int_mm", "backward", "quantize", "models", "memory", "capped")
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-QUICK_ROWS = (1, 16, 256)
+QUICK_ROWS = (1, 16, 128)
 
 
 @dataclass(frozen=True)

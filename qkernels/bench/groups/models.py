@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import inspect
 import weakref
@@ -212,6 +213,8 @@ def _measure(bench: Bench, subject: Subject) -> list[Record]:
         if (not e.compiled or subject.compiled)
         and not (bench.quick and e.own and e.name not in _QUICK)
     ]
+    if bench.quick:
+        subject = dataclasses.replace(subject, tasks=subject.tasks[:1])
     model = subject.make()
     built: list[tuple[ModelEngine, Any, dict[str, float]]] = []
     for engine in engines:

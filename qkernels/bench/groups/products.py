@@ -15,15 +15,13 @@ from qkernels import functional
 from qkernels.bench import own, plan
 from qkernels.bench.bench import Bench, Unit
 from qkernels.bench.engines import Call, LinearEngine, verified
-from qkernels.bench.measure import HOPELESS, rotate
+from qkernels.bench.measure import HOPELESS, LONG, rotate
 from qkernels.bench.peers import torch_float
 from qkernels.bench.plan import Shape
 from qkernels.bench.results import Record, last_level_cache
 
 # Between two calls on the same copy of a weight, this many times the last-level cache is read.
 _PAST_CACHE = 2.5
-# Seconds of a call from which on a hopeless contender is not measured with more rows.
-_TOO_LONG = 0.3
 
 
 def linear_units(bench: Bench) -> Iterator[Unit]:
@@ -151,7 +149,7 @@ def too_slow(record: Record) -> dict[str, RuntimeError]:
     found = {}
     for result in record.results:
         fastest = min(r.median for r in record.results if r.kind == result.kind)
-        if result.median > max(_TOO_LONG, HOPELESS * fastest):
+        if result.median > max(LONG, HOPELESS * fastest):
             found[result.name] = RuntimeError(
                 f"a call takes {result.median:.1f} s, {result.median / fastest:.0f} times as long "
                 f"as the fastest of its kind"

@@ -140,16 +140,20 @@ const std::vector<Peak>& peaks() {
 
 // ---- Memory -------------------------------------------------------------------------------------
 
+// Reads from several places at once, which the memory answers faster than one after the other.
+constexpr size_t kStreams = 6;
+
 __attribute__((target("avx2"))) void read_256(const char* from, size_t bytes) {
-  __m256i x = _mm256_setzero_si256(), y = x, z = x, w = x;
-  for (size_t i = 0; i + 128 <= bytes; i += 128) {
-    const __m256i* p = reinterpret_cast<const __m256i*>(from + i);
-    x = _mm256_or_si256(x, _mm256_load_si256(p));
-    y = _mm256_or_si256(y, _mm256_load_si256(p + 1));
-    z = _mm256_or_si256(z, _mm256_load_si256(p + 2));
-    w = _mm256_or_si256(w, _mm256_load_si256(p + 3));
+  __m256i x = _mm256_setzero_si256(), y = x;
+  const size_t length = bytes / kStreams;
+  for (size_t i = 0; i + 64 <= length; i += 64) {
+    for (size_t stream = 0; stream < kStreams; ++stream) {
+      const __m256i* p = reinterpret_cast<const __m256i*>(from + stream * length + i);
+      x = _mm256_or_si256(x, _mm256_load_si256(p));
+      y = _mm256_or_si256(y, _mm256_load_si256(p + 1));
+    }
   }
-  asm volatile("" : "+v"(x), "+v"(y), "+v"(z), "+v"(w));
+  asm volatile("" : "+v"(x), "+v"(y));
 }
 
 // Stores past the caches: they need not read the line that they overwrite.
@@ -189,7 +193,7 @@ double qk_peak(int index, int threads, double seconds) {
   return peak.operations * kChains * kRepeat * calls * threads / taken;
 }
 
-// Seconds to read `bytes` (a multiple of 128 * threads) from `from`, split among the threads.
+// Seconds to read `bytes` (a multiple of 384 * threads) from `from`, split among the threads.
 double qk_read(const char* from, size_t bytes, int threads) {
   const size_t part = bytes / threads;
   return run_together(threads, [&](int t) { read_256(from + t * part, part); });
