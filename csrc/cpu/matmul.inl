@@ -8,8 +8,6 @@ SIMD F float_of(F sum) { return sum; }
 SIMD F float_of(I sum) { return to_float(sum); }
 SIMD I bits_of(F sum) { return bits(sum); }
 SIMD I bits_of(I sum) { return sum; }
-SIMD void load_to(F* sum, const float* from) { *sum = load(from); }
-SIMD void load_to(I* sum, const float* from) { *sum = bits(load(from)); }
 
 // kWidth scales of group and lane `at` on.
 SIMD F load_scale(const LinearArgs& a, const uint8_t* weight, int64_t at) {
@@ -113,9 +111,9 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
 }
 
 // ---- Many rows ----------------------------------------------------------------------------------
-// Where unpacking codes takes a good part of a tile's time (Tile::kWideRows), a block's weights are
-// unpacked once for a slab of rows, as many k at a time as stay in the L1 cache. The order of the
-// sums is that of `tile`.
+// Where turning codes into floats takes a good part of a tile's time (Tile::kWideRows and more rows),
+// a block's weights are unpacked once for a slab of rows, as many k at a time as stay in the L1
+// cache. The order of the sums is that of `tile`.
 
 constexpr int64_t kUnpackedBytes = 16 * 1024;
 
@@ -163,24 +161,18 @@ void wide_tile(const LinearArgs& a, const WideChunk& c, int64_t row, int64_t sla
   const BlockShape& s = a.shape;
   constexpr int kParts = kLanes / kWidth;
   const uint8_t* panel = a.panel + (row * s.k_padded + c.begin * Rows) * kBytes<Tile>;
-  const int32_t* group_sums = a.group_sums + row * s.groups;
   const uint8_t* unpacked = scratch->unpacked;
   int64_t g = c.g;
   for (int64_t at = c.begin; at < c.end; ++g) {
     const int64_t group_begin = s.padded_begin(g);
     const int64_t group_end = group_begin + s.padded_length(g);
     const int64_t end = group_end < c.end ? group_end : c.end;
-    typename Tile::Sum sums[kParts][Rows];
+    F sums[kParts][Rows];
     unroll<kParts>([&](int v) INLINE {
-      if (at != group_begin) {
-        unroll<Rows>([&](int r) INLINE {
-          load_to(&sums[v][r], scratch->partial[slab_row + r] + v * kWidth);
-        });
-      } else if constexpr (Tile::kFloat) {
-        unroll<Rows>([&](int r) INLINE { sums[v][r] = splat(0.0f); });
-      } else {
-        start<Tile>(a, c.weight, g * kLanes + v * kWidth, group_sums + g * Rows, sums[v]);
-      }
+      unroll<Rows>([&](int r) INLINE {
+        sums[v][r] =
+            at == group_begin ? splat(0.0f) : load(scratch->partial[slab_row + r] + v * kWidth);
+      });
     });
     const int64_t steps = (end - at) / kGroupPad;
     Tile::accumulate_unpacked(sums, panel, unpacked, steps);
@@ -190,7 +182,7 @@ void wide_tile(const LinearArgs& a, const WideChunk& c, int64_t row, int64_t sla
       const F scale = load(scratch->scales[g - c.g] + v * kWidth);
       unroll<Rows>([&](int r) INLINE {
         if (end != group_end) {
-          store(scratch->partial[slab_row + r] + v * kWidth, floats(bits_of(sums[v][r])));
+          store(scratch->partial[slab_row + r] + v * kWidth, sums[v][r]);
         } else {
           fold<Tile>(a, sums[v][r], scale, g == 0, scratch->total[slab_row + r] + v * kWidth);
         }

@@ -6,7 +6,6 @@ SIMD I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
 SIMD I load_half(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-SIMD void store_half(uint8_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 SIMD I broadcast_unit(const uint8_t* p) {
   int32_t unit;
   std::memcpy(&unit, p, 4);
@@ -36,7 +35,7 @@ SIMD void prefetch(const uint8_t* p) {
 // so that a lane keeps its four k. Units are the int16 codes of k 0, 2 and of k 1, 3.
 struct W8A8 {
   static constexpr Format kFormat = Format::int8;
-  static constexpr int kRows = 6, kBlocks = 4, kWideRows = 48;
+  static constexpr int kRows = 6, kBlocks = 4, kWideRows = 0;
   static constexpr int kUnit = 2;  // k per unit
   // Blocks of a tile of `rows`. Few rows are limited by memory, which likes several streams.
   static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
@@ -76,35 +75,13 @@ struct W8A8 {
       });
     }
   }
-
-  // Unpacked: int16[k / 2][16 outputs][2], the k of a unit of x.
-  static INLINE void unpack(const uint8_t* codes, const I (&)[2], int64_t steps, uint8_t* out) {
-    for (int64_t half = 0; half < steps * 4; ++half) {
-      const I bytes = load_half(codes + half * 32);
-      uint8_t* to = out + half / 2 * 128 + half % 2 * 32;
-      store_half(to, _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8));
-      store_half(to + 64, _mm256_srai_epi16(bytes, 8));
-    }
-  }
-
-  template <int Rows>
-  static INLINE void accumulate_unpacked(I (&sums)[2][Rows], const uint8_t* panel,
-                                         const uint8_t* unpacked, int64_t steps) {
-    for (int64_t unit = 0; unit < steps * 4; ++unit) {
-      const I weight[2] = {load_half(unpacked + unit * 64), load_half(unpacked + unit * 64 + 32)};
-      unroll<Rows>([&](int r) INLINE {
-        const I x = broadcast_unit(panel + (unit * Rows + r) * 4);
-        unroll<2>([&](int v) INLINE { dot2_words(sums[v][r], x, weight[v]); });
-      });
-    }
-  }
 };
 
 // int4 weights: nibbles are vpmaddubsw's unsigned operand. A product of it is at most
 // 2 * 15 * 128 = 3840, so eight of them, 32 k, fit an int16.
 struct W4A8 {
   static constexpr Format kFormat = Format::int4;
-  static constexpr int kRows = 6, kBlocks = 4, kWideRows = 48;
+  static constexpr int kRows = 6, kBlocks = 4, kWideRows = 0;
   static constexpr int kUnit = 4;
   static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
   static const char* name(int64_t rows) {
@@ -143,43 +120,6 @@ struct W4A8 {
         });
       }
       unroll<Vectors>([&](int v) INLINE {
-        unroll<Rows>([&](int r)
-                         INLINE { dot2_words(sums[v][r], words[v][r], _mm256_set1_epi16(1)); });
-      });
-    }
-  }
-
-  // Unpacked: uint8[k / 4][16 outputs][4].
-  static INLINE void unpack(const uint8_t* codes, const I (&)[2], int64_t steps, uint8_t* out) {
-    const I low = _mm256_set1_epi8(0xf);
-    for (int64_t half = 0; half < steps * 2; ++half) {
-      const I bytes = load_half(codes + half * 32);
-      uint8_t* to = out + half / 2 * 128 + half % 2 * 32;
-      store_half(to, bit_and(bytes, low));
-      store_half(to + 64, bit_and(_mm256_srli_epi16(bytes, 4), low));
-    }
-  }
-
-  template <int Rows>
-  static INLINE void accumulate_unpacked(I (&sums)[2][Rows], const uint8_t* panel,
-                                         const uint8_t* unpacked, int64_t steps) {
-    const int64_t units = steps * 2;
-    constexpr int kUnits = 8;
-    const auto add_unit = [&](I(&words)[2][Rows], int64_t unit) INLINE {
-      const I weight[2] = {load_half(unpacked + unit * 64), load_half(unpacked + unit * 64 + 32)};
-      unroll<Rows>([&](int r) INLINE {
-        const I x = broadcast_unit(panel + (unit * Rows + r) * 4);
-        unroll<2>([&](int v) INLINE { dot2_bytes(words[v][r], weight[v], x); });
-      });
-    };
-    for (int64_t begin = 0; begin < units; begin += kUnits) {
-      I words[2][Rows] = {};
-      if (begin + kUnits <= units) {
-        unroll<kUnits>([&](int i) INLINE { add_unit(words, begin + i); });
-      } else {
-        for (int64_t unit = begin; unit < units; ++unit) add_unit(words, unit);
-      }
-      unroll<2>([&](int v) INLINE {
         unroll<Rows>([&](int r)
                          INLINE { dot2_words(sums[v][r], words[v][r], _mm256_set1_epi16(1)); });
       });
