@@ -131,7 +131,7 @@ struct W4A8 {
 template <Format Fmt>
 struct A16 {
   static constexpr Format kFormat = Fmt;
-  static constexpr int kRows = 6, kBlocks = 4, kWideRows = 12;
+  static constexpr int kRows = 6, kBlocks = 4, kWideRows = Fmt == Format::int8 ? 24 : 12;
   static constexpr int kUnit = 1;
   // The sums of an output wait for each other; with few rows, more blocks fill the gaps.
   static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
