@@ -111,7 +111,7 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
 }
 
 // ---- Many rows ----------------------------------------------------------------------------------
-// Where turning codes into floats takes a good part of a tile's time (from Tile::kWideRows rows on),
+// Where turning codes into floats takes a good part of a tile's time, from Tile::kWideRows rows on,
 // a block's weights are unpacked once for a slab of rows, as many k at a time as stay in the L1
 // cache. The order of the sums is that of `tile`.
 
