@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qkernels import _C
 from qkernels.nn import QEmbedding, QLinear
+from qkernels.nn.conv import QConvNd
 from qkernels.nn.module import QModule
 from qkernels.summary import size_text
 
@@ -22,9 +23,10 @@ def explain(module: nn.Module, x: Any) -> str:
     model runs once, to see what reaches its layers.
 
     Args:
-        module: a `QLinear`, a `QEmbedding`, or a model that contains some.
-        x: the input: for a `QLinear` float [..., in_features], for a `QEmbedding` indices of any
-            shape, for a model a tensor, a tuple of arguments or a mapping of keyword arguments.
+        module: a quantized layer, or a model that contains some.
+        x: the input: for a `QLinear` float [..., in_features], for a convolution float [batch,
+            channels, *spatial], for a `QEmbedding` indices of any shape, for a model a tensor, a
+            tuple of arguments or a mapping of keyword arguments.
 
     Returns:
         A few sentences for a layer; for a model one line per quantized module.
@@ -57,6 +59,8 @@ def _explain_layer(module: QModule, x: Tensor) -> str:
             f"{head}the rows of {x.numel()} indices are read from the packed table and dequantized "
             f"to {_dtype(module.dtype)}; no product is computed. {_storage(module)}"
         )
+    if isinstance(module, QConvNd):
+        return f"{head}{_explain_conv(module, x)} {_storage(module)}"
     if not isinstance(module, QLinear):
         return f"{head}explain knows no such module. {_storage(module)}"
     if x.dim() == 0 or x.shape[-1] != module.in_features:
@@ -88,6 +92,27 @@ def _explain_layer(module: QModule, x: Tensor) -> str:
     return f"{head}{arithmetic} {_storage(module)}"
 
 
+def _explain_conv(module: QConvNd, x: Tensor) -> str:
+    dims = len(module.kernel_size)
+    if x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != module.in_channels:
+        raise ValueError(
+            f"explain: x has shape {tuple(x.shape)} but the layer takes (batch, "
+            f"{module.in_channels}, {_count(dims, 'spatial dimension')})"
+        )
+    scheme = module.scheme
+    if scheme.activation == "float":
+        return (
+            f"float arithmetic, not integer. x stays float; {module.kernel} ({_C.isa()}) turns the "
+            f"{scheme.format} weights back to float while it multiplies."
+        )
+    scale = "one scale for the tensor, measured beforehand" if scheme.static else "one per image"
+    return (
+        f"real integer arithmetic. x is quantized to int8 ({scheme.activation}, {scale}) and "
+        f"{module.kernel} ({_C.isa()}) multiplies it by the {scheme.format} weights, summed in "
+        "int32; scales and bias follow in float32."
+    )
+
+
 def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
     quantized = {name: m for name, m in model.named_modules() if isinstance(m, QModule)}
     if not quantized:
@@ -107,6 +132,13 @@ def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
             yield (
                 f"{name}: {_title(module)}, {_count(_rows(seen), 'row')} of {_dtype(seen.dtype)}, "
                 f"{kind} arithmetic by {_kernel(module, _rows(seen))}, {_bits(module)}"
+            )
+        elif isinstance(module, QConvNd):
+            kind = "float" if module.scheme.activation == "float" else "integer"
+            seen = inputs[name]
+            yield (
+                f"{name}: {_title(module)}, {_shape(seen)} of {_dtype(seen.dtype)}, {kind} "
+                f"arithmetic by {module.kernel}, {_bits(module)}"
             )
         else:
             rows = _count(inputs[name].numel(), "row")
@@ -147,6 +179,10 @@ def _title(module: QModule) -> str:
         return f"QLinear {module.in_features} → {module.out_features} {module.scheme}"
     if isinstance(module, QEmbedding):
         return f"QEmbedding {module.num_embeddings} × {module.embedding_dim} {module.scheme}"
+    if isinstance(module, QConvNd):
+        size = "×".join(map(str, module.kernel_size))
+        channels = f"{module.in_channels} → {module.out_channels}"
+        return f"{type(module).__name__} {channels}, {size} {module.scheme}"
     return f"{type(module).__name__} {module.scheme}"
 
 
@@ -171,12 +207,7 @@ def _storage(module: QModule) -> str:
 
 def _bits(module: QModule) -> str:
     """Bits per weight with everything that the packed layout holds: scales, sums, padding."""
-    if isinstance(module, QEmbedding):
-        weights = module.num_embeddings * module.embedding_dim
-    elif isinstance(module, QLinear):
-        weights = module.in_features * module.out_features
-    else:
-        return size_text(module.packed.nbytes)
+    weights = module.shape[0] * module.shape[1]
     return f"{8 * module.packed.nbytes / max(weights, 1):.2f} bits per weight"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,20 @@ from qkernels.schemes import ACTIVATIONS
 # The op with an autograd formula costs microseconds more on every call, so inference uses the one
 # without. Looking them up costs half a microsecond, so that is done here.
 _LINEAR = torch.ops.qkernels.linear.default
+_CONV = torch.ops.qkernels.conv.default
+_CONV_DIFFERENTIABLE = torch.ops.qkernels.conv_differentiable.default
 _LINEAR_DIFFERENTIABLE = torch.ops.qkernels.linear_differentiable.default
 
 # The numbers that the linear op takes.
-EPILOGUES: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+EPILOGUES: dict[str, int] = {
+    "none": 0,
+    "relu": 1,
+    "gelu": 2,
+    "gelu_tanh": 3,
+    "silu": 4,
+    "relu6": 5,
+    "hardswish": 6,
+}
 
 _EPILOGUE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -28,6 +38,8 @@ _EPILOGUE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "silu": F.silu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
 }
 
 
@@ -241,8 +253,8 @@ def linear(
         group_size: weights of a row that share a scale; -1 for a whole row.
         activation: "float" leaves x as it is; "symmetric" and "asymmetric" quantize it to int8,
             and the product is computed in integers.
-        epilogue: function of the result: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
-            Fused, unless a gradient is needed: then torch computes it.
+        epilogue: function of the result: "none", "relu", "gelu" (erf), "gelu_tanh", "silu",
+            "relu6" or "hardswish". Fused, unless a gradient is needed: then torch computes it.
         x_scale: float32, one element: quantize x with this scale instead of one for each row.
         x_zero_point: one element, the zero point that belongs to x_scale.
         x_premul: float32 [in_features], x is multiplied by it first.
@@ -397,7 +409,208 @@ def unpack(
     )
 
 
+def pack_conv(weight: Quantized, layout: int, *, taps: int, groups: int = 1) -> Tensor:
+    """A convolution's weight in the byte order that `conv` reads.
+
+    Args:
+        weight: a quantized matrix [out_channels, taps * in_channels / groups], the channels of a
+            tap side by side: `weight.permute(0, 2, 3, 1).flatten(1)` of a 2d convolution.
+        layout: the layout to pack into, `Scheme.layout`.
+        taps: elements of the kernel.
+        groups: groups of channels.
+
+    Returns:
+        uint8 [blocks, bytes]; `unpack_conv` gives the weight back exactly.
+
+    Raises:
+        ValueError: the weight is not a matrix with scales by row or group.
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        >>> weight = quantize(torch.randn(16, 9 * 8), "int8")
+        >>> packed = pack_conv(weight, qk.W8A8().layout, taps=9)
+        >>> same = unpack_conv(packed, qk.W8A8().layout, 16, 9 * 8, taps=9)
+        >>> torch.equal(same.data, weight.data)
+        True
+    """
+    if len(weight.shape) != 2 or weight.group_size is None or taps < 1 or weight.shape[1] % taps:
+        raise ValueError(
+            f"pack_conv: the weight is {weight!r} with taps={taps}; expected two dimensions, the "
+            "second a multiple of taps, and scales per row or group"
+        )
+    packed: Tensor = torch.ops.qkernels.pack_conv(
+        weight.data,
+        weight.scale,
+        weight.zero_point,
+        layout,
+        taps,
+        weight.shape[1] // taps,
+        groups,
+        weight.group_size,
+    )
+    return packed
+
+
+def unpack_conv(
+    packed: Tensor,
+    layout: int,
+    out_channels: int,
+    columns: int,
+    group_size: int = -1,
+    *,
+    taps: int,
+    groups: int = 1,
+) -> Quantized:
+    """The quantized matrix that a packed convolution weight holds, to the bit what was packed.
+
+    Args:
+        packed: uint8 [blocks, bytes], from `pack_conv`.
+        layout: the layout it was packed into.
+        out_channels: rows of the matrix.
+        columns: taps * in_channels / groups.
+        group_size: values of a row that share a scale; -1 for a whole row.
+        taps: elements of the kernel.
+        groups: groups of channels.
+
+    Raises:
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        See `pack_conv`.
+    """
+    data, scale, zero_point = torch.ops.qkernels.unpack_conv(
+        packed, layout, taps, columns // taps, groups, out_channels, group_size
+    )
+    meaning = _C.describe_layout(layout)
+    return Quantized(
+        data,
+        scale,
+        None if meaning["symmetric"] else zero_point,
+        meaning["format"],
+        group_size,
+        torch.Size((out_channels, columns)),
+    )
+
+
+def conv(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    layout: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    transposed: bool = False,
+    group_size: int = -1,
+    activation: str = "float",
+    epilogue: str = "none",
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_zero_point: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    y_zero_point: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Convolution with a packed quantized weight over one to three spatial dimensions.
+
+    With int8 activations the result is `epilogue(conv(x) + bias + residual)`, computed from exact
+    integer sums and rounded once. x may then hold int8 codes already, and so may the residual and
+    the result: a chain of convolutions never leaves int8.
+
+    Args:
+        x: float, or int8 codes with `x_scale`: [batch, channels, *spatial], contiguous or
+            channels_last; the result has the same order.
+        packed: uint8 [blocks, bytes], from `pack_conv`. For a transposed convolution its taps are
+            mirrored.
+        bias: float [out_channels], or None.
+        layout: the weight's layout, `Scheme.layout`.
+        out_channels: channels of the result.
+        kernel_size: one entry for each spatial dimension, as the following are.
+        stride: of the kernel; transposed: of x in the result.
+        padding: zeros around x, or twice as many entries: those in front, then those behind;
+            transposed: what is cut off the result.
+        dilation: distance of the kernel's elements.
+        groups: groups of channels.
+        transposed: whether this is the gradient of a convolution, as in `nn.ConvTranspose2d`.
+        group_size: weights of a row that share a scale; -1 for a whole row.
+        activation: "float" leaves x as it is; "symmetric" and "asymmetric" quantize it to int8,
+            with a scale for each image, and the product is computed in integers.
+        epilogue: function of the result, as for `linear`.
+        x_scale: float32, one element: the scale of x.
+        x_zero_point: int8, one element: the zero point of x.
+        residual: added before the epilogue: float, or int8 codes, of the result's shape.
+        residual_scale: float32, one element, for int8 codes.
+        residual_zero_point: int8, one element, for int8 codes.
+        y_scale: float32, one element: the result is int8 codes of this scale.
+        y_zero_point: int8, one element: the zero point of the result.
+        dtype: of a float result; by default that of x, float32 if x holds codes.
+
+    Returns:
+        [batch, out_channels, *spatial].
+
+    Raises:
+        ValueError: an unknown activation or epilogue.
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        >>> scheme = qk.W8A8()
+        >>> packed = pack_conv(quantize(torch.randn(16, 9 * 8), "int8"), scheme.layout, taps=9)
+        >>> geometry = dict(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1))
+        >>> x = torch.randn(1, 8, 32, 32)
+        >>> conv(
+        ...     x, packed, layout=scheme.layout, out_channels=16, activation="symmetric", **geometry
+        ... ).shape
+        torch.Size([1, 16, 16, 16])
+    """
+    try:
+        activation_code, epilogue_code = ACTIVATIONS[activation], EPILOGUES[epilogue]
+    except KeyError as error:
+        raise ValueError(
+            f"conv: {error} is not known; expected activation in {list(ACTIVATIONS)} and "
+            f"epilogue in {list(EPILOGUES)}"
+        ) from None
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    op = _CONV_DIFFERENTIABLE if wants_grad else _CONV
+    wide = x.dtype == torch.float64
+    y: Tensor = op(
+        x.float() if wide else x,
+        packed,
+        bias.float() if wide and bias is not None else bias,
+        residual,
+        x_scale,
+        x_zero_point,
+        residual_scale,
+        residual_zero_point,
+        y_scale,
+        y_zero_point,
+        layout,
+        out_channels,
+        groups,
+        group_size,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        activation_code,
+        0 if wants_grad else epilogue_code,
+        dtype,
+    )
+    if wants_grad:
+        y = _EPILOGUE_FUNCTIONS[epilogue](y)
+    return y.double() if wide else y
+
+
 # Symbolic tracing takes these as they are instead of tracing into them: what they do depends on
 # the type of x and on whether a gradient is needed.
 torch.fx.wrap("linear")
 torch.fx.wrap("embedding")
+torch.fx.wrap("conv")

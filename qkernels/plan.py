@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from qkernels.nn import QModule
 from qkernels.nn.carry import why_not_quantizable, why_not_replaceable
-from qkernels.nn.linear import why_too_long
+from qkernels.nn.kinds import QUANTIZED, base_of, why_no_kernel
 from qkernels.schemes import Scheme
 
 _NO_WEIGHT = "has no weight"
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-_PLAIN_LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 @dataclass(frozen=True)
@@ -190,8 +188,12 @@ def _choose(
     elif not wanted:
         candidate.note = "no pattern names it"
     else:
-        candidate.pattern = wanted[-1]
-        candidate.scheme = schemes[wanted[-1]]
+        scheme = schemes[wanted[-1]]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            candidate.note = why_no_kernel(module, scheme) or ""
+        if not candidate.note:
+            candidate.pattern = wanted[-1]
+            candidate.scheme = scheme
 
 
 def _why_left(module: nn.Module) -> str | None:
@@ -202,21 +204,19 @@ def _why_left(module: nn.Module) -> str | None:
         return "a module of torch.ao, whose weight is quantized in a way of its own"
     if not (module._parameters or module._buffers):
         return _NO_WEIGHT
-    if kind in _PLAIN_LINEARS or kind is nn.Embedding:
+    if kind in QUANTIZED:
         return why_not_replaceable(module)
-    if isinstance(module, nn.Linear | nn.Embedding):
-        base = "Linear" if isinstance(module, nn.Linear) else "Embedding"
+    base = base_of(module)
+    if base is not None:
         return why_not_replaceable(module) or (
-            f"a subclass of nn.{base}, whose own code would be lost; if that is none, replace it "
-            f"by hand with Q{base}.from_float"
+            f"a subclass of nn.{base.__name__}, whose own code would be lost; if that is none, "
+            f"replace it by hand with {QUANTIZED[base].__name__}.from_float"
         )
     if isinstance(module, nn.MultiheadAttention):
         return (
             "keeps its input projections as bare parameters and reads out_proj.weight; no "
             "quantized MultiheadAttention in this version"
         )
-    if isinstance(module, _CONVOLUTIONS):
-        return f"no Q{kind.__name__} in this version"
     return f"no quantized {kind.__name__} in this version"
 
 
@@ -257,14 +257,13 @@ def _weights_read(kind: type[nn.Module]) -> set[str]:
 
 
 def _why_impossible(module: nn.Module, scheme: Scheme) -> str | None:
-    weight = _weight(module)
-    if isinstance(module, nn.Linear) and scheme.static:
+    if scheme.static and not isinstance(module, nn.Embedding):
+        made_by = QUANTIZED[type(module)].__name__
         return (
             f"{scheme} needs the measured scale of its input; make it with "
-            "QLinear.from_float(layer, scheme, x_scale=...), or use a scheme that is not static"
+            f"{made_by}.from_float(layer, scheme, x_scale=...), or use a scheme that is not static"
         )
-    too_long = why_too_long(weight.shape[1], scheme) if isinstance(module, nn.Linear) else None
-    return too_long or why_not_quantizable(weight)
+    return why_no_kernel(module, scheme) or why_not_quantizable(_weight(module))
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -297,13 +296,23 @@ def _settle_ties(candidates: list[_Candidate]) -> None:
 def _share(candidate: _Candidate, earlier: list[_Candidate]) -> None:
     assert candidate.scheme is not None
     for other in earlier:
-        if other.scheme and not other.twin and other.scheme.shares_weight_with(candidate.scheme):
+        if not (other.scheme and not other.twin and _packs_alike(other.module, candidate.module)):
+            continue
+        if other.scheme.shares_weight_with(candidate.scheme):
             candidate.twin = other.names[0]
             candidate.note = f"shares its weight with {candidate.twin}"
             return
     candidate.note = (
         f"no longer shares its weight with {earlier[0].names[0]}: the schemes store it differently"
     )
+
+
+def _packs_alike(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules of one float weight also have one packed weight."""
+    convolution = nn.modules.conv._ConvNd
+    if not isinstance(a, convolution) or not isinstance(b, convolution):
+        return not isinstance(a, convolution) and not isinstance(b, convolution)
+    return type(a) is type(b) and a.groups == b.groups
 
 
 def _check_use(candidates: list[_Candidate], schemes: Mapping[str, Scheme]) -> None:

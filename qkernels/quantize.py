@@ -12,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import share_hooks
+from qkernels.nn.conv import QConvNd
 from qkernels.nn.fastpath import settle_fast_paths
-from qkernels.nn.storage import packed_parameter, quantize_weight
+from qkernels.nn.kinds import QUANTIZED, base_of, quantized_from_shell
+from qkernels.nn.storage import quantize_weight
 from qkernels.plan import Step, check_patterns, is_listed, make_plan, own_bytes, tensor_key
 from qkernels.schemes import Scheme
 from qkernels.summary import ModuleRow, Summary
@@ -31,7 +33,7 @@ def quantize_(
     *,
     progress: bool | None = None,
 ) -> Summary:
-    """Replace the Linear and Embedding layers of a model by quantized ones, in place.
+    """Replace the Linear, Conv and Embedding layers of a model by quantized ones, in place.
 
     Everything is checked before the first layer changes. Layers are then replaced one by one, so
     that memory never exceeds the float model and one layer. Modules that share a weight share one
@@ -69,11 +71,11 @@ def quantize_(
         check_patterns(model, schemes, "scheme")
     if patterns != DEFAULT_IGNORE:
         check_patterns(model, patterns, "ignore")
-    if isinstance(model, nn.Linear | nn.Embedding):
-        kind = "Linear" if isinstance(model, nn.Linear) else "Embedding"
+    kind = base_of(model)
+    if kind is not None:
         raise ValueError(
             f"quantize_: the model is itself a {type(model).__name__}, which cannot be replaced in "
-            f"place; use Q{kind}.from_float(model, scheme)"
+            f"place; use {QUANTIZED[kind].__name__}.from_float(model, scheme)"
         )
     steps = make_plan(model, schemes, patterns)
     done: dict[str, QModule] = {}
@@ -131,8 +133,8 @@ def dequantize_(model: nn.Module) -> Summary:
     became = {}
     for step in wanted:
         old = model.get_submodule(step.names[0])
-        assert isinstance(old, QLinear | QEmbedding)
-        key = (tensor_key(old.packed), old.dtype)
+        assert isinstance(old, QLinear | QEmbedding | QConvNd)
+        key = (tensor_key(old.packed), old.dtype, old.packing.conv)
         new = old.dequantize()
         assert isinstance(new.weight, nn.Parameter)
         new.weight = weights.setdefault(key, new.weight)
@@ -143,20 +145,16 @@ def dequantize_(model: nn.Module) -> Summary:
 
 
 def quantized_like_float(module: nn.Module, scheme: Scheme, twin: QModule | None = None) -> QModule:
-    """The quantized module for a float Linear or Embedding.
+    """The quantized module for a float one.
 
     Args:
         module: the float module.
         scheme: how to quantize it.
         twin: a quantized module of the same weight, whose packed weight is to be shared.
     """
-    made_by: type[QLinear] | type[QEmbedding]
-    made_by = QLinear if isinstance(module, nn.Linear) else QEmbedding
-    new = made_by.shell(module, scheme)  # type: ignore[arg-type]
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
+    new = quantized_from_shell(module, scheme)
     if twin is None:
-        new.packed = packed_parameter(quantize_weight(weight, scheme), scheme)
+        new.packed = new.packing.parameter(quantize_weight(new.matrix_of(module), scheme))
     else:
         new.packed = twin.packed
     return new
@@ -181,7 +179,7 @@ def replace_everywhere(
 
 
 def _quantized_kind(step: Step) -> str:
-    return "QEmbedding" if step.kind == "Embedding" else "QLinear"
+    return "QLinear" if step.kind.endswith("Linear") else f"Q{step.kind}"
 
 
 def _steps_back(model: nn.Module) -> list[Step]:

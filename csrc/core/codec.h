@@ -307,6 +307,10 @@ static inline float gelu_tanh(float x) {
   return sigmoid_times(x, x * inner);
 }
 
+static inline float relu6(float x) { return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x; }
+
+static inline float hardswish(float x) { return x * (relu6(x + 3.0f) * (1.0f / 6.0f)); }
+
 static inline float apply_epilogue(float x, Epilogue epilogue) {
   switch (epilogue) {
     case Epilogue::none:
@@ -317,6 +321,10 @@ static inline float apply_epilogue(float x, Epilogue epilogue) {
       return gelu(x);
     case Epilogue::gelu_tanh:
       return gelu_tanh(x);
+    case Epilogue::relu6:
+      return relu6(x);
+    case Epilogue::hardswish:
+      return hardswish(x);
     case Epilogue::silu:
       break;
   }

@@ -171,6 +171,33 @@ inline constexpr BlockShape block_shape(const Layout& layout, int64_t k, int64_t
   return s;
 }
 
+// How a convolution's weight [out_channels, taps * group_channels] is packed: `groups` matrices of
+// [rows, columns], one behind the other. Whole-row int8 weights have each tap's channels filled up
+// to `channels`, a multiple of 4, with weights of 0.
+struct ConvPacking {
+  bool depthwise;  // one matrix [out_channels, taps]
+  int64_t groups, rows, columns, channels;
+
+  int64_t blocks() const { return groups * ((rows + kLanes - 1) / kLanes); }
+};
+
+// Most taps that a depthwise weight may be packed with as such.
+inline constexpr int64_t kDepthwiseTaps = 128;
+
+inline constexpr ConvPacking conv_packing(const Layout& layout, int64_t taps,
+                                          int64_t group_channels, int64_t groups,
+                                          int64_t out_channels, int64_t group_size) {
+  const int64_t rows = groups == 0 ? 0 : out_channels / groups;
+  if (layout.format != Format::int8 || group_size != -1) {
+    return {false, groups, rows, taps * group_channels, group_channels};
+  }
+  if (group_channels == 1 && rows == 1 && groups > 1 && taps <= kDepthwiseTaps) {
+    return {true, 1, out_channels, taps, 1};
+  }
+  const int64_t channels = round_up(group_channels, 4);
+  return {false, groups, rows, taps * channels, channels};
+}
+
 // Byte offset of code k_padded `kp` of `lane` in a packed row, and the nibble's shift for 4 bits.
 inline constexpr int64_t code_offset(Format format, int64_t kp, int lane) {
   return info(format).bits == 8 ? kp / 4 * kLine + lane * 4 + kp % 4
@@ -181,9 +208,17 @@ inline constexpr int code_shift(int64_t kp) { return kp % 8 < 4 ? 0 : 4; }
 // ---- Codes of an op's arguments -----------------------------------------------------------------
 
 enum class Activation : int { float_ = 0, int8_symmetric = 1, int8_asymmetric = 2 };
-enum class Epilogue : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+enum class Epilogue : int {
+  none = 0,
+  relu = 1,
+  gelu = 2,
+  gelu_tanh = 3,
+  silu = 4,
+  relu6 = 5,
+  hardswish = 6,
+};
 inline constexpr int kActivationCount = 3;
-inline constexpr int kEpilogueCount = 5;
+inline constexpr int kEpilogueCount = 7;
 
 // The longest accumulation whose int32 sum cannot overflow: 128 * 128 * 131071 < 2^31. Asymmetric
 // int8 weights reach 255 * 128 per product.

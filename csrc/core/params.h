@@ -76,6 +76,68 @@ struct BackwardArgs {
   DType type;  // of dy and dx
 };
 
+// How the numbers of an image became codes.
+struct ImageCodes {
+  float scale;  // NaN for an image that held NaN or Inf
+  float inverse;
+  int zero;
+  bool plain;  // chosen for the image's own numbers: no quotient is NaN or far out of range
+};
+
+// A convolution with int8 weights and activations, in two steps. `conv_prepare` lays x out as
+// `image`: int8 codes with the channels innermost and zeros around and between, in a form that the
+// ISA chooses. `conv` reads the image. Spatial dimensions that x lacks come first and have size 1.
+struct ConvArgs {
+  int64_t batch, channels, out_channels, groups;
+  int64_t in[3], out[3], kernel[3], stride[3], dilation[3];
+  int64_t before[3];  // zeros in front of x; fewer than 0 cut it off
+  int64_t step[3];    // from one element of x to the next, with zeros between
+  int64_t grid[3];    // extent of the image that the kernel slides over
+  // Packed as [out_channels, taps * group_channels], where channels that a group lacks have weight
+  // 0; a depthwise weight as [channels, taps].
+  bool depthwise;
+  int64_t group_channels;
+
+  const void* x;  // [batch, channels, in]
+  DType x_type;   // i8: the codes themselves
+  bool x_channels_last;
+  bool symmetric;  // the codes of x
+
+  const uint8_t* packed;  // a group's blocks before the next one's
+  BlockShape shape;
+  DType scale_type;
+
+  const void* bias;  // [out_channels] or null
+  DType bias_type;
+  const void* residual;  // as y, in a type of its own, or null
+  DType residual_type;   // i8: codes
+  float residual_scale;
+  int residual_zero;
+  Epilogue epilogue;
+  void* y;       // [batch, out_channels, out]
+  DType y_type;  // i8: codes
+  float y_inverse;
+  int y_zero;
+  bool y_channels_last;
+
+  uint8_t* image;           // workspace, [batch, grid, pixel_codes()] codes
+  const ImageCodes* codes;  // [batch]
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t group_outputs() const { return out_channels / groups; }
+  // Blocks of 16 outputs of a group; a depthwise convolution has one group for this purpose.
+  int64_t group_blocks() const {
+    return ((depthwise ? out_channels : group_outputs()) + kLanes - 1) / kLanes;
+  }
+  int64_t blocks() const { return depthwise ? group_blocks() : groups * group_blocks(); }
+  // Codes of a pixel of the image.
+  int64_t pixel_codes() const {
+    return depthwise ? round_up(channels, kLanes) : groups * group_channels;
+  }
+  int64_t image_codes() const { return grid[0] * grid[1] * grid[2] * pixel_codes(); }
+  int64_t pixels() const { return out[0] * out[1] * out[2]; }  // of an image of y
+};
+
 struct EmbeddingArgs {
   const int64_t* indices;
   const uint8_t* packed;

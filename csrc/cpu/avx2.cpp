@@ -27,6 +27,7 @@ namespace {
 #include "cpu/prepare.inl"
 #include "cpu/matmul_avx2.inl"
 #include "cpu/matmul.inl"
+#include "cpu/conv.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -52,6 +53,10 @@ const Kernels* avx2_kernels() {
     t.linear_name = avx2::linear_name;
     t.backward = avx2::backward;
     t.embedding = avx2::embedding;
+    t.conv_code_bytes = avx2::conv_code_bytes;
+    t.conv_prepare = avx2::conv_prepare;
+    t.conv = avx2::conv;
+    t.conv_name = avx2::conv_name;
     return t;
   }();
   return &table;

@@ -31,6 +31,7 @@ namespace {
 #include "cpu/prepare.inl"
 #include "cpu/matmul_avx512.inl"
 #include "cpu/matmul.inl"
+#include "cpu/conv.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -56,6 +57,10 @@ const Kernels* avx512_kernels() {
     t.linear_name = avx512::linear_name;
     t.backward = avx512::backward;
     t.embedding = avx512::embedding;
+    t.conv_code_bytes = avx512::conv_code_bytes;
+    t.conv_prepare = avx512::conv_prepare;
+    t.conv = avx512::conv;
+    t.conv_name = avx512::conv_name;
     return t;
   }();
   return &table;

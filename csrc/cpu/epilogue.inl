@@ -37,12 +37,18 @@ SIMD F gelu_tanh(F x) {
   return sigmoid_times(x, mul(x, inner));
 }
 
+SIMD F relu6(F x) { return min(splat(6.0f), max(splat(0.0f), x)); }
+
+SIMD F hardswish(F x) { return mul(x, mul(relu6(add(x, splat(3.0f))), splat(1.0f / 6.0f))); }
+
 template <Epilogue E>
 SIMD F activate(F x) {
   if constexpr (E == Epilogue::relu) return max(splat(0.0f), x);
   if constexpr (E == Epilogue::gelu) return gelu(x);
   if constexpr (E == Epilogue::gelu_tanh) return gelu_tanh(x);
   if constexpr (E == Epilogue::silu) return sigmoid_times(x, x);
+  if constexpr (E == Epilogue::relu6) return relu6(x);
+  if constexpr (E == Epilogue::hardswish) return hardswish(x);
   return x;
 }
 
@@ -107,6 +113,10 @@ Finish finish_for(Epilogue epilogue) {
       return finish<Y, Epilogue::gelu>;
     case Epilogue::gelu_tanh:
       return finish<Y, Epilogue::gelu_tanh>;
+    case Epilogue::relu6:
+      return finish<Y, Epilogue::relu6>;
+    case Epilogue::hardswish:
+      return finish<Y, Epilogue::hardswish>;
     case Epilogue::silu:
       break;
   }

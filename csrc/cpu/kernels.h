@@ -42,12 +42,25 @@ struct Kernels {
 
   // Rows [begin, end) of y.
   void (*embedding)(const EmbeddingArgs&, int64_t begin, int64_t end);
+
+  // Bytes of a code of the image.
+  int (*conv_code_bytes)(const ConvArgs&);
+  // Rows [begin, end) of the image, which has batch * grid[0] * grid[1] of them.
+  void (*conv_prepare)(const ConvArgs&, int64_t begin, int64_t end);
+  // Blocks [block_begin, block_end) times pixels [pixel_begin, pixel_end) of batch * pixels(); any
+  // split gives the same bits.
+  void (*conv)(const ConvArgs&, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
+               int64_t pixel_end);
+  const char* (*conv_name)(bool depthwise);
 };
 
 // Floats of scratch that `backward` uses, and the widest k range that it takes in one call.
 inline constexpr int64_t kBackwardColumns = 256;
 inline constexpr int64_t kBackwardStep = 64;
 inline constexpr int64_t kBackwardScratch = kBackwardColumns * (512 + 256 + 8);
+
+// Most taps of a convolution.
+inline constexpr int64_t kConvTaps = 1024;
 
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
@@ -89,6 +102,14 @@ struct UnpackArgs {
   BlockShape shape;
 };
 void unpack_blocks(const UnpackArgs&, int64_t begin, int64_t end);
+
+// Output pixels [begin, end) of a convolution whose activations stay floats: the elements of x that
+// group `group` of channels sees at each, as rows of a matrix [pixels, taps * group_channels] in
+// x's type. Zeros stand for borders and for channels that the group lacks.
+void gather_pixels(const ConvArgs&, int64_t group, int64_t begin, int64_t end, void* rows);
+
+// The same pixels of a depthwise convolution with the float weight [taps, channels].
+void depthwise_float(const ConvArgs&, const float* weight, int64_t begin, int64_t end);
 
 // Packs columns of a plain int8 matrix b[k, n] (any strides) as an int8 weight without scales.
 void pack_int8_columns(const int8_t* b, int64_t stride_k, int64_t stride_n, int64_t n,

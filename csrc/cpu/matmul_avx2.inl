@@ -75,6 +75,46 @@ struct W8A8 {
       });
     }
   }
+
+  // Convolution: a tile's rows are anywhere in an image of units.
+  static constexpr int kConvBlocks = 1;
+  static constexpr const char* kConvName = "conv_w8a8_avx2_6x16";
+  static constexpr const char* kDepthwiseName = "conv_depthwise_w8a8_avx2_4x16";
+
+  // `codes` may be the second half of `out`: reading stays ahead of writing.
+  static void codes_to_units(const uint8_t* codes, int64_t count, uint8_t* out) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      const I words =
+          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+      store_all(out + i * 2, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
+    }
+    for (; i < count; i += 4) {
+      int32_t four;
+      std::memcpy(&four, codes + i, 4);
+      const __m128i words = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(four));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i * 2), _mm_shufflelo_epi16(words, 0xd8));
+    }
+  }
+
+  template <int Rows, int Vectors>
+  static INLINE void accumulate_run(I (&sums)[Vectors][Rows], const uint8_t* const (&x)[Rows],
+                                    int64_t offset, const uint8_t* const* codes, int64_t line,
+                                    int64_t units) {
+    for (int64_t u = 0; u < units; ++u) {
+      unroll<2>([&](int odd) INLINE {
+        I weight[Vectors];
+        unroll<Vectors>([&](int v) INLINE {
+          const I bytes = load_half(codes[v / 2] + line + u * kLine + v % 2 * 32);
+          weight[v] = _mm256_srai_epi16(odd ? bytes : _mm256_slli_epi16(bytes, 8), 8);
+        });
+        unroll<Rows>([&](int r) INLINE {
+          const I xr = broadcast_unit(x[r] + offset + u * 8 + odd * 4);
+          unroll<Vectors>([&](int v) INLINE { dot2_words(sums[v][r], xr, weight[v]); });
+        });
+      });
+    }
+  }
 };
 
 // int4 weights: nibbles are vpmaddubsw's unsigned operand. A product of it is at most

@@ -8,6 +8,11 @@ SIMD void dot4(I& sum, I unsigned_bytes, I signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
 }
 
+// Two products of int16 added to an int32.
+SIMD void dot2_words(I& sum, I x, I weight) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weight));
+}
+
 SIMD I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
 SIMD I load_line(const uint8_t* p) { return _mm512_loadu_si512(p); }
 SIMD I broadcast_unit(const uint8_t* p) {
@@ -75,6 +80,36 @@ struct W8A8 {
       });
     }
     if constexpr (kTwo) add_sums(sums, more);
+  }
+
+  // Convolution: a tile's rows are anywhere in an image of units.
+  static constexpr int kConvBlocks = 3;
+  static constexpr const char* kConvName = "conv_w8a8_avx512_8x48";
+  static constexpr const char* kDepthwiseName = "conv_depthwise_w8a8_avx512_4x16";
+
+  // `codes` may be the same memory.
+  static void codes_to_units(const uint8_t* codes, int64_t count, uint8_t* out) {
+    const I flip = splat(static_cast<int32_t>(0x80808080));
+    for (int64_t i = 0; i < count; i += 64) {
+      const __mmask16 words =
+          static_cast<__mmask16>(count - i < 64 ? (1 << (count - i) / 4) - 1 : -1);
+      const I bytes = _mm512_maskz_loadu_epi32(words, codes + i);
+      _mm512_mask_storeu_epi32(out + i, words, bit_xor(bytes, flip));
+    }
+  }
+
+  template <int Rows, int Blocks>
+  static INLINE void accumulate_run(I (&sums)[Blocks][Rows], const uint8_t* const (&x)[Rows],
+                                    int64_t offset, const uint8_t* const* codes, int64_t line,
+                                    int64_t units) {
+    for (int64_t u = 0; u < units; ++u) {
+      I weight[Blocks];
+      unroll<Blocks>([&](int b) INLINE { weight[b] = load_line(codes[b] + line + u * kLine); });
+      unroll<Rows>([&](int r) INLINE {
+        const I xr = broadcast_unit(x[r] + offset + u * 4);
+        unroll<Blocks>([&](int b) INLINE { dot4(sums[b][r], xr, weight[b]); });
+      });
+    }
   }
 };
 

@@ -31,4 +31,36 @@ static inline float finish(const LinearArgs& a, int64_t row, float sum, float we
   return apply_epilogue(std::fma(a.row_scale[row], sum, bias), a.epilogue);
 }
 
+// ---- Convolution --------------------------------------------------------------------------------
+
+// Where position `at` of the grid's dimension `dim` comes from in x, or -1 where the grid is zero.
+static inline int64_t conv_source(const ConvArgs& a, int dim, int64_t at) {
+  const int64_t offset = at - a.before[dim];
+  if (offset < 0 || offset % a.step[dim] != 0) return -1;
+  const int64_t source = offset / a.step[dim];
+  return source < a.in[dim] ? source : -1;
+}
+
+// Index of output `o` of pixel `pixel` of image `n` in y.
+static inline int64_t conv_output(const ConvArgs& a, int64_t n, int64_t pixel, int64_t o) {
+  return a.y_channels_last ? (n * a.pixels() + pixel) * a.out_channels + o
+                           : (n * a.out_channels + o) * a.pixels() + pixel;
+}
+
+// An output as it is stored.
+static inline void conv_store(const ConvArgs& a, int64_t at, float y) {
+  if (a.y_type == DType::i8) {
+    static_cast<int8_t*>(a.y)[at] =
+        static_cast<int8_t>(encode_integer(y, {1.0f, a.y_inverse, a.y_zero}, -128, 127));
+  } else {
+    store_float(a.y, a.y_type, at, y);
+  }
+}
+
+static inline float conv_residual(const ConvArgs& a, int64_t at) {
+  if (a.residual_type != DType::i8) return load_float(a.residual, a.residual_type, at);
+  return decode(static_cast<const int8_t*>(a.residual)[at], Format::int8, a.residual_scale,
+                a.residual_zero);
+}
+
 }  // namespace qkernels

@@ -1,5 +1,7 @@
 // The reference: every kernel in plain loops. Other ISAs copy this table and override rows; the
 // integer paths must equal it to the bit.
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
@@ -234,9 +236,101 @@ void embedding(const EmbeddingArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// ---- Convolution --------------------------------------------------------------------------------
+
+int conv_code_bytes(const ConvArgs&) { return 1; }
+
+// The code of channel `c` of an image at a position of x.
+int8_t conv_code(const ConvArgs& a, int64_t n, int64_t c, const int64_t (&source)[3]) {
+  const int64_t pixels = a.in[0] * a.in[1] * a.in[2];
+  const int64_t pixel = (source[0] * a.in[1] + source[1]) * a.in[2] + source[2];
+  const int64_t at = a.x_channels_last ? (n * pixels + pixel) * a.channels + c
+                                       : (n * a.channels + c) * pixels + pixel;
+  if (a.x_type == DType::i8) return static_cast<const int8_t*>(a.x)[at];
+  const ImageCodes& codes = a.codes[n];
+  const Affine affine{codes.scale, codes.inverse, codes.zero};
+  return static_cast<int8_t>(
+      encode(load_float(a.x, a.x_type, at), Format::int8, affine, a.symmetric));
+}
+
+void conv_prepare(const ConvArgs& a, int64_t begin, int64_t end) {
+  const int64_t group = a.channels / a.groups;
+  const int64_t padded = a.depthwise ? 1 : a.group_channels;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row / (a.grid[0] * a.grid[1]);
+    int64_t source[3] = {conv_source(a, 0, row / a.grid[1] % a.grid[0]),
+                         conv_source(a, 1, row % a.grid[1]), 0};
+    for (int64_t i = 0; i < a.grid[2]; ++i) {
+      source[2] = conv_source(a, 2, i);
+      int8_t* pixel = reinterpret_cast<int8_t*>(a.image) + (row * a.grid[2] + i) * a.pixel_codes();
+      std::memset(pixel, a.codes[n].zero, static_cast<size_t>(a.pixel_codes()));
+      if (source[0] < 0 || source[1] < 0 || source[2] < 0) continue;
+      for (int64_t c = 0; c < a.channels; ++c) {
+        pixel[c / group * padded + c % group] = conv_code(a, n, c, source);
+      }
+    }
+  }
+}
+
+// Exact sum over the taps and channels of (code(x) - zero) * code(w).
+int32_t conv_dot(const ConvArgs& a, const int8_t* image, int zero, const uint8_t* weight,
+                 int lane) {
+  const int64_t depth = a.depthwise ? 1 : a.group_channels;
+  int32_t sum = 0;
+  int64_t k = 0;
+  for (int64_t z = 0; z < a.kernel[0]; ++z) {
+    for (int64_t y = 0; y < a.kernel[1]; ++y) {
+      for (int64_t x = 0; x < a.kernel[2]; ++x) {
+        const int64_t at =
+            (z * a.dilation[0] * a.grid[1] + y * a.dilation[1]) * a.grid[2] + x * a.dilation[2];
+        for (int64_t c = 0; c < depth; ++c, ++k) {
+          sum +=
+              (image[at * a.pixel_codes() + c] - zero) * packed_code(weight, Format::int8, k, lane);
+        }
+      }
+    }
+  }
+  return sum;
+}
+
+void conv(const ConvArgs& a, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
+          int64_t pixel_end) {
+  for (int64_t i = pixel_begin; i < pixel_end; ++i) {
+    const int64_t n = i / a.pixels(), pixel = i % a.pixels();
+    const int64_t at[3] = {pixel / (a.out[1] * a.out[2]), pixel / a.out[2] % a.out[1],
+                           pixel % a.out[2]};
+    const int64_t corner =
+        (at[0] * a.stride[0] * a.grid[1] + at[1] * a.stride[1]) * a.grid[2] + at[2] * a.stride[2];
+    const int8_t* image =
+        reinterpret_cast<const int8_t*>(a.image) + n * a.image_codes() + corner * a.pixel_codes();
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      const uint8_t* weight = a.packed + block * a.shape.bytes;
+      const int64_t group = block / a.group_blocks();
+      const int64_t first = block % a.group_blocks() * kLanes;
+      const int64_t outputs = a.depthwise ? a.out_channels : a.group_outputs();
+      for (int lane = 0; lane < kLanes && first + lane < outputs; ++lane) {
+        const int64_t o = group * outputs + first + lane;
+        const int8_t* x = image + (a.depthwise ? o : group * a.group_channels);
+        const int32_t sum = conv_dot(a, x, a.codes[n].zero, weight, lane);
+        const float scale = load_float(weight + a.shape.scales, a.scale_type, lane);
+        const float bias = a.bias == nullptr ? 0.0f : load_float(a.bias, a.bias_type, o);
+        float y = std::fma(a.codes[n].scale, static_cast<float>(sum) * scale, bias);
+        const int64_t to = conv_output(a, n, pixel, o);
+        if (a.residual != nullptr) y += conv_residual(a, to);
+        conv_store(a, to, apply_epilogue(y, a.epilogue));
+      }
+    }
+  }
+}
+
+const char* conv_name(bool depthwise) {
+  return depthwise ? "conv_depthwise_w8a8_scalar" : "conv_w8a8_scalar";
+}
+
 const Kernels kTable = {
-    "scalar",    quantize, quantize_with, range,       dequantize, row_tile,  block_tile,
-    panel_bytes, prepare,  linear,        linear_name, backward,   embedding,
+    "scalar",   quantize,        quantize_with, range,  dequantize,  row_tile,
+    block_tile, panel_bytes,     prepare,       linear, linear_name, backward,
+    embedding,  conv_code_bytes, conv_prepare,  conv,   conv_name,
 };
 
 }  // namespace scalar

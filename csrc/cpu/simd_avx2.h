@@ -230,6 +230,11 @@ SIMD void store_u4(void* p, I x, int count) {
   store_bytes(p, join_nibbles(zero_unless(first(count), x)), (count + 1) / 2);
 }
 
+// The low words of two lanes, side by side.
+SIMD I pair_words(I low, I high) {
+  return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
+}
+
 // ---- 4 * kWidth codes at once -------------------------------------------------------------------
 
 // Four vectors of int32 as bytes, in order; what does not fit becomes the nearest that does.

@@ -184,6 +184,11 @@ SIMD void store_u4(void* p, I x, int count) {
   _mm_mask_storeu_epi8(p, first((count + 1) / 2), join_nibbles(zero_unless(first(count), x)));
 }
 
+// The low words of two lanes, side by side.
+SIMD I pair_words(I low, I high) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16));
+}
+
 // ---- 4 * kWidth codes at once -------------------------------------------------------------------
 
 // Four vectors of int32 as bytes, in order; what does not fit becomes the nearest that does.

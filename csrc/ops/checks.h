@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/format.h"
+#include "core/codec.h"
 #include "ops/torch_api.h"
 
 namespace qkernels {
@@ -140,6 +140,26 @@ inline void check_zero_points(const char* op, const Tensor& zero_point, Format f
   }
 }
 
+// Scale and zero point of a whole tensor.
+inline float read_scale(const char* op, const char* name, const Tensor& t) {
+  check_dtype(op, name, t, ScalarType::Float);
+  if (t.numel() != 1) {
+    fail(op, name, " must have one element (per tensor), got ", shape_text(t));
+  }
+  const float scale = *t.const_data_ptr<float>();
+  if (!(scale >= kSmallestScale && scale < INFINITY)) {
+    fail(op, name, " must be a positive, finite, normal number, got ", scale, "; calibrate again");
+  }
+  return scale;
+}
+inline int read_zero_point(const char* op, const char* name, const Tensor& t) {
+  check_dtype(op, name, t, ScalarType::Char);
+  if (t.numel() != 1) {
+    fail(op, name, " must have one element (per tensor), got ", shape_text(t));
+  }
+  return *t.const_data_ptr<int8_t>();
+}
+
 // The layout behind an id, which must be one that this device's kernels read.
 inline Layout check_layout(const char* op, int64_t id) {
   Layout layout;
@@ -156,6 +176,34 @@ inline Layout check_layout(const char* op, int64_t id) {
          kLayoutVersion, "; load the model from its file again");
   }
   return layout;
+}
+
+// How x is quantized, for integer sums over `length` products.
+inline Activation check_activation(const char* op, const Layout& layout, int64_t length,
+                                   int64_t code) {
+  if (code < 0 || code >= kActivationCount) {
+    fail(op, "activation must be 0 (float), 1 (int8 symmetric) or 2 (int8 asymmetric), got ", code);
+  }
+  const Activation activation = static_cast<Activation>(code);
+  if (activation == Activation::float_) return activation;
+  if (layout.format == Format::nf4) {
+    fail(op, "an nf4 weight takes float activations, got activation=", code, "; pass activation=0");
+  }
+  const int64_t limit = max_accumulation(layout.format, layout.symmetric);
+  if (length > limit) {
+    fail(op, "an int32 sum over ", length, " products can overflow (the limit is ", limit,
+         "); quantize the weight with group_size <= ", limit, " or keep the activations float");
+  }
+  return activation;
+}
+
+// A function of the result.
+inline Epilogue check_epilogue(const char* op, int64_t code) {
+  if (code < 0 || code >= kEpilogueCount) {
+    fail(op, "epilogue must be a code from 0 to ", kEpilogueCount - 1,
+         " (none, relu, gelu, gelu_tanh, silu, relu6, hardswish), got ", code);
+  }
+  return static_cast<Epilogue>(code);
 }
 
 // Checks that `packed` is the packed form of [out_features, in_features]; returns it contiguous.

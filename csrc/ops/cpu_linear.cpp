@@ -3,6 +3,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/checks.h"
+#include "ops/linear.h"
 #include "ops/workspace.h"
 
 namespace qkernels {
@@ -49,7 +50,8 @@ void run_tiles(const Kernels& table, const LinearArgs& a) {
   });
 }
 
-// Everything in `a` is set but the workspace.
+}  // namespace
+
 void run_linear(const LinearArgs& whole) {
   if (whole.rows == 0 || whole.n == 0) return;
   const Kernels& table = kernels();
@@ -86,23 +88,7 @@ void run_linear(const LinearArgs& whole) {
   }
 }
 
-Activation check_activation(const char* op, const Layout& layout, const BlockShape& shape,
-                            int64_t code) {
-  if (code < 0 || code >= kActivationCount) {
-    fail(op, "activation must be 0 (float), 1 (int8 symmetric) or 2 (int8 asymmetric), got ", code);
-  }
-  const Activation activation = static_cast<Activation>(code);
-  if (activation == Activation::float_) return activation;
-  if (layout.format == Format::nf4) {
-    fail(op, "an nf4 weight takes float activations, got activation=", code, "; pass activation=0");
-  }
-  const int64_t limit = max_accumulation(layout.format, layout.symmetric);
-  if (shape.group_size > limit) {
-    fail(op, "an int32 sum over ", shape.group_size, " products can overflow (the limit is ", limit,
-         "); quantize the weight with group_size <= ", limit, " or keep the activations float");
-  }
-  return activation;
-}
+namespace {
 
 // Static quantization parameters of x, or none.
 void check_static(const char* op, const std::optional<Tensor>& x_scale,
@@ -115,22 +101,9 @@ void check_static(const char* op, const std::optional<Tensor>& x_scale,
     fail(op, "x_zero_point needs x_scale and activation=2 (asymmetric)");
   }
   if (!x_scale) return;
-  check_dtype(op, "x_scale", *x_scale, ScalarType::Float);
-  if (x_scale->numel() != 1) {
-    fail(op, "x_scale must have one element (per tensor), got ", shape_text(*x_scale));
-  }
   a->is_static = true;
-  a->static_scale = *x_scale->const_data_ptr<float>();
-  if (!(a->static_scale >= kSmallestScale && a->static_scale < INFINITY)) {
-    fail(op, "x_scale must be a positive, finite, normal number, got ", a->static_scale,
-         "; calibrate again");
-  }
-  if (!x_zero_point) return;
-  check_dtype(op, "x_zero_point", *x_zero_point, ScalarType::Char);
-  if (x_zero_point->numel() != 1) {
-    fail(op, "x_zero_point must have one element (per tensor), got ", shape_text(*x_zero_point));
-  }
-  a->static_zero_point = *x_zero_point->const_data_ptr<int8_t>();
+  a->static_scale = read_scale(op, "x_scale", *x_scale);
+  if (x_zero_point) a->static_zero_point = read_zero_point(op, "x_zero_point", *x_zero_point);
 }
 
 void check_perm(const char* op, const Tensor& perm, int64_t k) {
@@ -163,13 +136,9 @@ Tensor linear(const Tensor& x_any, const Tensor& packed_any, const std::optional
          "; pass x of shape (..., ", in_features, ")");
   }
   const Tensor packed = check_packed(op, packed_any, a.shape, out_features);
-  a.activation = check_activation(op, a.layout, a.shape, activation);
+  a.activation = check_activation(op, a.layout, a.shape.group_size, activation);
   check_static(op, x_scale, x_zero_point, &a);
-  if (epilogue < 0 || epilogue >= kEpilogueCount) {
-    fail(op, "epilogue must be a code from 0 to ", kEpilogueCount - 1,
-         " (none, relu, gelu, gelu_tanh, silu), got ", epilogue);
-  }
-  a.epilogue = static_cast<Epilogue>(epilogue);
+  a.epilogue = check_epilogue(op, epilogue);
 
   std::optional<Tensor> bias, premul, perm;
   if (bias_any) {

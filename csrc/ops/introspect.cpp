@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -87,6 +88,21 @@ int64_t block_bytes(int64_t id, int64_t in_features, int64_t group_size) {
   return block_shape(decode(id), in_features, group_size).bytes;
 }
 
+std::pair<int64_t, int64_t> conv_packed_shape(int64_t id, int64_t taps, int64_t group_channels,
+                                              int64_t groups, int64_t out_channels,
+                                              int64_t group_size) {
+  if (taps < 1 || taps > kConvTaps || group_channels < 0 || groups < 1 || out_channels < 0 ||
+      out_channels % groups != 0) {
+    throw std::invalid_argument("taps must be from 1 to " + std::to_string(kConvTaps) +
+                                " and out_channels a multiple of groups, got " +
+                                std::to_string(taps) + ", " + std::to_string(out_channels) +
+                                " and " + std::to_string(groups));
+  }
+  const ConvPacking p =
+      conv_packing(decode(id), taps, group_channels, groups, out_channels, group_size);
+  return {p.blocks(), block_bytes(id, p.columns, group_size)};
+}
+
 int64_t longest_sum(int64_t id) {
   const Layout l = decode(id);
   return max_accumulation(l.format, l.symmetric);
@@ -97,6 +113,14 @@ std::string kernel_name(int64_t id, int activation, int64_t rows) {
     throw std::invalid_argument("activation must be 0, 1 or 2, got " + std::to_string(activation));
   }
   return kernels().linear_name(decode(id), static_cast<Activation>(activation), rows);
+}
+
+std::string conv_kernel_name(int64_t id, int64_t taps, int64_t group_channels, int64_t groups,
+                             int64_t out_channels, int64_t group_size, int activation) {
+  const ConvPacking p =
+      conv_packing(decode(id), taps, group_channels, groups, out_channels, group_size);
+  if (activation != 0) return kernels().conv_name(p.depthwise);
+  return p.depthwise ? "conv_depthwise_w8a16" : "gathered rows, " + kernel_name(id, 0, kLanes);
 }
 
 py::dict cpu_features() {
@@ -142,8 +166,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe_layout", &describe_layout, py::arg("layout"), "What a layout id stands for.");
   m.def("block_bytes", &block_bytes, py::arg("layout"), py::arg("in_features"),
         py::arg("group_size"), "Bytes of a packed row, which holds 16 output features.");
+  m.def("conv_packed_shape", &conv_packed_shape, py::arg("layout"), py::arg("taps"),
+        py::arg("group_channels"), py::arg("groups"), py::arg("out_channels"),
+        py::arg("group_size"), "Rows and bytes of a packed convolution weight.");
+  m.def("conv_kernel_name", &conv_kernel_name, py::arg("layout"), py::arg("taps"),
+        py::arg("group_channels"), py::arg("groups"), py::arg("out_channels"),
+        py::arg("group_size"), py::arg("activation"), "The kernel that conv runs.");
   m.def("longest_sum", &longest_sum, py::arg("layout"),
         "Integer products that an int32 sum holds for certain.");
+  m.attr("LONGEST_CONV_SUM") = max_accumulation(Format::int8, false);  // of a convolution
   m.attr("BLOCK_ROWS") = kLanes;  // output features in a row of a packed weight
   m.def("kernel_name", &kernel_name, py::arg("layout"), py::arg("activation"), py::arg("rows"),
         "The kernel that linear runs for `rows` rows.");

@@ -41,4 +41,23 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
   m.def(
       "embedding(Tensor indices, Tensor packed, int layout, int num_embeddings, "
       "int embedding_dim, int group_size, ScalarType dtype) -> Tensor");
+  m.def(
+      "pack_conv(Tensor data, Tensor scale, Tensor? zero_point, int layout, int taps, "
+      "int group_channels, int groups, int group_size) -> Tensor");
+  m.def(
+      "unpack_conv(Tensor packed, int layout, int taps, int group_channels, int groups, "
+      "int out_channels, int group_size) -> (Tensor data, Tensor scale, Tensor zero_point)");
+  m.def(
+      "conv(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? x_scale, "
+      "Tensor? x_zero_point, Tensor? residual_scale, Tensor? residual_zero_point, Tensor? y_scale, "
+      "Tensor? y_zero_point, int layout, int out_channels, int groups, int group_size, "
+      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool transposed, "
+      "int activation, int epilogue, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "conv_differentiable(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, Tensor? "
+      "x_scale, "
+      "Tensor? x_zero_point, Tensor? residual_scale, Tensor? residual_zero_point, Tensor? y_scale, "
+      "Tensor? y_zero_point, int layout, int out_channels, int groups, int group_size, "
+      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool transposed, "
+      "int activation, int epilogue, ScalarType? dtype=None) -> Tensor");
 }

@@ -23,7 +23,16 @@ inline Shape shape_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-// A new contiguous CPU tensor. The shim call skips the dispatcher, which costs a microsecond.
+// A new CPU tensor. The shim call skips the dispatcher, which costs a microsecond.
+inline Tensor empty_cpu(const Shape& shape, const Shape& strides, ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 inline Tensor empty_cpu(const Shape& shape, ScalarType type) {
   Shape strides(shape.size());
   int64_t stride = 1;
@@ -31,12 +40,7 @@ inline Tensor empty_cpu(const Shape& shape, ScalarType type) {
     strides[i] = stride;
     stride *= shape[i] > 0 ? shape[i] : 1;
   }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_cpu(shape, strides, type);
 }
 
 inline Tensor dense(const Tensor& t) {

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qkernels.nn.kinds import BY_NAME
 from qkernels.schemes import Scheme
 
 VERSION = 1
@@ -33,7 +34,7 @@ class ModuleEntry:
     """What a file says about one quantized module.
 
     Args:
-        kind: "QLinear" or "QEmbedding".
+        kind: its class, for example "QLinear".
         scheme: how its weight is stored and what its arithmetic is.
         shape: rows and columns of the weight.
         dtype: of the float module that it stands for.
@@ -199,7 +200,7 @@ def _parse_module(entry: dict[str, Any]) -> ModuleEntry:
     rows, columns = entry["shape"]
     if not all(isinstance(size, int) and 0 <= size < 1 << 40 for size in (rows, columns)):
         raise ValueError(f"shape is {entry['shape']!r}")
-    if entry["kind"] not in ("QLinear", "QEmbedding"):
+    if entry["kind"] not in BY_NAME:
         raise ValueError(f"kind is {entry['kind']!r}")
     dtype = getattr(torch, str(entry["dtype"]), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

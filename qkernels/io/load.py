@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels import functional
 from qkernels.functional import Quantized
 from qkernels.io.file import (
     ModelFile,
@@ -21,9 +20,10 @@ from qkernels.io.file import (
     read_header,
 )
 from qkernels.io.save import full_name, own_tensors, uncompiled, why_not_storable
-from qkernels.nn import QEmbedding, QLinear, QModule
+from qkernels.nn import QModule
 from qkernels.nn.carry import why_not_replaceable
 from qkernels.nn.fastpath import settle_fast_paths
+from qkernels.nn.kinds import BY_NAME, QUANTIZED, quantized_from_shell
 from qkernels.nn.storage import WEIGHT_KEYS
 from qkernels.quantize import replace_everywhere
 
@@ -131,22 +131,22 @@ def _new_module(header: ModelFile, name: str, module: nn.Module) -> nn.Module:
 def _shell(
     header: ModelFile, entry: ModuleEntry, name: str, module: nn.Module, label: str
 ) -> QModule:
-    wanted = nn.Linear if entry.kind == "QLinear" else nn.Embedding
+    wanted = next(kind for kind, made in QUANTIZED.items() if made is BY_NAME[entry.kind])
     if not isinstance(module, wanted) or type(module).forward is not wanted.forward:
         raise ModelFileError(
             f"{label} is {entry.kind} in {header.path}, which replaces nn.{wanted.__name__} only; "
             "load it into the model it was saved from"
         )
     reason = why_not_replaceable(module)
-    if reason is None and module.weight.shape != entry.shape:
-        reason = f"its weight has shape {tuple(module.weight.shape)}, the file's {entry.shape}"
+    if reason is None:
+        shape = tuple(BY_NAME[entry.kind].matrix_of(module).shape)
+        if shape != entry.shape:
+            reason = f"its weight is a matrix of shape {shape}, the file's {entry.shape}"
     if reason is None and not name:
         reason = "it is itself the model, which cannot be replaced in place; pass a quantized one"
     if reason is not None:
         raise ModelFileError(f"{header.path} does not fit the model at {label}: {reason}")
-    made_by: type[QLinear] | type[QEmbedding]
-    made_by = QLinear if entry.kind == "QLinear" else QEmbedding
-    new = made_by.shell(module, entry.scheme)  # type: ignore[arg-type]
+    new = quantized_from_shell(module, entry.scheme)
     new.dtype = entry.dtype
     return new
 
@@ -251,7 +251,7 @@ def _packed_weights(
             continue
         keys = [full_name(name, part) for part in WEIGHT_KEYS]
         sources = [header.tied.get(key, key) for key in keys]
-        same = (sources[0], module.layout, module.scheme.group_size)
+        same = (sources[0], module.layout, module.scheme.group_size, module.packing.conv)
         if same not in packed:
             data, scale = values[sources[0]], values[sources[1]]
             zero_point = None if module.scheme.symmetric else values[sources[2]]
@@ -264,7 +264,7 @@ def _packed_weights(
                 torch.Size(module.shape),
             )
             try:
-                packed[same] = functional.pack(weight, module.layout)
+                packed[same] = module.packing.pack(weight)
             except RuntimeError as error:
                 problem = f"{header.path} has a bad weight for {name}: {error}"
                 raise ModelFileError(problem) from None

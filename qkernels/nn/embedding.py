@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qkernels import functional
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
 from qkernels.nn.module import QModule
-from qkernels.nn.storage import packed_parameter, quantize_weight
+from qkernels.nn.storage import quantize_weight
 from qkernels.schemes import W8A16, Scheme
 
 _DEFAULT_SCHEME = W8A16()
@@ -100,7 +100,7 @@ class QEmbedding(QModule):
         if reason is not None:
             raise ValueError(f"QEmbedding.from_float: the layer cannot be quantized: {reason}")
         new = cls.shell(embedding, scheme)
-        new.packed = packed_parameter(quantize_weight(embedding.weight, scheme), scheme)
+        new.packed = new.packing.parameter(quantize_weight(embedding.weight, scheme))
         return new
 
     @classmethod

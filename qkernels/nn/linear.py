@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from qkernels import _C, functional
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
 from qkernels.nn.module import QModule
-from qkernels.nn.storage import packed_parameter, quantize_weight
+from qkernels.nn.ranges import add_range_buffers, set_range
+from qkernels.nn.storage import quantize_weight
 from qkernels.schemes import W8A8, Scheme
 
 _DEFAULT_SCHEME = W8A8()
@@ -61,12 +62,7 @@ class QLinear(QModule):
         device = self.packed.device
         made = nn.Parameter(torch.empty(out_features, device=device, dtype=self.dtype))
         self.register_parameter("bias", made if bias else None)
-        # NaN until calibrated or loaded: the op refuses it.
-        unknown = torch.full((), torch.nan, dtype=torch.float32, device=device)
-        self.register_buffer("x_scale", unknown if scheme.static else None)
-        zero = torch.zeros((), dtype=torch.int8, device=device)
-        has_zero = scheme.static and scheme.activation == "asymmetric"
-        self.register_buffer("x_zero_point", zero if has_zero else None)
+        add_range_buffers(self, scheme, device)
         self.reset_parameters()
 
     @classmethod
@@ -110,8 +106,8 @@ class QLinear(QModule):
         if reason is not None:
             raise ValueError(f"QLinear.from_float: the layer cannot be quantized: {reason}")
         new = cls.shell(linear, scheme)
-        new._set_activation_range(x_scale, x_zero_point)
-        new.packed = packed_parameter(quantize_weight(linear.weight, scheme), scheme)
+        set_range(new, x_scale, x_zero_point)
+        new.packed = new.packing.parameter(quantize_weight(linear.weight, scheme))
         return new
 
     @classmethod
@@ -131,20 +127,6 @@ class QLinear(QModule):
                 new._buffers[name] = torch.empty_like(buffer, device=linear.weight.device)
         carry_over(linear, new)
         return new
-
-    def _set_activation_range(
-        self, x_scale: Tensor | float | None, x_zero_point: Tensor | int | None
-    ) -> None:
-        for name, given in (("x_scale", x_scale), ("x_zero_point", x_zero_point)):
-            buffer = getattr(self, name)
-            if (buffer is None) != (given is None):
-                must = "needs" if given is None else "does not take"
-                raise ValueError(
-                    f"QLinear.from_float: {self.scheme} {must} {name}, the measured "
-                    f"{'scale' if name == 'x_scale' else 'zero point'} of the layer's input"
-                )
-            if buffer is not None:
-                buffer.copy_(torch.as_tensor(given).reshape(()))
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as `nn.Linear` does, and quantize the weight."""

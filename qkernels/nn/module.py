@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels import _C, functional
 from qkernels.functional import Quantized
 from qkernels.nn.storage import (
     WEIGHT_KEYS,
+    Packing,
     SavedWeights,
     StorageForm,
     quantize_weight,
@@ -37,7 +37,7 @@ class QModule(nn.Module):
 
     packed: nn.Parameter
     # Attributes that a float module has no use for.
-    own_attributes = ("dtype", "layout", "qualified_name", "scheme", "shape")
+    own_attributes = ("dtype", "layout", "packing", "qualified_name", "scheme", "shape")
     # State that has this meaning; a change of the keys or of their contents needs a new number.
     _version = 1
     # Set by quantize_ and load_model, to name the module in errors.
@@ -50,6 +50,7 @@ class QModule(nn.Module):
         scheme: Scheme,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        conv: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(scheme, Scheme):
@@ -64,17 +65,25 @@ class QModule(nn.Module):
         if not self.dtype.is_floating_point:
             raise TypeError(f"{type(self).__name__}: dtype is {dtype}; expected a floating type")
         self.shape = (rows, columns)
-        blocks = -(-rows // _C.BLOCK_ROWS)
-        block_bytes = _C.block_bytes(self.layout, columns, scheme.group_size)
-        packed = torch.empty(blocks, block_bytes, dtype=torch.uint8, device=device)
+        self.packing = Packing(rows, columns, scheme, conv)
+        packed = torch.empty(self.packing.packed_shape, dtype=torch.uint8, device=device)
         self.packed = nn.Parameter(packed, requires_grad=False)
         check_device(type(self).__name__, packed.device)
 
     def quantized_weight(self) -> Quantized:
         """The weight in storage layout, a copy."""
-        return functional.unpack(
-            self.packed.detach(), self.layout, *self.shape, self.scheme.group_size
-        )
+        return self.packing.unpack(self.packed.detach())
+
+    @staticmethod
+    def matrix_of(module: nn.Module) -> Tensor:
+        """A float module's weight as the matrix that is quantized.
+
+        Args:
+            module: of the kind that this class replaces.
+        """
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def weight_entries(self, prefix: str = "") -> dict[str, Tensor]:
         """The weight in storage layout under its state_dict keys, copies.
@@ -98,7 +107,7 @@ class QModule(nn.Module):
         Args:
             weight: float [rows, columns].
         """
-        self.packed.copy_(functional.pack(quantize_weight(weight, self.scheme), self.layout))
+        self.packed.copy_(self.packing.pack(quantize_weight(weight, self.scheme)))
 
     def __getattr__(self, name: str) -> Any:
         # Torch's own way costs 0.7 µs for each parameter of each call.
@@ -192,7 +201,7 @@ class QModule(nn.Module):
         # Packing is what can fail, so it comes before anything is written.
         packed = None
         if "weight" in found:
-            packed = functional.pack(self._quantized(found, assign), self.layout)
+            packed = self.packing.pack(self._quantized(found, assign))
         for name in ["packed", *(key for key in found if key not in WEIGHT_KEYS)]:
             new = packed if name == "packed" else found[name]
             old = getattr(self, name)
@@ -284,7 +293,7 @@ class QModule(nn.Module):
         state = self.__dict__.copy()
         state["_parameters"] = {
             **self._parameters,
-            "packed": StorageForm.of(self.packed, self.shape, self.scheme),
+            "packed": StorageForm.of(self.packed, self.packing),
         }
         return state
 

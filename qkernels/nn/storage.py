@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkernels import functional
+from qkernels import _C, functional
 from qkernels.formats import FORMATS
 from qkernels.functional import Quantized
 from qkernels.schemes import Scheme
@@ -33,14 +34,64 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> Quantized:
     )
 
 
-def packed_parameter(weight: Quantized, scheme: Scheme) -> nn.Parameter:
-    """A quantized matrix packed for the kernels, as the frozen parameter that a module holds.
+@dataclass(frozen=True)
+class Packing:
+    """How a module's weight is packed for the kernels.
 
     Args:
-        weight: quantized as `scheme` says.
+        rows: output features, or entries of a table.
+        columns: weights of each.
         scheme: names the layout.
+        conv: number of taps and of groups, for the weight of a convolution.
     """
-    return nn.Parameter(functional.pack(weight, scheme.layout), requires_grad=False)
+
+    rows: int
+    columns: int
+    scheme: Scheme
+    conv: tuple[int, int] | None = None
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """Shape of the packed weight."""
+        layout, group_size = self.scheme.layout, self.scheme.group_size
+        if self.conv is None:
+            blocks = -(-self.rows // _C.BLOCK_ROWS)
+            return blocks, _C.block_bytes(layout, self.columns, group_size)
+        taps, groups = self.conv
+        channels = self.columns // taps
+        return _C.conv_packed_shape(layout, taps, channels, groups, self.rows, group_size)
+
+    def pack(self, weight: Quantized) -> Tensor:
+        """A quantized matrix, packed.
+
+        Args:
+            weight: [rows, columns], quantized as the scheme says.
+        """
+        if self.conv is None:
+            return functional.pack(weight, self.scheme.layout)
+        taps, groups = self.conv
+        return functional.pack_conv(weight, self.scheme.layout, taps=taps, groups=groups)
+
+    def unpack(self, packed: Tensor) -> Quantized:
+        """The quantized matrix that a packed weight holds.
+
+        Args:
+            packed: from `pack`.
+        """
+        layout, group_size = self.scheme.layout, self.scheme.group_size
+        if self.conv is None:
+            return functional.unpack(packed, layout, self.rows, self.columns, group_size)
+        taps, groups = self.conv
+        sizes = (self.rows, self.columns, group_size)
+        return functional.unpack_conv(packed, layout, *sizes, taps=taps, groups=groups)
+
+    def parameter(self, weight: Quantized) -> nn.Parameter:
+        """A quantized matrix as the frozen parameter that a module holds.
+
+        Args:
+            weight: [rows, columns], quantized as the scheme says.
+        """
+        return nn.Parameter(self.pack(weight), requires_grad=False)
 
 
 def quantized_like(rows: int, columns: int, scheme: Scheme) -> Quantized:
@@ -123,31 +174,29 @@ class StorageForm:
     Modules that share a packed weight give pickle the same object, so that they share it again.
     """
 
-    def __init__(self, packed: nn.Parameter, shape: tuple[int, int], scheme: Scheme) -> None:
+    def __init__(self, packed: nn.Parameter, packing: Packing) -> None:
         self.packed = packed
-        self._shape = shape
-        self._scheme = scheme
+        self._packing = packing
 
     @classmethod
-    def of(cls, packed: nn.Parameter, shape: tuple[int, int], scheme: Scheme) -> StorageForm:
+    def of(cls, packed: nn.Parameter, packing: Packing) -> StorageForm:
         """The one object that stands for a packed weight for as long as someone holds it.
 
         Args:
             packed: the weight.
-            shape: rows and columns.
-            scheme: how it is stored.
+            packing: how it is packed.
         """
         form = _forms.get(id(packed))
         if form is None:
-            form = _forms[id(packed)] = cls(packed, shape, scheme)
+            form = _forms[id(packed)] = cls(packed, packing)
         return form
 
     def __reduce__(self) -> tuple[Any, ...]:
-        weight = functional.unpack(
-            self.packed.detach(), self._scheme.layout, *self._shape, self._scheme.group_size
-        )
+        packing = self._packing
+        weight = packing.unpack(self.packed.detach())
         tensors = (weight.data, weight.scale, weight.zero_point)
-        return parameter_from_storage, (*tensors, self._shape, self._scheme)
+        shape = (packing.rows, packing.columns)
+        return parameter_from_storage, (*tensors, shape, packing.scheme, packing.conv)
 
 
 _forms: weakref.WeakValueDictionary[int, StorageForm] = weakref.WeakValueDictionary()
@@ -159,10 +208,11 @@ def parameter_from_storage(
     zero_point: Tensor | None,
     shape: tuple[int, int],
     scheme: Scheme,
+    conv: tuple[int, int] | None = None,
 ) -> nn.Parameter:
     """What pickles call, so name and arguments must stay."""
     weight = Quantized(data, scale, zero_point, scheme.format, scheme.group_size, torch.Size(shape))
-    return packed_parameter(weight, scheme)
+    return Packing(*shape, scheme, conv).parameter(weight)
 
 
 def _share_with_process(form: StorageForm) -> tuple[Any, ...]:

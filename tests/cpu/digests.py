@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from helpers import reference as ref
+from helpers.conv import Geometry, conv_weight
 from helpers.data import FLOATS, INTEGER_KINDS, KINDS, awkward, floats, rng, weight
 from qkernels import _C
 
@@ -66,7 +68,7 @@ def multiplying(dtype: torch.dtype, kind_at: int, activation: int) -> Iterator[T
         x = hard(m, k, dtype) if m > 4 else awkward((m, k), dtype)
         premul = torch.exp(floats((k,), seed="premul"))
         perm = torch.from_numpy(rng("perm", k).permutation(k))
-        for epilogue in range(5) if dtype == torch.float32 else (0, 3):
+        for epilogue in range(7) if dtype == torch.float32 else (0, 3):
             bias = floats((n,), FLOATS[epilogue % 3], seed="bias") if epilogue % 2 else None
             yield w.linear(x, bias, activation=activation, epilogue=epilogue)
         yield w.linear(x, activation=activation, premul=premul, perm=perm)
@@ -90,6 +92,34 @@ def int_products() -> Iterator[Tensor]:
         yield ops.int_mm(a, b)
 
 
+def convolving(dtype: torch.dtype, activation: int) -> Iterator[Tensor]:
+    whole = (2, 2, 1, 1)
+    for size, kernel, groups, channels, outputs in (
+        ((30, 31), (3, 3), 1, 64, 80),
+        ((61, 50), (7, 7), 1, 3, 64),
+        ((40, 41), (5, 3), 70, 1, 1),
+        ((14, 14), (1, 1), 1, 260, 300),
+        ((16, 15), (3, 3), 4, 10, 17),
+    ):
+        stride, pad = whole[:2], tuple(k // 2 for k in kernel)
+        g = Geometry(size, kernel, stride, pad, pad, whole[2:], groups, channels, outputs)
+        for geometry in (g, replace(g, transposed=True), replace(g, stride=(1, 1))):
+            w = conv_weight(geometry, KINDS[2])
+            x = geometry.input(dtype)
+            x[1, 0, 3, 3] = torch.nan if geometry.transposed else 1000
+            bias = floats((geometry.outputs,), dtype, seed="bias")
+            for epilogue in range(7) if dtype == torch.float32 else (0, 4):
+                yield w.conv(x, bias, activation=activation, epilogue=epilogue)
+            last = x.contiguous(memory_format=torch.channels_last)
+            yield w.conv(last, activation=activation, y_range=(0.3, 5))
+            residual = geometry_residual(geometry, dtype)
+            yield w.conv(last, bias, residual=residual, activation=activation, x_range=(0.02, None))
+
+
+def geometry_residual(geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    return floats((geometry.batch, geometry.outputs, *geometry.out), dtype, seed="residual")
+
+
 def digests() -> dict[str, str]:
     """By case. Only what the contract promises to be equal everywhere."""
     found = {"int_mm": digest(int_products())}
@@ -104,6 +134,8 @@ def digests() -> dict[str, str]:
                 found[f"linear {kind} {activation} {dtype}"] = digest(
                     multiplying(dtype, i, activation)
                 )
+        for activation in (1, 2):
+            found[f"conv {activation} {dtype}"] = digest(convolving(dtype, activation))
         for i, kind in enumerate(KINDS):
             found[f"read {kind} {dtype}"] = digest(reading(dtype, i))
     return found

@@ -93,7 +93,7 @@ def test_linear_follows_the_float_product(scheme):
     )
 
 
-@pytest.mark.parametrize("epilogue", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("epilogue", list(functional.EPILOGUES))
 def test_epilogues_with_and_without_gradient(epilogue):
     _, packed, sizes = packed_weight(qk.W8A16())
     x, bias = torch.randn(4, 48), torch.randn(20)

@@ -53,6 +53,10 @@ def rows(summary):
     return {row.name: row for row in summary}
 
 
+def has_convolution(scheme):
+    return scheme.activation == "float" or scheme == qk.W8A8()
+
+
 def test_every_module_is_listed_with_what_it_became_or_why_not(model, scheme):
     expected = model(TOKENS)
     leaves = {n for n, m in model.named_modules() if next(m.children(), None) is None}
@@ -64,12 +68,16 @@ def test_every_module_is_listed_with_what_it_became_or_why_not(model, scheme):
     assert by_name["encoder.1.linear2"].became == f"QLinear {scheme}"
     assert by_name["encoder.0.act"].note == "has no weight"
     assert by_name["encoder.0.norm"].note == "no quantized LayerNorm in this version"
-    assert by_name["conv"].note == "no QConv1d in this version"
+    if not has_convolution(scheme):
+        assert "a convolution with int8 activations needs int8 weights" in by_name["conv"].note
+    else:
+        assert by_name["conv"].became == f"QConv1d {scheme}"
     assert by_name["lm_head"].note == "ignored by 'lm_head'"
     assert all(row.note for row in summary.left)
     assert [row.name for row in summary.converted] == [
         "embed",
         *(f"encoder.{i}.linear{j}" for i in (0, 1) for j in (1, 2)),
+        *(["conv"] if has_convolution(scheme) else []),
     ]
     assert isinstance(model.lm_head, nn.Linear)
     assert isinstance(model.embed, QEmbedding)
@@ -96,11 +104,11 @@ def test_summary_prints_iterates_and_becomes_json(model):
     for row in summary:
         assert row.name in text
         assert row.note in text
-    assert "5 of 11 converted" in text
+    assert "6 of 11 converted" in text
     assert "W4A16(group_size=16)" in text
     out = io.StringIO()
     Console(file=out, width=200).print(summary)
-    assert "no QConv1d in this version" in out.getvalue()
+    assert "no quantized LayerNorm in this version" in out.getvalue()
     plain = summary.to_dict()
     assert len(plain["modules"]) == len(summary) == 11
     assert plain["modules"][0]["name"] == "embed"
@@ -204,13 +212,13 @@ def test_dequantize_gives_what_was_computed_with(model, scheme):
     assert torch.equal(model.embed(TOKENS), embedded)
     assert not any(isinstance(m, qk.nn.QModule) for m in model.modules())
     assert rows(summary)["embed"].became == "Embedding"
-    assert rows(summary)["conv"].note == "was not quantized"
+    assert rows(summary)["lm_head"].note == "was not quantized"
     # What is quantized again, symmetrically, is the same.
     again = qk.quantize_(model, qk.W8A16())
     first = model.encoder[0].linear1.packed.clone()
     qk.dequantize_(model)
     qk.quantize_(model, qk.W8A16())
-    assert len(again.converted) == 5
+    assert len(again.converted) == 6
     assert torch.equal(model.encoder[0].linear1.packed, first)
 
 
@@ -271,7 +279,7 @@ def test_layers_that_would_lose_something_are_left_with_the_reason():
     extra = nn.Linear(8, 8)
     extra.register_buffer("mask", torch.ones(8))
     assert "mask" in left_note(extra)
-    assert "no QConv2d" in left_note(nn.Conv2d(3, 3, 1))
+    assert "no quantized Bilinear" in left_note(nn.Bilinear(3, 3, 1))
     assert "no quantized LSTM" in left_note(nn.LSTM(3, 3))
     from torch.ao.nn.quantized.dynamic import Linear as TorchAoLinear
 
@@ -382,7 +390,7 @@ def with_nan(model):
     [
         (Model, {"ignore": "lm_haed"}, ["ignore", "'lm_haed'", "near it", "'lm_head'"]),
         (Model, {"scheme": {"*.liner1": qk.W8A8()}}, ["scheme", "'*.liner1'", "linear1"]),
-        (Model, {"scheme": {"conv": qk.W8A8()}}, ["'conv'", "no QConv1d in this version"]),
+        (Model, {"scheme": {"conv": qk.W4A8()}}, ["'conv'", "needs int8 weights with one scale"]),
         (
             Model,
             {"scheme": {"encoder.0.linear1": qk.NF4(), "*": qk.W8A8()}},
@@ -396,11 +404,11 @@ def with_nan(model):
         (Model, {"scheme": {}}, ["empty dict"]),
         (lambda: nn.Linear(4, 4), {}, ["itself a Linear", "QLinear.from_float"]),
         (lambda: nn.Embedding(4, 4), {}, ["QEmbedding.from_float"]),
-        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), {}, ["0 (Conv2d)", "no QConv2d"]),
+        (lambda: nn.Sequential(nn.PReLU(), nn.ReLU()), {}, ["0 (PReLU)", "no quantized PReLU"]),
         (lambda: nn.Sequential(), {}, ["nothing"]),
         (lambda: QLinear(4, 4), {}, ["already quantized"]),
         (lambda: bad(with_nan), {}, ["encoder.1.linear2", "NaN or Inf", "changed nothing"]),
-        (lambda: bad(lambda m: m.to("meta")), {}, ["5 layers", "embed", "meta device"]),
+        (lambda: bad(lambda m: m.to("meta")), {}, ["6 layers", "embed", "meta device"]),
         (lambda: bad(lambda m: m.encoder[0].to(torch.cfloat)), {}, ["encoder.0.linear1"]),
         (
             lambda: nn.Sequential(nn.Linear(131_072, 1), nn.Linear(4, 4)),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers import reference as ref
+from helpers.conv import Geometry, conv_weight
 from helpers.data import INTEGER_KINDS, KINDS, floats, rng, weight
 
 ops = torch.ops.qkernels
@@ -44,7 +45,7 @@ class Sample:
 
 
 def samples() -> list[Sample]:
-    return [*quantizers(), *weights(), *products(), *linears()]
+    return [*quantizers(), *weights(), *products(), *linears(), *convolutions()]
 
 
 def quantizers() -> list[Sample]:
@@ -146,4 +147,45 @@ def linears() -> list[Sample]:
     x = floats((2, 3, 21), torch.bfloat16).requires_grad_()
     add("float", op, x, weight(KINDS[6], 19, 21, 8), *nothing)
     add("static", op, x, w, bias, scale, zero, None, None, codes=(2, 0))
+    return found
+
+
+def convolutions() -> list[Sample]:
+    found = []
+    image = Geometry((5, 6), (3, 2), (2, 1), (1, 0), (1, 1), (1, 2), groups=2, group_channels=3)
+    depthwise = Geometry((7,), (3,), (1,), (1,), (1,), (1,), 9, 1, 1)
+    spread = Geometry((4, 3, 3), (2, 2, 2), (2, 1, 1), *[(0, 0, 0)] * 2, (1, 1, 1), transposed=True)
+
+    def add(name: str, op: Any, *args: Any) -> None:
+        found.append(Sample(name, op, args, {}))
+
+    for geometry in (image, depthwise, spread):
+        for kind in (KINDS[0], KINDS[4]):
+            w = conv_weight(geometry, kind, -1 if kind is KINDS[0] else 5)
+            taps, channels, groups, group_size = w.sizes
+            name = f"{kind}-{len(geometry.size)}d"
+            add(name, ops.pack_conv.default, *w.stored, kind.layout, *w.sizes)
+            sizes = (kind.layout, taps, channels, groups, geometry.outputs, group_size)
+            add(name, ops.unpack_conv.default, w.packed, *sizes)
+            add(name, ops.conv.default, *w.arguments(geometry.input()))
+            x = geometry.input().requires_grad_()
+            bias = floats((geometry.outputs,)).requires_grad_()
+            add(name, ops.conv_differentiable.default, *w.arguments(x, bias))
+        w = conv_weight(geometry, KINDS[0])
+        name = f"int8-{len(geometry.size)}d"
+        x = geometry.input(torch.bfloat16)
+        add(name, ops.conv.default, *w.arguments(x, activation=2, epilogue=5))
+        x = geometry.input().requires_grad_()
+        add(name, ops.conv_differentiable.default, *w.arguments(x, activation=1))
+    w = conv_weight(image, KINDS[0])
+    codes = torch.ones(2, 6, 5, 6, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
+    residual = torch.ones(2, 16, *image.out, dtype=torch.int8)
+    ranges = (0.5, 1, 0.25, 2, 0.125, 3)
+    add("codes", ops.conv.default, *w.arguments(codes, None, residual, *ranges, 2, 1))
+    add(
+        "to bfloat16",
+        ops.conv.default,
+        *w.arguments(codes, x_scale=0.5, activation=1),
+        torch.bfloat16,
+    )
     return found

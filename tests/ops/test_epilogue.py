@@ -10,16 +10,19 @@ from helpers import reference as ref
 from helpers.check import same_bits, same_tensor, within
 from helpers.data import FLOATS, INTEGER_KINDS, KINDS, awkward, floats, weight
 
-NONE, RELU, GELU, GELU_TANH, SILU = range(5)
+NONE, RELU, GELU, GELU_TANH, SILU, RELU6, HARDSWISH = range(7)
 EXACT = {
     RELU: F.relu,
     GELU: F.gelu,
     GELU_TANH: lambda y: F.gelu(y, approximate="tanh"),
     SILU: F.silu,
+    RELU6: F.relu6,
+    HARDSWISH: F.hardswish,
 }
 # |error| <= this * |argument| before rounding to the result's type.
-BOUND = {RELU: 0.0, GELU: 3e-7, GELU_TANH: 1.5e-7, SILU: 1.5e-7}
-EPILOGUES = pytest.mark.parametrize("epilogue", EXACT, ids=["relu", "gelu", "gelu_tanh", "silu"])
+BOUND = {RELU: 0.0, GELU: 3e-7, GELU_TANH: 1.5e-7, SILU: 1.5e-7, RELU6: 0.0, HARDSWISH: 2e-7}
+NAMES = ["relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish"]
+EPILOGUES = pytest.mark.parametrize("epilogue", EXACT, ids=NAMES)
 
 
 def identity(width: int):
@@ -63,11 +66,12 @@ def test_special_arguments(epilogue: int) -> None:
     x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, 3e38, -3e38])
     y = identity(1)(x[:, None], epilogue)[:, 0]
     assert (y[:2] == 0).all()
-    assert y[2] == torch.inf
+    largest = 6.0 if epilogue == RELU6 else torch.inf
+    assert y[2] == largest
     assert not y[3] > 0
     assert y[4].isnan()
     assert (y[5:].isfinite()).all()
-    assert y[6] == x[6]
+    assert y[6] == min(x[6], largest)
     if epilogue == RELU:
         assert y[3] == 0
 

@@ -27,6 +27,11 @@ CALLS: dict[str, Callable[[int], Any]] = {
     "embedding": lambda layout: ops.embedding(
         torch.tensor([1]), W.packed, layout, 19, 8, -1, torch.float32
     ),
+    "pack_conv": lambda layout: ops.pack_conv(W.data, W.scale_tensor, None, layout, 1, 8, 1, -1),
+    "unpack_conv": lambda layout: ops.unpack_conv(W.packed, layout, 1, 8, 1, 19, -1),
+    "conv": lambda layout: ops.conv(
+        floats((2, 8, 3)), W.packed, *[None] * 8, layout, 19, 1, -1, [1], [1], [0], [1], False, 0, 0
+    ),
 }
 UNKNOWN = "is not a packed layout that qkernels has written; take it from qkernels._C.layout("
 VERSION = "but this build reads 1; load the model from its file again"
@@ -35,7 +40,7 @@ VERSION = "but this build reads 1; load the model from its file again"
 def test_all_ops_that_take_a_layout_are_here() -> None:
     schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("qkernels::")]
     names = {s.name.removeprefix("qkernels::") for s in schemas if "int layout" in str(s)}
-    assert names - {"linear_differentiable"} == set(CALLS)
+    assert names - {"linear_differentiable", "conv_differentiable"} == set(CALLS)
     for call in CALLS.values():
         call(W.layout)
 

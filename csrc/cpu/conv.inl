@@ -1,0 +1,553 @@
+// Convolution with int8 weights and activations: the product of matmul.inl, without a gathered x.
+// In the image the channels lie innermost and the borders are filled in, so what an output pixel
+// needs of x is a few runs of consecutive codes at fixed distances from its own corner of the
+// image: one run for each row of the kernel.
+//
+// Per output: p, the exact sum of (code(x) - zero) * code(w); y = fma(scale of x, f32(p) * scale of
+// w, bias); the residual is added; activation function; conversion. As in scalar.cpp, to the bit.
+
+// ---- The image ----------------------------------------------------------------------------------
+
+template <class Body>
+inline void with_image_type(DType type, const Body& body) {
+  if (type == DType::i8) return body(Element<DType::i8>{});
+  with_float_type(type, body);
+}
+
+// x[at .. at + count) as int8 codes.
+template <DType X>
+void image_codes(const ConvArgs& a, const ImageCodes& codes, int64_t at, int64_t count,
+                 uint8_t* out) {
+  if constexpr (X == DType::i8) {
+    std::memcpy(out, static_cast<const uint8_t*>(a.x) + at, static_cast<size_t>(count));
+  } else {
+    const Affine affine{codes.scale, codes.inverse, codes.zero};
+    Span span{0, count};
+    if (codes.plain && a.symmetric) {
+      span.begin = encode_tame_span<X, Format::int8, true>(a.x, at, affine, span, out, 0, false);
+    } else if (codes.plain) {
+      span.begin = encode_tame_span<X, Format::int8, false>(a.x, at, affine, span, out, 0, false);
+    }
+    encode_span<X, Format::int8>(a.x, at, affine, a.symmetric, span, out, 0);
+  }
+}
+
+// Channels as the image has them: groups of `count`, `padded` codes apart.
+struct ImageGroups {
+  int64_t groups, count, padded;
+};
+inline ImageGroups image_groups(const ConvArgs& a) {
+  if (a.depthwise) return {1, a.channels, a.pixel_codes()};
+  return {a.groups, a.channels / a.groups, a.group_channels};
+}
+
+constexpr int64_t kPiece = 1024;  // codes of x that are made before they are spread
+
+// Pixels `count` of a row of x, from x[at] on, to every step-th pixel of `out`; channels innermost
+// on both sides.
+template <DType X>
+void spread_pixels(const ConvArgs& a, const ImageCodes& codes, int64_t at, int64_t count,
+                   uint8_t* out) {
+  const ImageGroups g = image_groups(a);
+  const int64_t width = a.pixel_codes(), step = a.step[2] * width;
+  if (a.channels == width && a.step[2] == 1) {
+    return image_codes<X>(a, codes, at, count * width, out);
+  }
+  if (a.channels > kPiece / 4) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t group = 0; group < g.groups; ++group) {
+        image_codes<X>(a, codes, at + i * a.channels + group * g.count, g.count,
+                       out + i * step + group * g.padded);
+      }
+    }
+    return;
+  }
+  uint8_t piece[kPiece];
+  const int64_t fit = kPiece / a.channels;
+  for (int64_t i = 0; i < count; i += fit) {
+    const int64_t pixels = count - i < fit ? count - i : fit;
+    image_codes<X>(a, codes, at + i * a.channels, pixels * a.channels, piece);
+    const uint8_t* from = piece;
+    for (int64_t pixel = i; pixel < i + pixels; ++pixel) {
+      for (int64_t group = 0; group < g.groups; ++group, from += g.count) {
+        uint8_t* to = out + pixel * step + group * g.padded;
+        for (int64_t c = 0; c < g.count; ++c) to[c] = from[c];
+      }
+    }
+  }
+}
+
+// Four rows of codes to every step-th word of `out`.
+void interleave_codes(const uint8_t (&rows)[4][kPiece], int64_t count, int64_t step, uint8_t* out) {
+  const auto line = [&](int r, int64_t i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r] + i));
+  };
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m128i ab[2] = {_mm_unpacklo_epi8(line(0, i), line(1, i)),
+                           _mm_unpackhi_epi8(line(0, i), line(1, i))};
+    const __m128i cd[2] = {_mm_unpacklo_epi8(line(2, i), line(3, i)),
+                           _mm_unpackhi_epi8(line(2, i), line(3, i))};
+    alignas(16) uint32_t words[16];
+    for (int half = 0; half < 2; ++half) {
+      __m128i* to = reinterpret_cast<__m128i*>(words + half * 8);
+      _mm_store_si128(to, _mm_unpacklo_epi16(ab[half], cd[half]));
+      _mm_store_si128(to + 1, _mm_unpackhi_epi16(ab[half], cd[half]));
+    }
+    for (int j = 0; j < 16; ++j) std::memcpy(out + (i + j) * step, words + j, 4);
+  }
+  for (; i < count; ++i) {
+    for (int r = 0; r < 4; ++r) out[i * step + r] = rows[r][i];
+  }
+}
+
+// The same from an x whose pixels lie innermost; x[at] is channel 0.
+template <DType X>
+void gather_channels(const ConvArgs& a, const ImageCodes& codes, int64_t at, int64_t count,
+                     uint8_t* out) {
+  const ImageGroups g = image_groups(a);
+  const int64_t width = a.pixel_codes(), step = a.step[2] * width;
+  const int64_t plane = a.in[0] * a.in[1] * a.in[2];
+  uint8_t rows[4][kPiece];
+  for (int64_t i = 0; i < count; i += kPiece) {
+    const int64_t pixels = count - i < kPiece ? count - i : kPiece;
+    for (int64_t group = 0; group < g.groups; ++group) {
+      for (int64_t c = 0; c < g.padded; c += 4) {
+        for (int r = 0; r < 4; ++r) {
+          if (c + r < g.count) {
+            image_codes<X>(a, codes, at + (group * g.count + c + r) * plane + i, pixels, rows[r]);
+          } else {
+            std::memset(rows[r], codes.zero, static_cast<size_t>(pixels));
+          }
+        }
+        interleave_codes(rows, pixels, step, out + i * step + group * g.padded + c);
+      }
+    }
+  }
+}
+
+// A row of the image as signed codes.
+template <DType X>
+void image_row(const ConvArgs& a, int64_t row, uint8_t* out) {
+  const int64_t n = row / (a.grid[0] * a.grid[1]);
+  const ImageCodes& codes = a.codes[n];
+  const int64_t width = a.pixel_codes(), length = a.grid[2];
+  const int64_t z = conv_source(a, 0, row / a.grid[1] % a.grid[0]);
+  const int64_t y = conv_source(a, 1, row % a.grid[1]);
+  // Elements [first, last) of the row of x lie in the image, from pixel `begin` on.
+  const int64_t before = a.before[2], step = a.step[2];
+  const int64_t first = before < 0 ? (-before + step - 1) / step : 0;
+  const int64_t begin = before + first * step;
+  int64_t last = begin < length ? first + (length - begin + step - 1) / step : first;
+  if (last > a.in[2]) last = a.in[2];
+  const auto fill = [&](int64_t from, int64_t to) {
+    if (from < to)
+      std::memset(out + from * width, codes.zero, static_cast<size_t>((to - from) * width));
+  };
+  if (z < 0 || y < 0 || first >= last) return fill(0, length);
+  const bool has_gaps = step != 1 || (a.x_channels_last && a.channels != width);
+  fill(0, has_gaps ? length : begin);
+  if (!has_gaps) fill(begin + last - first, length);
+  const int64_t pixel =
+      ((n * (a.x_channels_last ? a.in[0] : 0) + z) * a.in[1] + y) * a.in[2] + first;
+  if (a.x_channels_last) {
+    spread_pixels<X>(a, codes, pixel * a.channels, last - first, out + begin * width);
+  } else {
+    const int64_t image = n * a.channels * a.in[0] * a.in[1] * a.in[2];
+    gather_channels<X>(a, codes, image + pixel, last - first, out + begin * width);
+  }
+}
+
+int conv_code_bytes(const ConvArgs& a) { return a.depthwise ? 1 : static_cast<int>(kBytes<W8A8>); }
+
+void conv_prepare(const ConvArgs& a, int64_t begin, int64_t end) {
+  with_image_type(a.x_type, [&](auto type) {
+    const int64_t codes = a.grid[2] * a.pixel_codes();
+    for (int64_t row = begin; row < end; ++row) {
+      uint8_t* out = a.image + row * codes * conv_code_bytes(a);
+      // Units take the place of their codes, which lie at the end of the row until then.
+      uint8_t* signed_codes = out + codes * (conv_code_bytes(a) - 1);
+      image_row<decltype(type)::value>(a, row, signed_codes);
+      if (!a.depthwise) W8A8::codes_to_units(signed_codes, codes, out);
+    }
+  });
+}
+
+// ---- Where the rows of the product are ----------------------------------------------------------
+
+// What a tile needs to know of its output pixels.
+constexpr int64_t kConvSlab = 256;
+struct Pixels {
+  const uint8_t* x[kConvSlab];  // corner of the image
+  float scale[kConvSlab];       // of x
+  int zero[kConvSlab];
+  int64_t image[kConvSlab], pixel[kConvSlab];  // of y
+};
+
+void find_pixels(const ConvArgs& a, int64_t begin, int64_t end, Pixels* pixels) {
+  const int64_t bytes = a.pixel_codes() * conv_code_bytes(a);
+  int64_t n = begin / a.pixels(), pixel = begin % a.pixels();
+  int64_t z = pixel / (a.out[1] * a.out[2]), y = pixel / a.out[2] % a.out[1];
+  int64_t x = pixel % a.out[2];
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const int64_t corner =
+        (z * a.stride[0] * a.grid[1] + y * a.stride[1]) * a.grid[2] + x * a.stride[2];
+    pixels->x[i] = a.image + n * a.image_codes() * conv_code_bytes(a) + corner * bytes;
+    pixels->scale[i] = a.codes[n].scale;
+    pixels->zero[i] = a.codes[n].zero;
+    pixels->image[i] = n;
+    pixels->pixel[i] = pixel;
+    ++pixel;
+    if (++x < a.out[2]) continue;
+    x = 0;
+    if (++y < a.out[1]) continue;
+    y = 0;
+    if (++z < a.out[0]) continue;
+    z = pixel = 0;
+    ++n;
+  }
+}
+
+// Distance in bytes from a pixel's corner to tap `tap`.
+int64_t tap_offset(const ConvArgs& a, int64_t tap) {
+  const int64_t z = tap / (a.kernel[1] * a.kernel[2]), y = tap / a.kernel[2] % a.kernel[1];
+  const int64_t x = tap % a.kernel[2];
+  return ((z * a.dilation[0] * a.grid[1] + y * a.dilation[1]) * a.grid[2] + x * a.dilation[2]) *
+         a.pixel_codes() * conv_code_bytes(a);
+}
+
+// Consecutive taps whose codes are consecutive too.
+int64_t run_taps(const ConvArgs& a) {
+  return a.groups == 1 && a.dilation[2] == 1 ? a.kernel[2] : 1;
+}
+
+// ---- From sums to y -----------------------------------------------------------------------------
+
+SIMD F activate(Epilogue epilogue, F x) {
+  switch (epilogue) {
+    case Epilogue::none:
+      return x;
+    case Epilogue::relu:
+      return activate<Epilogue::relu>(x);
+    case Epilogue::gelu:
+      return activate<Epilogue::gelu>(x);
+    case Epilogue::gelu_tanh:
+      return activate<Epilogue::gelu_tanh>(x);
+    case Epilogue::silu:
+      return activate<Epilogue::silu>(x);
+    case Epilogue::relu6:
+      return activate<Epilogue::relu6>(x);
+    case Epilogue::hardswish:
+      break;
+  }
+  return activate<Epilogue::hardswish>(x);
+}
+
+// kWidth elements (or the first `count`) from `at` on, as floats.
+template <DType T, class... Count>
+SIMD F load_output(const ConvArgs& a, int64_t at, Count... count) {
+  if constexpr (T == DType::i8) {
+    const I code = load_i8(static_cast<const int8_t*>(a.residual) + at, count...);
+    return mul(to_float(sub(code, splat(a.residual_zero))), splat(a.residual_scale));
+  } else {
+    return load_as<T>(a.residual, at, count...);
+  }
+}
+
+template <DType T, class... Count>
+SIMD void store_output(const ConvArgs& a, int64_t at, F y, Count... count) {
+  if constexpr (T == DType::i8) {
+    const Encoder<Format::int8> encoder =
+        make_encoder<Format::int8>(a.y_inverse, a.y_zero, /*symmetric=*/false);
+    store_i8(static_cast<int8_t*>(a.y) + at, encode(encoder, y), count...);
+  } else {
+    store_as<T>(a.y, at, y, count...);
+  }
+}
+
+// Sums of `rows` pixels, from the slab's `first` on, and of blocks from `block` on; outputs of a
+// group are `outputs`, the first of them output `base` of y.
+struct ConvSums {
+  const int32_t* sums;  // [rows][blocks * 16]
+  const Pixels* pixels;
+  int64_t first, block, base, outputs;
+  int rows, blocks;
+  const uint8_t* weight;
+};
+
+// Scales, zero points and bias of kWidth outputs.
+struct OutputScales {
+  F scale, bias;
+};
+SIMD OutputScales output_scales(const ConvArgs& a, const ConvSums& t, int v, int count) {
+  const uint8_t* weight = t.weight + v * kWidth / kLanes * a.shape.bytes;
+  F scale, bias = splat(0.0f);
+  with_float_type(a.scale_type, [&](auto type) INLINE {
+    scale = load_as<decltype(type)::value>(weight + a.shape.scales, v * kWidth % kLanes);
+  });
+  if (a.bias != nullptr) {
+    const int64_t o = t.base + t.block * kLanes + v * kWidth;
+    with_float_type(a.bias_type, [&](auto type) INLINE {
+      bias = load_as<decltype(type)::value>(a.bias, o, count);
+    });
+  }
+  return {scale, bias};
+}
+
+SIMD F scaled(const ConvSums& t, const OutputScales& s, int v, int r) {
+  const F sum = to_float(load(t.sums + r * t.blocks * kLanes + v * kWidth));
+  return fma(splat(t.pixels->scale[t.first + r]), mul(sum, s.scale), s.bias);
+}
+
+// Outputs innermost in y.
+template <DType Y, DType Residual>
+void finish_last(const ConvArgs& a, const ConvSums& t) {
+  for (int v = 0; v < t.blocks * (kLanes / kWidth); ++v) {
+    const int64_t left = t.outputs - t.block * kLanes - v * kWidth;
+    if (left <= 0) return;
+    const int count = static_cast<int>(left < kWidth ? left : kWidth);
+    const OutputScales s = output_scales(a, t, v, count);
+    for (int r = 0; r < t.rows; ++r) {
+      const int64_t at = conv_output(a, t.pixels->image[t.first + r], t.pixels->pixel[t.first + r],
+                                     t.base + t.block * kLanes + v * kWidth);
+      F y = scaled(t, s, v, r);
+      if (a.residual != nullptr) {
+        y = add(y, count == kWidth ? load_output<Residual>(a, at)
+                                   : load_output<Residual>(a, at, count));
+      }
+      y = activate(a.epilogue, y);
+      if (count == kWidth) {
+        store_output<Y>(a, at, y);
+      } else {
+        store_output<Y>(a, at, y, count);
+      }
+    }
+  }
+}
+
+// Pixels innermost in y.
+void finish_first(const ConvArgs& a, const ConvSums& t) {
+  for (int v = 0; v < t.blocks * (kLanes / kWidth); ++v) {
+    const int64_t o = t.block * kLanes + v * kWidth;
+    if (o >= t.outputs) return;
+    const int count = static_cast<int>(t.outputs - o < kWidth ? t.outputs - o : kWidth);
+    const OutputScales s = output_scales(a, t, v, count);
+    float y[kMaxRows][kWidth], residual[kWidth] = {};
+    for (int r = 0; r < t.rows; ++r) {
+      const int64_t at =
+          conv_output(a, t.pixels->image[t.first + r], t.pixels->pixel[t.first + r], t.base + o);
+      F sum = scaled(t, s, v, r);
+      if (a.residual != nullptr) {
+        for (int i = 0; i < count; ++i) residual[i] = conv_residual(a, at + i * a.pixels());
+        sum = add(sum, load(residual));
+      }
+      store(y[r], activate(a.epilogue, sum));
+    }
+    for (int i = 0; i < count; ++i) {
+      for (int r = 0; r < t.rows; ++r) {
+        conv_store(a,
+                   conv_output(a, t.pixels->image[t.first + r], t.pixels->pixel[t.first + r],
+                               t.base + o + i),
+                   y[r][i]);
+      }
+    }
+  }
+}
+
+using ConvFinish = void (*)(const ConvArgs&, const ConvSums&);
+
+template <DType Y>
+ConvFinish conv_finish_last(DType residual) {
+  if (residual == DType::i8) return finish_last<Y, DType::i8>;
+  if (residual == DType::f32) return finish_last<Y, DType::f32>;
+  return residual == DType::bf16 ? finish_last<Y, DType::bf16> : finish_last<Y, DType::f16>;
+}
+ConvFinish conv_finish(const ConvArgs& a) {
+  if (!a.y_channels_last) return finish_first;
+  ConvFinish result = nullptr;
+  with_image_type(a.y_type, [&](auto type) {
+    result = conv_finish_last<decltype(type)::value>(a.residual_type);
+  });
+  return result;
+}
+
+// ---- Tiles --------------------------------------------------------------------------------------
+
+struct Runs {
+  int64_t count, units;  // units of 4 codes in a run
+  int64_t offsets[kConvTaps];
+};
+
+template <int Rows, int Blocks>
+void conv_tile(const ConvArgs& a, const Runs& runs, const Pixels& pixels, int64_t first,
+               const uint8_t* weight, int64_t x_offset, int32_t* out) {
+  constexpr int kParts = kLanes / kWidth;
+  constexpr int kVectors = Blocks * kParts;
+  I sums[kVectors][Rows];
+  unroll<kVectors>([&](int v) INLINE {
+    const uint8_t* at = weight + v / kParts * a.shape.bytes + a.shape.sums;
+    const I codes = load(reinterpret_cast<const int32_t*>(at) + v % kParts * kWidth);
+    unroll<Rows>([&](int r) INLINE {
+      const int zero = pixels.zero[first + r] + (W8A8::kFlipped ? 128 : 0);
+      sums[v][r] = multiply(codes, splat(-zero));
+    });
+  });
+  const uint8_t* x[Rows];
+  unroll<Rows>([&](int r) INLINE { x[r] = pixels.x[first + r] + x_offset; });
+  const uint8_t* codes[Blocks];
+  unroll<Blocks>([&](int b) INLINE { codes[b] = weight + b * a.shape.bytes; });
+  int64_t line = 0;
+  for (int64_t run = 0; run < runs.count; ++run) {
+    W8A8::accumulate_run(sums, x, runs.offsets[run], codes, line, runs.units);
+    line += runs.units * kLine;
+  }
+  unroll<kVectors>([&](int v) INLINE {
+    unroll<Rows>([&](int r) INLINE { store(out + (r * kVectors + v) * kWidth, sums[v][r]); });
+  });
+}
+
+using ConvTileKernel = void (*)(const ConvArgs&, const Runs&, const Pixels&, int64_t,
+                                const uint8_t*, int64_t, int32_t*);
+struct ConvTiles {
+  ConvTileKernel of[W8A8::kRows][W8A8::kConvBlocks];  // [rows - 1][blocks - 1]
+};
+template <int... Index>
+constexpr ConvTiles conv_tiles(std::integer_sequence<int, Index...>) {
+  return {{conv_tile<Index / W8A8::kConvBlocks + 1, Index % W8A8::kConvBlocks + 1>...}};
+}
+
+// The next of `left` items when they are cut into pieces of at most `most`, as even as can be.
+int64_t even_piece(int64_t left, int64_t most) {
+  const int64_t pieces = (left + most - 1) / most;
+  return (left + pieces - 1) / pieces;
+}
+
+void conv_dense(const ConvArgs& a, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
+                int64_t pixel_end) {
+  static constexpr ConvTiles kTiles =
+      conv_tiles(std::make_integer_sequence<int, W8A8::kRows * W8A8::kConvBlocks>{});
+  const ConvFinish finish = conv_finish(a);
+  Runs runs;
+  const int64_t taps = run_taps(a);
+  runs.count = a.taps() / taps;
+  runs.units = taps * a.group_channels / 4;
+  for (int64_t run = 0; run < runs.count; ++run) runs.offsets[run] = tap_offset(a, run * taps);
+  alignas(64) int32_t sums[W8A8::kRows * W8A8::kConvBlocks * kLanes];
+  Pixels pixels;
+  for (int64_t slab = pixel_begin; slab < pixel_end; slab += kConvSlab) {
+    const int64_t count = pixel_end - slab < kConvSlab ? pixel_end - slab : kConvSlab;
+    find_pixels(a, slab, slab + count, &pixels);
+    for (int64_t block = block_begin; block < block_end;) {
+      const int64_t group = block / a.group_blocks(), first = block % a.group_blocks();
+      const int64_t group_end = (group + 1) * a.group_blocks();
+      const int64_t left = (group_end < block_end ? group_end : block_end) - block;
+      const int64_t blocks = even_piece(left, W8A8::kConvBlocks);
+      const uint8_t* weight = a.packed + block * a.shape.bytes;
+      const int64_t x_offset = group * a.group_channels * conv_code_bytes(a);
+      for (int64_t pixel = 0; pixel < count;) {
+        const int64_t rows = even_piece(count - pixel, W8A8::kRows);
+        kTiles.of[rows - 1][blocks - 1](a, runs, pixels, pixel, weight, x_offset, sums);
+        finish(a, {sums, &pixels, pixel, first, group * a.group_outputs(), a.group_outputs(),
+                   static_cast<int>(rows), static_cast<int>(blocks), weight});
+        pixel += rows;
+      }
+      block += blocks;
+    }
+  }
+}
+
+// ---- Depthwise ----------------------------------------------------------------------------------
+// A lane is a channel. Taps are taken in pairs, as vpmaddwd wants them; a line of the packed weight
+// holds two pairs, of its even and of its odd bytes.
+
+constexpr int64_t kMaxPairs = kDepthwiseTaps / 2;
+constexpr int kDepthwiseRows = 4;
+
+struct Pairs {
+  int64_t count;
+  int64_t low[kMaxPairs], high[kMaxPairs];         // where x has the taps
+  alignas(64) int32_t weights[kMaxPairs][kLanes];  // of a block
+};
+
+Pairs find_pairs(const ConvArgs& a) {
+  Pairs pairs;
+  pairs.count = 0;
+  for (int64_t line = 0; line < a.taps(); line += 4) {
+    for (int64_t odd = 0; odd < 2 && line + odd < a.taps(); ++odd) {
+      const int64_t low = line + odd, high = line + odd + 2;
+      pairs.low[pairs.count] = tap_offset(a, low);
+      pairs.high[pairs.count++] = tap_offset(a, high < a.taps() ? high : low);
+    }
+  }
+  return pairs;
+}
+
+void load_pairs(const uint8_t* weight, Pairs* pairs) {
+  for (int64_t i = 0; i < pairs->count; ++i) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int8_t* taps =
+          reinterpret_cast<const int8_t*>(weight) + i / 2 * kLine + lane * 4 + i % 2;
+      pairs->weights[i][lane] =
+          static_cast<int32_t>((taps[0] & 0xffffu) | static_cast<uint32_t>(taps[2]) << 16);
+    }
+  }
+}
+
+template <int Rows>
+void depthwise_tile(const ConvArgs& a, const Pairs& pairs, const Pixels& pixels, int64_t first,
+                    const uint8_t* weight, int64_t channel, int32_t* out) {
+  constexpr int kParts = kLanes / kWidth;
+  unroll<kParts>([&](int v) INLINE {
+    const I codes = load(reinterpret_cast<const int32_t*>(weight + a.shape.sums) + v * kWidth);
+    I sums[Rows];
+    const uint8_t* x[Rows];
+    unroll<Rows>([&](int r) INLINE {
+      sums[r] = multiply(codes, splat(-pixels.zero[first + r]));
+      x[r] = pixels.x[first + r] + channel + v * kWidth;
+    });
+    for (int64_t i = 0; i < pairs.count; ++i) {
+      const I w = load(pairs.weights[i] + v * kWidth);
+      unroll<Rows>([&](int r) INLINE {
+        const I pair = pair_words(load_i8(x[r] + pairs.low[i]), load_i8(x[r] + pairs.high[i]));
+        dot2_words(sums[r], pair, w);
+      });
+    }
+    unroll<Rows>([&](int r) INLINE { store(out + r * kLanes + v * kWidth, sums[r]); });
+  });
+}
+
+void conv_depthwise(const ConvArgs& a, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
+                    int64_t pixel_end) {
+  using Kernel = void (*)(const ConvArgs&, const Pairs&, const Pixels&, int64_t, const uint8_t*,
+                          int64_t, int32_t*);
+  static constexpr Kernel kTiles[kDepthwiseRows] = {depthwise_tile<1>, depthwise_tile<2>,
+                                                    depthwise_tile<3>, depthwise_tile<4>};
+  const ConvFinish finish = conv_finish(a);
+  Pairs pairs = find_pairs(a);
+  alignas(64) int32_t sums[kDepthwiseRows * kLanes];
+  Pixels pixels;
+  for (int64_t slab = pixel_begin; slab < pixel_end; slab += kConvSlab) {
+    const int64_t count = pixel_end - slab < kConvSlab ? pixel_end - slab : kConvSlab;
+    find_pixels(a, slab, slab + count, &pixels);
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      const uint8_t* weight = a.packed + block * a.shape.bytes;
+      load_pairs(weight, &pairs);
+      for (int64_t pixel = 0; pixel < count;) {
+        const int64_t rows = even_piece(count - pixel, kDepthwiseRows);
+        kTiles[rows - 1](a, pairs, pixels, pixel, weight, block * kLanes, sums);
+        finish(a,
+               {sums, &pixels, pixel, block, 0, a.out_channels, static_cast<int>(rows), 1, weight});
+        pixel += rows;
+      }
+    }
+  }
+}
+
+// ---- Table entries ------------------------------------------------------------------------------
+
+void conv(const ConvArgs& a, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
+          int64_t pixel_end) {
+  (a.depthwise ? conv_depthwise : conv_dense)(a, block_begin, block_end, pixel_begin, pixel_end);
+}
+
+const char* conv_name(bool depthwise) { return depthwise ? W8A8::kDepthwiseName : W8A8::kConvName; }
