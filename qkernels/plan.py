@@ -1,4 +1,4 @@
-"""What quantize_ will do to each module, decided before anything is touched."""
+"""What quantize_ and prepare_qat_ will do to each module, decided before anything is touched."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from qkernels.nn import QModule
 from qkernels.nn.carry import why_not_quantizable, why_not_replaceable
 from qkernels.nn.linear import why_too_long
+from qkernels.nn.qat import QATModule
 from qkernels.schemes import Scheme
 
 _NO_WEIGHT = "has no weight"
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+# Those that train for quantization, and stay float when they are converted.
+_TRAINED_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN_LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
@@ -57,7 +60,10 @@ class _Candidate:
 
 
 def make_plan(
-    model: nn.Module, schemes: Mapping[str, Scheme], ignore: tuple[str, ...]
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    ignore: tuple[str, ...],
+    op: str = "quantize_",
 ) -> list[Step]:
     """Decide about every module.
 
@@ -65,6 +71,8 @@ def make_plan(
         model: the model to be quantized.
         schemes: scheme by pattern, the last matching one counts.
         ignore: patterns of modules to leave.
+        op: what the plan is for: "quantize_" or "prepare_qat_", which also takes convolutions and
+            schemes whose input ranges are not known yet.
 
     Raises:
         ValueError: a layer that was asked for cannot be quantized (all such layers are named), or
@@ -75,14 +83,15 @@ def make_plan(
         found.setdefault(id(module), _Candidate(module)).names.append(name)
     candidates = [c for c in found.values() if is_listed(c.module)]
     for candidate in candidates:
-        _choose(candidate, model, schemes, ignore)
+        _choose(candidate, model, schemes, ignore, op)
     _settle_ties(candidates)
-    _check_use(candidates, schemes)
-    _refuse(
+    _check_use(candidates, schemes, op)
+    reasons = (
         f"{c.names[0]}: {reason}"
         for c in candidates
-        if c.scheme is not None and (reason := _why_impossible(c.module, c.scheme)) is not None
+        if c.scheme is not None and (reason := _why_impossible(c.module, c.scheme, op)) is not None
     )
+    _refuse(reasons, op)
     seen: set[object] = set()
     return [
         Step(
@@ -122,13 +131,16 @@ def matches(pattern: str, name: str) -> bool:
     return False
 
 
-def check_patterns(model: nn.Module, patterns: Iterable[str], argument: str) -> None:
+def check_patterns(
+    model: nn.Module, patterns: Iterable[str], argument: str, op: str = "quantize_"
+) -> None:
     """Refuse patterns that name nothing.
 
     Args:
         model: where the names come from.
         patterns: globs, see `matches`.
         argument: what the patterns were given as.
+        op: the function that they were given to.
 
     Raises:
         ValueError: a pattern matches no module; names the nearest names.
@@ -140,7 +152,7 @@ def check_patterns(model: nn.Module, patterns: Iterable[str], argument: str) -> 
             near = get_close_matches(pattern, known, n=3, cutoff=0.5)
             hint = f"; near it are {', '.join(map(repr, near))}" if near else ""
             raise ValueError(
-                f"quantize_: {argument} names {pattern!r}, which matches no module{hint}. Patterns "
+                f"{op}: {argument} names {pattern!r}, which matches no module{hint}. Patterns "
                 "are shell globs on names as in model.named_modules()"
             )
 
@@ -177,10 +189,14 @@ def own_bytes(module: nn.Module, seen: set[object]) -> int:
 
 
 def _choose(
-    candidate: _Candidate, model: nn.Module, schemes: Mapping[str, Scheme], ignore: tuple[str, ...]
+    candidate: _Candidate,
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    ignore: tuple[str, ...],
+    op: str,
 ) -> None:
     module, names = candidate.module, candidate.names
-    reason = _why_left(module) or _why_parent_needs_float(model, names)
+    reason = _why_left(module, op) or _why_parent_needs_float(model, names)
     ignored = [p for p in ignore if any(matches(p, name) for name in names)]
     wanted = [p for p in schemes if any(matches(p, name) for name in names)]
     if reason is not None:
@@ -194,14 +210,18 @@ def _choose(
         candidate.scheme = schemes[wanted[-1]]
 
 
-def _why_left(module: nn.Module) -> str | None:
+def _why_left(module: nn.Module, op: str) -> str | None:
     kind = type(module)
     if isinstance(module, QModule):
         return f"already quantized with {module.scheme}"
+    if isinstance(module, QATModule):
+        return f"prepared for {module.scheme}; convert_ quantizes it"
     if kind.__module__.startswith("torch.ao."):
         return "a module of torch.ao, whose weight is quantized in a way of its own"
     if not (module._parameters or module._buffers):
         return _NO_WEIGHT
+    if op == "prepare_qat_" and kind in _TRAINED_CONVOLUTIONS:
+        return why_not_replaceable(module)
     if kind in _PLAIN_LINEARS or kind is nn.Embedding:
         return why_not_replaceable(module)
     if isinstance(module, nn.Linear | nn.Embedding):
@@ -256,9 +276,14 @@ def _weights_read(kind: type[nn.Module]) -> set[str]:
     return found
 
 
-def _why_impossible(module: nn.Module, scheme: Scheme) -> str | None:
+def _why_impossible(module: nn.Module, scheme: Scheme, op: str) -> str | None:
     weight = _weight(module)
-    if isinstance(module, nn.Linear) and scheme.static:
+    if isinstance(module, _CONVOLUTIONS) and scheme.group_size != -1:
+        return (
+            f"{scheme} cuts rows into groups, but a convolution has one scale for each output "
+            "channel; give convolutions a scheme with group_size=-1 by a pattern of their own"
+        )
+    if op == "quantize_" and isinstance(module, nn.Linear) and scheme.static:
         return (
             f"{scheme} needs the measured scale of its input; make it with "
             "QLinear.from_float(layer, scheme, x_scale=...), or use a scheme that is not static"
@@ -306,7 +331,7 @@ def _share(candidate: _Candidate, earlier: list[_Candidate]) -> None:
     )
 
 
-def _check_use(candidates: list[_Candidate], schemes: Mapping[str, Scheme]) -> None:
+def _check_use(candidates: list[_Candidate], schemes: Mapping[str, Scheme], op: str) -> None:
     """Refuse patterns by which nothing is quantized."""
     for pattern in schemes:
         named = [c for c in candidates if any(matches(pattern, name) for name in c.names)]
@@ -315,23 +340,23 @@ def _check_use(candidates: list[_Candidate], schemes: Mapping[str, Scheme]) -> N
         overridden = [c for c in named if c.scheme is not None]
         if overridden:
             raise ValueError(
-                f"quantize_: pattern {pattern!r} has no effect, since {overridden[0].pattern!r} "
+                f"{op}: pattern {pattern!r} has no effect, since {overridden[0].pattern!r} "
                 "comes later and the last match counts; put the more general pattern first"
             )
         reasons = [f"{c.names[0]} ({type(c.module).__name__}): {c.note}" for c in named]
         with_weight = [r for r in reasons if not r.endswith(_NO_WEIGHT)] or reasons
         more = f"; and {len(with_weight) - 4} more" if len(with_weight) > 4 else ""
         raise ValueError(
-            f"quantize_: nothing that {pattern!r} matches can be quantized: "
+            f"{op}: nothing that {pattern!r} matches can be quantized: "
             f"{'; '.join(with_weight[:4])}{more}"
         )
 
 
-def _refuse(reasons: Iterable[str]) -> None:
+def _refuse(reasons: Iterable[str], op: str) -> None:
     lines = list(reasons)
     if lines:
         count = "a layer" if len(lines) == 1 else f"{len(lines)} layers"
         raise ValueError(
-            f"quantize_ cannot quantize {count}, and has changed nothing: {'; '.join(lines)}. "
+            f"{op} cannot quantize {count}, and has changed nothing: {'; '.join(lines)}. "
             "Name it in ignore to leave it float"
         )

@@ -1,4 +1,4 @@
-// Steps that every ISA's `prepare` shares: they depend on single rows and scales, not on vectors.
+// Steps that every ISA's kernels share: they depend on single rows and scales, not on vectors.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -29,6 +29,16 @@ static inline float finish(const LinearArgs& a, int64_t row, float sum, float we
   if (a.activation == Activation::int8_asymmetric)
     sum = std::fma(-a.row_zero[row], weight_sum, sum);
   return apply_epilogue(std::fma(a.row_scale[row], sum, bias), a.epilogue);
+}
+
+// Scale and zero point that fake_quantize was given for a group.
+template <class Args>
+static inline Affine given_affine(const Args& a, int64_t row, int64_t group) {
+  const int64_t i = a.shared_scale ? 0 : row * a.groups + group;
+  const float scale = load_float(a.scale, a.scale_type, i);
+  const int zero = a.zero_point == nullptr ? symmetric_zero(a.format)
+                                           : load_zero_point(a.zero_point, a.format, i);
+  return {scale, 1.0f / scale, zero};
 }
 
 }  // namespace qkernels

@@ -1,7 +1,25 @@
-"""Quantized modules with the constructors of torch's own."""
+"""Quantized modules with the constructors of torch's own, and those that train for them."""
 
 from qkernels.nn.embedding import QEmbedding
 from qkernels.nn.linear import QLinear
 from qkernels.nn.module import QModule
+from qkernels.nn.qat import (
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATEmbedding,
+    QATLinear,
+    QATModule,
+)
 
-__all__ = ["QEmbedding", "QLinear", "QModule"]
+__all__ = [
+    "QATConv1d",
+    "QATConv2d",
+    "QATConv3d",
+    "QATEmbedding",
+    "QATLinear",
+    "QATModule",
+    "QEmbedding",
+    "QLinear",
+    "QModule",
+]

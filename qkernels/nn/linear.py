@@ -110,7 +110,7 @@ class QLinear(QModule):
         if reason is not None:
             raise ValueError(f"QLinear.from_float: the layer cannot be quantized: {reason}")
         new = cls.shell(linear, scheme)
-        new._set_activation_range(x_scale, x_zero_point)
+        new.set_activation_range(x_scale, x_zero_point)
         new.packed = packed_parameter(quantize_weight(linear.weight, scheme), scheme)
         return new
 
@@ -132,9 +132,18 @@ class QLinear(QModule):
         carry_over(linear, new)
         return new
 
-    def _set_activation_range(
+    def set_activation_range(
         self, x_scale: Tensor | float | None, x_zero_point: Tensor | int | None
     ) -> None:
+        """Give a static layer what its input is quantized with.
+
+        Args:
+            x_scale: the scale, or None for a layer that is not static.
+            x_zero_point: the int8 code of zero, or None for one that is not static and asymmetric.
+
+        Raises:
+            ValueError: one is missing, or the scheme does not take it.
+        """
         for name, given in (("x_scale", x_scale), ("x_zero_point", x_zero_point)):
             buffer = getattr(self, name)
             if (buffer is None) != (given is None):
