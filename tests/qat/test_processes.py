@@ -28,6 +28,12 @@ def prepared():
     qk.prepare_qat_(model, scheme, learn_scale=kind == "learned")
     return model
 
+def sgd(model):
+    # Scales get a hundredth of the learning rate, so that none becomes negative.
+    scales = [p for name, p in model.named_parameters() if "scale" in name]
+    rest = [p for name, p in model.named_parameters() if "scale" not in name]
+    return torch.optim.SGD([{"params": rest}, {"params": scales, "lr": 0.0005}], lr=0.05)
+
 x = torch.randn(64, 24, generator=torch.Generator().manual_seed(7))
 target = torch.randn(64, 4, generator=torch.Generator().manual_seed(8))
 
@@ -39,7 +45,7 @@ def step(model, optimizer, x, target):
     return loss.item()
 
 def steps(model, x, target, count=20):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = sgd(model)
     return [step(model, optimizer, x, target) for _ in range(count)]
 """
 
@@ -49,7 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 model = prepared()
 ddp = DistributedDataParallel(model)
 schedule = qk.qat.Schedule(ddp, freeze=10)
-optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+optimizer = sgd(ddp)
 losses = []
 for _ in range(20):
     losses.append(step(ddp, optimizer, x[rank::2], target[rank::2]))
@@ -63,7 +69,7 @@ dist.barrier()
 dist.destroy_process_group()
 alone = prepared()
 schedule = qk.qat.Schedule(alone, freeze=10)
-optimizer = torch.optim.SGD(alone.parameters(), lr=0.05)
+optimizer = sgd(alone)
 for _ in range(20):
     last = step(alone, optimizer, x, target)
     schedule.step()
