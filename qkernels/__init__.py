@@ -35,11 +35,12 @@ except ImportError as failure:
     from qkernels.doctor import doctor
 else:
     _PROBLEM = ""
-    from qkernels import functional, io, nn, ops
+    from qkernels import functional, io, nn, ops, qat
     from qkernels.doctor import doctor
     from qkernels.explain import explain
     from qkernels.functional import Quantized
     from qkernels.io import load_model, save_model
+    from qkernels.qat import convert_, prepare_qat_
     from qkernels.quantize import dequantize_, quantize_
     from qkernels.schemes import NF4, W4A8, W4A16, W8A8, W8A16, Scheme
     from qkernels.summary import Summary
@@ -64,6 +65,7 @@ __all__ = [
     "W8A8",
     "W8A16",
     "compare",
+    "convert_",
     "dequantize_",
     "doctor",
     "explain",
@@ -72,6 +74,8 @@ __all__ = [
     "load_model",
     "nn",
     "ops",
+    "prepare_qat_",
+    "qat",
     "quantize",
     "quantize_",
     "save_model",

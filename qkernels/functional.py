@@ -204,6 +204,89 @@ def dequantize(
     return out
 
 
+def fake_quantize(
+    x: Tensor,
+    format: str,
+    group_size: int | None = -1,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A tensor as it comes back from `quantize`, in one pass; its gradient goes straight through.
+
+    The scales follow the data, so nothing lies outside of their range and the gradient of x is that
+    of the result (straight-through estimator: Bengio et al., 2013).
+
+    Args:
+        x: float32, bfloat16 or float16 of any shape, with one dimension at least; float64 is
+            computed with in float32.
+        format: "int8", "int4", "nf4" or "int16".
+        group_size: as for `quantize`.
+        symmetric: no zero points; nf4 knows nothing else.
+        scale_dtype: type that scales are rounded to, float32 by default.
+
+    Returns:
+        The values of the codes, in the shape and type of x. A group with NaN or Inf is NaN.
+
+    Raises:
+        ValueError: an unknown format.
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        >>> x = torch.tensor([[0.26, -0.5, 1.27]], requires_grad=True)
+        >>> fake_quantize(x, "int8").sum().backward()
+        >>> x.grad
+        tensor([[1., 1., 1.]])
+    """
+    code = format_of(format).code
+    if x.dtype == torch.float64:
+        return fake_quantize(x.float(), format, group_size, symmetric, scale_dtype).double()
+    out: Tensor = torch.ops.qkernels.fake_quantize(x, code, group_size, symmetric, scale_dtype)
+    return out
+
+
+def fake_quantize_with(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: str,
+    group_size: int | None = -1,
+) -> Tensor:
+    """A tensor as it comes back from `quantize_with`, differentiable in scales and zero points too.
+
+    Inside of the codes' range the gradient of x is that of the result, outside it is 0. Scales get
+    the gradient of LSQ (Esser et al., "Learned Step Size Quantization", 2020), zero points that of
+    LSQ+ (Bhalgat et al., 2020).
+
+    Args:
+        x: float32, bfloat16 or float16 of any shape, with one dimension at least; float64 is
+            computed with in float32.
+        scale: one value for each group, row or tensor, as `quantize` returns it.
+        zero_point: in the shape of `scale`: codes of zero, or float32 numbers, which are rounded to
+            codes and get a gradient; None for symmetric.
+        format: "int8", "int4", "nf4" or "int16".
+        group_size: as for `quantize`.
+
+    Returns:
+        The values of the codes, in the shape and type of x. NaN and Inf give NaN.
+
+    Raises:
+        ValueError: an unknown format.
+        RuntimeError: an argument that the op refuses.
+
+    Example:
+        >>> x = torch.tensor([0.7, 90.0], requires_grad=True)
+        >>> y = fake_quantize_with(x, torch.tensor(0.5), None, "int8", None)
+        >>> y.sum().backward()
+        >>> y.detach(), x.grad
+        (tensor([ 0.5000, 63.5000]), tensor([1., 0.]))
+    """
+    code = format_of(format).code
+    if x.dtype == torch.float64:
+        return fake_quantize_with(x.float(), scale, zero_point, format, group_size).double()
+    out: Tensor = torch.ops.qkernels.fake_quantize_with(x, scale, zero_point, code, group_size)
+    return out
+
+
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """The exact int32 product of two int8 matrices.
 

@@ -110,6 +110,65 @@ def _dequantize_out(
     _check_device("dequantize", data, scale=scale, zero_point=zero_point, **outs)
 
 
+# ---- fake_quantize -------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qkernels::fake_quantize")
+def _fake_quantize(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("qkernels::fake_quantize_with")
+def _fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor | None, *args: Any) -> Tensor:
+    _check_device("fake_quantize_with", x, scale=scale, zero_point=zero_point)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("qkernels::fake_quantize_backward")
+def _fake_quantize_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device("fake_quantize_backward", grad, x=x, scale=scale, zero_point=zero_point)
+    zero_shape = [0] if zero_point is None or zero_point.numel() == 0 else zero_point.shape
+    wide = torch.float32
+    return (
+        x.new_empty(x.shape),
+        scale.new_empty(scale.shape, dtype=wide),
+        scale.new_empty(zero_shape, dtype=wide),
+    )
+
+
+def _fake_straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """A scale that follows the data leaves nothing outside of its range, so all passes."""
+    return grad, None, None, None, None
+
+
+def _save_fake_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.format, ctx.group_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _fake_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, zero_point = ctx.saved_tensors
+    wants_x, wants_scale, wants_zero_point, *_ = ctx.needs_input_grad
+    grad_x, grad_scale, grad_zero_point = torch.ops.qkernels.fake_quantize_backward(
+        grad, x, scale, zero_point, ctx.format, ctx.group_size
+    )
+    return (
+        grad_x if wants_x else None,
+        grad_scale.to(scale.dtype) if wants_scale else None,
+        grad_zero_point if wants_zero_point else None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("qkernels::fake_quantize", _fake_straight_through)
+torch.library.register_autograd(
+    "qkernels::fake_quantize_with", _fake_gradients, setup_context=_save_fake_inputs
+)
+
+
 # ---- Packed weights ------------------------------------------------------------------------------
 
 

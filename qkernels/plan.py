@@ -1,4 +1,4 @@
-"""What quantize_ will do to each module, decided before anything is touched."""
+"""What quantize_ and prepare_qat_ will do to each module, decided before anything is touched."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qkernels.nn import QModule
 from qkernels.nn.carry import why_not_quantizable, why_not_replaceable
 from qkernels.nn.kinds import QUANTIZED, base_of, why_no_kernel
+from qkernels.nn.qat import QATModule
 from qkernels.schemes import Scheme
 
 _NO_WEIGHT = "has no weight"
@@ -55,7 +56,10 @@ class _Candidate:
 
 
 def make_plan(
-    model: nn.Module, schemes: Mapping[str, Scheme], ignore: tuple[str, ...]
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    ignore: tuple[str, ...],
+    op: str = "quantize_",
 ) -> list[Step]:
     """Decide about every module.
 
@@ -63,6 +67,8 @@ def make_plan(
         model: the model to be quantized.
         schemes: scheme by pattern, the last matching one counts.
         ignore: patterns of modules to leave.
+        op: what the plan is for: "quantize_" or "prepare_qat_", which also takes convolutions and
+            schemes whose input ranges are not known yet.
 
     Raises:
         ValueError: a layer that was asked for cannot be quantized (all such layers are named), or
@@ -73,14 +79,15 @@ def make_plan(
         found.setdefault(id(module), _Candidate(module)).names.append(name)
     candidates = [c for c in found.values() if is_listed(c.module)]
     for candidate in candidates:
-        _choose(candidate, model, schemes, ignore)
+        _choose(candidate, model, schemes, ignore, op)
     _settle_ties(candidates)
-    _check_use(candidates, schemes)
-    _refuse(
+    _check_use(candidates, schemes, op)
+    reasons = (
         f"{c.names[0]}: {reason}"
         for c in candidates
-        if c.scheme is not None and (reason := _why_impossible(c.module, c.scheme)) is not None
+        if c.scheme is not None and (reason := _why_impossible(c.module, c.scheme, op)) is not None
     )
+    _refuse(reasons, op)
     seen: set[object] = set()
     return [
         Step(
@@ -120,13 +127,16 @@ def matches(pattern: str, name: str) -> bool:
     return False
 
 
-def check_patterns(model: nn.Module, patterns: Iterable[str], argument: str) -> None:
+def check_patterns(
+    model: nn.Module, patterns: Iterable[str], argument: str, op: str = "quantize_"
+) -> None:
     """Refuse patterns that name nothing.
 
     Args:
         model: where the names come from.
         patterns: globs, see `matches`.
         argument: what the patterns were given as.
+        op: the function that they were given to.
 
     Raises:
         ValueError: a pattern matches no module; names the nearest names.
@@ -138,7 +148,7 @@ def check_patterns(model: nn.Module, patterns: Iterable[str], argument: str) -> 
             near = get_close_matches(pattern, known, n=3, cutoff=0.5)
             hint = f"; near it are {', '.join(map(repr, near))}" if near else ""
             raise ValueError(
-                f"quantize_: {argument} names {pattern!r}, which matches no module{hint}. Patterns "
+                f"{op}: {argument} names {pattern!r}, which matches no module{hint}. Patterns "
                 "are shell globs on names as in model.named_modules()"
             )
 
@@ -175,10 +185,14 @@ def own_bytes(module: nn.Module, seen: set[object]) -> int:
 
 
 def _choose(
-    candidate: _Candidate, model: nn.Module, schemes: Mapping[str, Scheme], ignore: tuple[str, ...]
+    candidate: _Candidate,
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    ignore: tuple[str, ...],
+    op: str,
 ) -> None:
     module, names = candidate.module, candidate.names
-    reason = _why_left(module) or _why_parent_needs_float(model, names)
+    reason = _why_left(module, op) or _why_parent_needs_float(model, names)
     ignored = [p for p in ignore if any(matches(p, name) for name in names)]
     wanted = [p for p in schemes if any(matches(p, name) for name in names)]
     if reason is not None:
@@ -196,14 +210,18 @@ def _choose(
             candidate.scheme = scheme
 
 
-def _why_left(module: nn.Module) -> str | None:
+def _why_left(module: nn.Module, op: str) -> str | None:
     kind = type(module)
     if isinstance(module, QModule):
         return f"already quantized with {module.scheme}"
+    if isinstance(module, QATModule):
+        return f"prepared for {module.scheme}; convert_ quantizes it"
     if kind.__module__.startswith("torch.ao."):
         return "a module of torch.ao, whose weight is quantized in a way of its own"
     if not (module._parameters or module._buffers):
         return _NO_WEIGHT
+    if op == "prepare_qat_" and isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return f"no QAT{kind.__name__} in this version"
     if kind in QUANTIZED:
         return why_not_replaceable(module)
     base = base_of(module)
@@ -256,8 +274,15 @@ def _weights_read(kind: type[nn.Module]) -> set[str]:
     return found
 
 
-def _why_impossible(module: nn.Module, scheme: Scheme) -> str | None:
-    if scheme.static and not isinstance(module, nn.Embedding):
+def _why_impossible(module: nn.Module, scheme: Scheme, op: str) -> str | None:
+    trains = op == "prepare_qat_"
+    if trains and isinstance(module, nn.modules.conv._ConvNd) and scheme.group_size != -1:
+        return (
+            f"{scheme} cuts rows into groups, but a convolution that trains has one scale for each "
+            "output channel; give convolutions a scheme with group_size=-1 by a pattern of their "
+            "own"
+        )
+    if not trains and scheme.static and not isinstance(module, nn.Embedding):
         made_by = QUANTIZED[type(module)].__name__
         return (
             f"{scheme} needs the measured scale of its input; make it with "
@@ -315,7 +340,7 @@ def _packs_alike(a: nn.Module, b: nn.Module) -> bool:
     return type(a) is type(b) and a.groups == b.groups
 
 
-def _check_use(candidates: list[_Candidate], schemes: Mapping[str, Scheme]) -> None:
+def _check_use(candidates: list[_Candidate], schemes: Mapping[str, Scheme], op: str) -> None:
     """Refuse patterns by which nothing is quantized."""
     for pattern in schemes:
         named = [c for c in candidates if any(matches(pattern, name) for name in c.names)]
@@ -324,23 +349,23 @@ def _check_use(candidates: list[_Candidate], schemes: Mapping[str, Scheme]) -> N
         overridden = [c for c in named if c.scheme is not None]
         if overridden:
             raise ValueError(
-                f"quantize_: pattern {pattern!r} has no effect, since {overridden[0].pattern!r} "
+                f"{op}: pattern {pattern!r} has no effect, since {overridden[0].pattern!r} "
                 "comes later and the last match counts; put the more general pattern first"
             )
         reasons = [f"{c.names[0]} ({type(c.module).__name__}): {c.note}" for c in named]
         with_weight = [r for r in reasons if not r.endswith(_NO_WEIGHT)] or reasons
         more = f"; and {len(with_weight) - 4} more" if len(with_weight) > 4 else ""
         raise ValueError(
-            f"quantize_: nothing that {pattern!r} matches can be quantized: "
+            f"{op}: nothing that {pattern!r} matches can be quantized: "
             f"{'; '.join(with_weight[:4])}{more}"
         )
 
 
-def _refuse(reasons: Iterable[str]) -> None:
+def _refuse(reasons: Iterable[str], op: str) -> None:
     lines = list(reasons)
     if lines:
         count = "a layer" if len(lines) == 1 else f"{len(lines)} layers"
         raise ValueError(
-            f"quantize_ cannot quantize {count}, and has changed nothing: {'; '.join(lines)}. "
+            f"{op} cannot quantize {count}, and has changed nothing: {'; '.join(lines)}. "
             "Name it in ignore to leave it float"
         )

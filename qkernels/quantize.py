@@ -15,6 +15,7 @@ from qkernels.nn.carry import share_hooks
 from qkernels.nn.conv import QConvNd
 from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.kinds import QUANTIZED, base_of, quantized_from_shell
+from qkernels.nn.qat import QATModule
 from qkernels.nn.storage import quantize_weight
 from qkernels.plan import Step, check_patterns, is_listed, make_plan, own_bytes, tensor_key
 from qkernels.schemes import Scheme
@@ -62,11 +63,9 @@ def quantize_(
         >>> len(summary.converted)
         1
     """
-    _check_model(model, "quantize_")
-    schemes = _schemes_by_pattern(scheme)
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"quantize_: ignore is {ignore!r}; expected patterns of module names")
+    check_model(model, "quantize_")
+    schemes = schemes_by_pattern(scheme)
+    patterns = ignored_patterns(ignore)
     if isinstance(scheme, Mapping):
         check_patterns(model, schemes, "scheme")
     if patterns != DEFAULT_IGNORE:
@@ -94,7 +93,7 @@ def quantize_(
             advance(step)
     settle_fast_paths(model)
     became = {step.names: f"{_quantized_kind(step)} {step.scheme}" for step in wanted}
-    return _summary(f"{type(model).__name__} quantized", model, steps, became)
+    return summary_of(f"{type(model).__name__} quantized", model, steps, became)
 
 
 def dequantize_(model: nn.Module) -> Summary:
@@ -119,13 +118,13 @@ def dequantize_(model: nn.Module) -> Summary:
           (0): Linear(in_features=64, out_features=64, bias=True)
         )
     """
-    _check_model(model, "dequantize_")
+    check_model(model, "dequantize_")
     if isinstance(model, QModule):
         raise ValueError(
             f"dequantize_: the model is itself a {type(model).__name__}, which cannot be replaced "
             "in place; use its dequantize()"
         )
-    steps = _steps_back(model)
+    steps = steps_back(model)
     wanted = [step for step in steps if step.scheme is not None]
     if not wanted:
         raise ValueError(f"dequantize_: {type(model).__name__} holds no quantized layer")
@@ -141,7 +140,7 @@ def dequantize_(model: nn.Module) -> Summary:
         replace_everywhere(model, step.names, old, new)
         became[step.names] = type(new).__name__
     settle_fast_paths(model)
-    return _summary(f"{type(model).__name__} dequantized", model, steps, became)
+    return summary_of(f"{type(model).__name__} dequantized", model, steps, became)
 
 
 def quantized_like_float(module: nn.Module, scheme: Scheme, twin: QModule | None = None) -> QModule:
@@ -182,7 +181,32 @@ def _quantized_kind(step: Step) -> str:
     return "QLinear" if step.kind.endswith("Linear") else f"Q{step.kind}"
 
 
-def _steps_back(model: nn.Module) -> list[Step]:
+def ignored_patterns(ignore: str | Sequence[str], op: str = "quantize_") -> tuple[str, ...]:
+    """One pattern or several, as the latter.
+
+    Args:
+        ignore: what the user gave.
+        op: the function that it was given to.
+
+    Raises:
+        TypeError: something else.
+    """
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{op}: ignore is {ignore!r}; expected patterns of module names")
+    return patterns
+
+
+def steps_back(
+    model: nn.Module, kind: type[QModule | QATModule] = QModule, left: str = "was not quantized"
+) -> list[Step]:
+    """What becomes of each module when all of one kind are replaced.
+
+    Args:
+        model: the model.
+        kind: the modules that are replaced.
+        left: the note for all others.
+    """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_listed(module):
@@ -191,13 +215,13 @@ def _steps_back(model: nn.Module) -> list[Step]:
     steps = []
     for found in names.values():
         module = model.get_submodule(found[0])
-        scheme = module.scheme if isinstance(module, QModule) else None
+        scheme = module.scheme if isinstance(module, kind) else None
         steps.append(
             Step(
                 names=tuple(found),
                 kind=type(module).__name__,
                 scheme=scheme,
-                note="" if scheme else "was not quantized",
+                note="" if scheme else left,
                 twin=None,
                 nbytes=own_bytes(module, seen),
             )
@@ -205,7 +229,17 @@ def _steps_back(model: nn.Module) -> list[Step]:
     return steps
 
 
-def _check_model(model: nn.Module, op: str) -> None:
+def check_model(model: nn.Module, op: str) -> None:
+    """Refuse what is no model whose layers can be replaced.
+
+    Args:
+        model: what the user gave.
+        op: the function that it was given to.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: DistributedDataParallel, or a ScriptModule.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model is {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, DistributedDataParallel):
@@ -220,22 +254,42 @@ def _check_model(model: nn.Module, op: str) -> None:
         )
 
 
-def _schemes_by_pattern(scheme: Scheme | Mapping[str, Scheme]) -> dict[str, Scheme]:
+def schemes_by_pattern(
+    scheme: Scheme | Mapping[str, Scheme], op: str = "quantize_"
+) -> dict[str, Scheme]:
+    """One scheme, or schemes by pattern, as the latter.
+
+    Args:
+        scheme: what the user gave.
+        op: the function that it was given to.
+
+    Raises:
+        TypeError: something else.
+        ValueError: an empty dict.
+    """
     schemes = dict(scheme) if isinstance(scheme, Mapping) else {"*": scheme}
     for pattern, value in schemes.items():
         if not isinstance(pattern, str) or not isinstance(value, Scheme):
             raise TypeError(
-                f"quantize_: scheme is {scheme!r}; expected a scheme like qk.W8A8(), or a dict "
+                f"{op}: scheme is {scheme!r}; expected a scheme like qk.W8A8(), or a dict "
                 "from patterns of module names to schemes"
             )
     if not schemes:
-        raise ValueError("quantize_: scheme is an empty dict; expected at least one pattern")
+        raise ValueError(f"{op}: scheme is an empty dict; expected at least one pattern")
     return schemes
 
 
-def _summary(
+def summary_of(
     title: str, model: nn.Module, steps: list[Step], became: dict[tuple[str, ...], str]
 ) -> Summary:
+    """The summary of what has been done.
+
+    Args:
+        title: what that was.
+        model: the model as it is now.
+        steps: the decisions about its modules.
+        became: class and scheme of what was replaced, by the names in its step.
+    """
     seen: set[object] = set()
     rows = []
     for step in steps:

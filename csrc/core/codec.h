@@ -205,10 +205,51 @@ static inline int encode(float x, Format format, const Affine& affine, bool symm
   return encode_integer(x, affine, code_min(format, symmetric), code_max(format, symmetric));
 }
 
+// What a code stands for in units of the scale.
+static inline float code_value(int code, Format format, int zero_point) {
+  return format == Format::nf4 ? kNf4Levels[code] : static_cast<float>(code - zero_point);
+}
+
 // (code - zero_point) * scale: the difference is exact, the product is rounded once.
 static inline float decode(int code, Format format, float scale, int zero_point) {
-  if (format == Format::nf4) return kNf4Levels[code] * scale;
-  return static_cast<float>(code - zero_point) * scale;
+  return code_value(code, format, zero_point) * scale;
+}
+
+// x after quantizing and dequantizing. NaN and Inf give NaN: training must not hide them.
+static inline float fake(float x, Format format, const Affine& affine, bool symmetric) {
+  if (!(std::fabs(x) < INFINITY)) return NAN;
+  return decode(encode(x, format, affine, symmetric), format, affine.scale, affine.zero_point);
+}
+
+// What an element adds to the gradients of fake(): straight through inside of the codes' range and
+// nothing outside of it; `slope` is dy / dscale (Esser et al., "Learned step size quantization",
+// 2020), and `clipped`, times -scale, the part of the zero point (Bhalgat et al., "LSQ+", 2020).
+struct FakeSlopes {
+  float dx, slope, clipped;
+};
+static inline FakeSlopes fake_slopes(float x, float grad, Format format, const Affine& affine,
+                                     bool symmetric) {
+  const bool levels = format == Format::nf4;
+  const int zero = affine.zero_point;
+  const float low = levels ? -1.0f : static_cast<float>(code_min(format, symmetric) - zero);
+  const float high = levels ? 1.0f : static_cast<float>(code_max(format, symmetric) - zero);
+  const float quotient = x * affine.inverse;
+  const float value = code_value(encode(x, format, affine, symmetric), format, zero);
+  if (quotient < low || quotient > high) return {0.0f, value, grad};
+  return {grad, value - quotient, 0.0f};
+}
+
+// Gradients of scales are summed in so many lanes, element i of a group in lane i % kSumLanes, and
+// the lanes in pairs: one order for every ISA.
+inline constexpr int kSumLanes = 16;
+
+static inline float sum_lanes(const float* lanes) {
+  float sums[kSumLanes];
+  std::memcpy(sums, lanes, sizeof(sums));
+  for (int half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
 }
 
 // Codes in storage. `zero_points` are int8, uint8 (int4) or int16 by the format.

@@ -33,6 +33,36 @@ struct DequantizeArgs {
   bool shared_scale;
 };
 
+// y = x quantized and dequantized. Where `scale` is null, each group chooses its own.
+struct FakeQuantizeArgs {
+  const void* x;  // [rows, cols]
+  void* y;        // [rows, cols]
+  DType type;     // of x and y
+  const void* scale;
+  DType scale_type;
+  const void* zero_point;  // null when symmetric, or chosen
+  int64_t cols, groups, group_size;
+  Format format;
+  bool symmetric;
+  bool shared_scale;
+};
+
+struct FakeBackwardArgs {
+  const void* grad;  // [rows, cols], of y
+  const void* x;
+  void* dx;
+  DType type;  // of grad, x and dx
+  const void* scale;
+  DType scale_type;
+  const void* zero_point;  // null when symmetric
+  float* scale_grad;       // [rows, groups], also of a shared scale
+  float* zero_grad;        // the same, or null
+  int64_t cols, groups, group_size;
+  Format format;
+  bool symmetric;
+  bool shared_scale;
+};
+
 // y[rows, n] = x[rows, k] . packed[n, k], in two steps. `prepare` turns rows of x into what the
 // ISA's tiles read and writes the workspace; `linear` reads only the workspace and the weight.
 struct LinearArgs {

@@ -21,6 +21,7 @@ namespace {
 #include "cpu/unroll.inl"
 #include "cpu/codes.inl"
 #include "cpu/quantize.inl"
+#include "cpu/fake_quantize.inl"
 #include "cpu/embedding.inl"
 #include "cpu/backward.inl"
 #include "cpu/epilogue.inl"
@@ -45,6 +46,8 @@ const Kernels* avx2_kernels() {
     t.quantize_with = avx2::quantize_with;
     t.range = avx2::range;
     t.dequantize = avx2::dequantize;
+    t.fake_quantize = avx2::fake_quantize;
+    t.fake_quantize_backward = avx2::fake_quantize_backward;
     t.row_tile = avx2::row_tile;
     t.block_tile = avx2::block_tile;
     t.panel_bytes = avx2::panel_bytes;

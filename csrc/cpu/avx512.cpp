@@ -25,6 +25,7 @@ namespace {
 #include "cpu/unroll.inl"
 #include "cpu/codes.inl"
 #include "cpu/quantize.inl"
+#include "cpu/fake_quantize.inl"
 #include "cpu/embedding.inl"
 #include "cpu/backward.inl"
 #include "cpu/epilogue.inl"
@@ -49,6 +50,8 @@ const Kernels* avx512_kernels() {
     t.quantize_with = avx512::quantize_with;
     t.range = avx512::range;
     t.dequantize = avx512::dequantize;
+    t.fake_quantize = avx512::fake_quantize;
+    t.fake_quantize_backward = avx512::fake_quantize_backward;
     t.row_tile = avx512::row_tile;
     t.block_tile = avx512::block_tile;
     t.panel_bytes = avx512::panel_bytes;

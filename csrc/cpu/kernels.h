@@ -20,6 +20,10 @@ struct Kernels {
   Range (*range)(const void* x, DType type, int64_t begin, int64_t end);
   void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);
 
+  // Rows [begin, end): quantized and dequantized in one pass, and the gradients of that.
+  void (*fake_quantize)(const FakeQuantizeArgs&, int64_t begin, int64_t end);
+  void (*fake_quantize_backward)(const FakeBackwardArgs&, int64_t begin, int64_t end);
+
   // Rows per tile of a prepared panel, and blocks of 16 output features that a tile spans. Work is
   // best split on these; any split is correct as long as `prepare` begins on a row tile.
   int (*row_tile)(const LinearArgs&);

@@ -1,4 +1,4 @@
-// Steps that every ISA's `prepare` shares: they depend on single rows and scales, not on vectors.
+// Steps that every ISA's kernels share: they depend on single rows and scales, not on vectors.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -61,6 +61,16 @@ static inline float conv_residual(const ConvArgs& a, int64_t at) {
   if (a.residual_type != DType::i8) return load_float(a.residual, a.residual_type, at);
   return decode(static_cast<const int8_t*>(a.residual)[at], Format::int8, a.residual_scale,
                 a.residual_zero);
+}
+
+// Scale and zero point that fake_quantize was given for a group.
+template <class Args>
+static inline Affine given_affine(const Args& a, int64_t row, int64_t group) {
+  const int64_t i = a.shared_scale ? 0 : row * a.groups + group;
+  const float scale = load_float(a.scale, a.scale_type, i);
+  const int zero = a.zero_point == nullptr ? symmetric_zero(a.format)
+                                           : load_zero_point(a.zero_point, a.format, i);
+  return {scale, 1.0f / scale, zero};
 }
 
 }  // namespace qkernels

@@ -1,5 +1,6 @@
 // The reference: every kernel in plain loops. Other ISAs copy this table and override rows; the
 // integer paths must equal it to the bit.
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -69,6 +70,47 @@ void dequantize(const DequantizeArgs& a, int64_t row_begin, int64_t row_end) {
         const float value = decode(load_code(codes, a.format, k), a.format, scale, zero);
         store_float(a.y, a.y_type, row * a.cols + k, value);
       }
+    }
+  }
+}
+
+// ---- Fake quantize ------------------------------------------------------------------------------
+
+void fake_quantize(const FakeQuantizeArgs& a, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const int64_t begin = row * a.cols + g * a.group_size;
+      const int64_t end = std::min(begin + a.group_size, (row + 1) * a.cols);
+      const Affine affine = a.scale != nullptr ? given_affine(a, row, g)
+                                               : choose_affine(range(a.x, a.type, begin, end),
+                                                               a.format, a.symmetric, a.scale_type);
+      for (int64_t i = begin; i < end; ++i) {
+        store_float(a.y, a.type, i,
+                    fake(load_float(a.x, a.type, i), a.format, affine, a.symmetric));
+      }
+    }
+  }
+}
+
+void fake_quantize_backward(const FakeBackwardArgs& a, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const int64_t begin = row * a.cols + g * a.group_size;
+      const int64_t end = std::min(begin + a.group_size, (row + 1) * a.cols);
+      const Affine affine = given_affine(a, row, g);
+      float scale_sums[kSumLanes] = {}, zero_sums[kSumLanes] = {};
+      for (int64_t i = begin; i < end; ++i) {
+        const float grad = load_float(a.grad, a.type, i);
+        const FakeSlopes s =
+            fake_slopes(load_float(a.x, a.type, i), grad, a.format, affine, a.symmetric);
+        float& scale_sum = scale_sums[(i - begin) % kSumLanes];
+        scale_sum = std::fma(grad, s.slope, scale_sum);
+        zero_sums[(i - begin) % kSumLanes] += s.clipped;
+        store_float(a.dx, a.type, i, s.dx);
+      }
+      const int64_t at = row * a.groups + g;
+      a.scale_grad[at] = sum_lanes(scale_sums);
+      if (a.zero_grad != nullptr) a.zero_grad[at] = -affine.scale * sum_lanes(zero_sums);
     }
   }
 }
@@ -328,9 +370,25 @@ const char* conv_name(bool depthwise) {
 }
 
 const Kernels kTable = {
-    "scalar",   quantize,        quantize_with, range,  dequantize,  row_tile,
-    block_tile, panel_bytes,     prepare,       linear, linear_name, backward,
-    embedding,  conv_code_bytes, conv_prepare,  conv,   conv_name,
+    "scalar",
+    quantize,
+    quantize_with,
+    range,
+    dequantize,
+    fake_quantize,
+    fake_quantize_backward,
+    row_tile,
+    block_tile,
+    panel_bytes,
+    prepare,
+    linear,
+    linear_name,
+    backward,
+    embedding,
+    conv_code_bytes,
+    conv_prepare,
+    conv,
+    conv_name,
 };
 
 }  // namespace scalar

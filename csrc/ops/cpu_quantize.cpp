@@ -1,44 +1,8 @@
 // quantize, quantize_with, dequantize and their out= forms on the CPU.
-#include <limits>
-#include <mutex>
-
-#include "cpu/kernels.h"
-#include "ops/checks.h"
+#include "ops/groups.h"
 
 namespace qkernels {
 namespace {
-
-// Elements per thread below which starting another costs more than it gains.
-constexpr int64_t kGrain = 32 * 1024;
-
-// How a tensor is cut: `rows` rows of `cols`, `groups` scales in each; per tensor one for all.
-struct Cut {
-  int64_t rows, cols, groups, group_size;
-  bool per_tensor;
-  Shape data, scale;
-};
-
-Cut cut_of(const char* op, const Shape& shape, Format format, std::optional<int64_t> group_size) {
-  if (shape.empty()) {
-    fail(op, "x must have at least one dimension, got a scalar; pass x.reshape(1)");
-  }
-  Cut cut;
-  cut.cols = shape.back();
-  cut.rows = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) cut.rows *= shape[i];
-  cut.per_tensor = !group_size;
-  if (group_size) check_group_size(op, *group_size);
-  const bool one_group = !group_size || *group_size == -1;
-  cut.group_size = one_group ? cut.cols : std::min(*group_size, std::max<int64_t>(cut.cols, 1));
-  cut.groups = one_group ? 1 : (cut.cols + cut.group_size - 1) / cut.group_size;
-  cut.data = shape;
-  if (info(format).bits == 4) cut.data.back() = storage_bytes(format, cut.cols);
-  if (!cut.per_tensor) {
-    cut.scale = shape;
-    cut.scale.back() = cut.groups;
-  }
-  return cut;
-}
 
 QuantizeArgs quantize_args(const Cut& cut, const Tensor& x, DType x_type, Format format) {
   QuantizeArgs a{};
@@ -65,20 +29,6 @@ void split_groups(Cut* cut, QuantizeArgs* a) {
   a->row_bytes = storage_bytes(a->format, cut->cols);
 }
 
-Range range_of(const Tensor& x, DType type) {
-  const Kernels& table = kernels();
-  Range total;
-  std::mutex mutex;
-  parallel(x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    const Range part = table.range(x.const_data_ptr(), type, begin, end);
-    const std::lock_guard<std::mutex> lock(mutex);
-    total.min = std::min(total.min, part.min);
-    total.max = std::max(total.max, part.max);
-    total.magnitude = std::max(total.magnitude, part.magnitude);
-  });
-  return total;
-}
-
 void run_quantize(const char* op, const Tensor& x_any, Format format,
                   std::optional<int64_t> group_size, bool symmetric, const Tensor& data,
                   const Tensor& scale, const Tensor& zero_point) {
@@ -102,14 +52,6 @@ void run_quantize(const char* op, const Tensor& x_any, Format format,
   const auto kernel = cut.per_tensor ? table.quantize_with : table.quantize;
   parallel(cut.rows, grain_for(kGrain, cut.cols),
            [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-}
-
-Format check_symmetry(const char* op, int64_t format_code, bool symmetric) {
-  const Format format = check_format(op, format_code);
-  if (!symmetric && !info(format).has_zero_point) {
-    fail(op, "format ", info(format).name, " has no zero point; pass symmetric=True");
-  }
-  return format;
 }
 
 Shape zero_shape(const Cut& cut, bool symmetric) { return symmetric ? Shape{0} : cut.scale; }
@@ -150,37 +92,6 @@ void quantize_out(const Tensor& x, int64_t format_code, std::optional<int64_t> g
   check_out(op, "scale", scale, cut.scale, scalar_type(check_float(op, "scale", scale)));
   check_out(op, "zero_point", zero_point, zero_shape(cut, symmetric), storage_type(format));
   run_quantize(op, x, format, group_size, symmetric, data, scale, zero_point);
-}
-
-// Scale and zero point as given by a caller; returned contiguous.
-struct Given {
-  Tensor scale;
-  DType scale_type;
-  std::optional<Tensor> zero_point;
-};
-
-Given check_given(const char* op, const Cut& cut, Format format, const Tensor& scale,
-                  const std::optional<Tensor>& zero_point) {
-  Given given{dense(scale), check_float(op, "scale", scale), std::nullopt};
-  const bool fits = cut.per_tensor ? scale.numel() == 1 : shape_of(scale) == cut.scale;
-  if (!fits) {
-    fail(op, "scale must have ", cut.per_tensor ? "one element" : "shape " + text_of(cut.scale),
-         " for this group_size, got ", shape_text(scale));
-  }
-  // quantize returns an empty zero point for a symmetric tensor; it means none here too.
-  if (zero_point && zero_point->numel() != 0) {
-    if (!info(format).has_zero_point) {
-      fail(op, "format ", info(format).name, " has no zero point; pass zero_point=None");
-    }
-    check_dtype(op, "zero_point", *zero_point, storage_type(format));
-    if (zero_point->numel() != scale.numel()) {
-      fail(op, "zero_point must have the shape of scale, ", shape_text(scale), ", got ",
-           shape_text(*zero_point));
-    }
-    given.zero_point = dense(*zero_point);
-    check_zero_points(op, *given.zero_point, format);
-  }
-  return given;
 }
 
 void run_quantize_with(const char* op, const Tensor& x_any, const Tensor& scale,

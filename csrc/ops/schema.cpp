@@ -21,6 +21,15 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "dequantize.out(Tensor data, Tensor scale, Tensor? zero_point, int format, int? group_size, "
       "*, Tensor(a!) out) -> ()");
   m.def(
+      "fake_quantize(Tensor x, int format, int? group_size=-1, bool symmetric=True, "
+      "ScalarType? scale_dtype=None) -> Tensor");
+  m.def(
+      "fake_quantize_with(Tensor x, Tensor scale, Tensor? zero_point, int format, "
+      "int? group_size=-1) -> Tensor");
+  m.def(
+      "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, int format, "
+      "int? group_size=-1) -> (Tensor x, Tensor scale, Tensor zero_point)");
+  m.def(
       "pack(Tensor data, Tensor scale, Tensor? zero_point, int layout, int in_features, "
       "int group_size) -> Tensor");
   m.def(

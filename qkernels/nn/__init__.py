@@ -1,4 +1,4 @@
-"""Quantized modules with the constructors of torch's own."""
+"""Quantized modules with the constructors of torch's own, and those that train for them."""
 
 from qkernels.nn.conv import (
     QConv1d,
@@ -10,8 +10,22 @@ from qkernels.nn.conv import (
 from qkernels.nn.embedding import QEmbedding
 from qkernels.nn.linear import QLinear
 from qkernels.nn.module import QModule
+from qkernels.nn.qat import (
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATEmbedding,
+    QATLinear,
+    QATModule,
+)
 
 __all__ = [
+    "QATConv1d",
+    "QATConv2d",
+    "QATConv3d",
+    "QATEmbedding",
+    "QATLinear",
+    "QATModule",
     "QConv1d",
     "QConv2d",
     "QConv3d",

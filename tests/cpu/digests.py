@@ -54,6 +54,20 @@ def quantizing(dtype: torch.dtype, form: ref.Format, symmetric: bool) -> Iterato
             yield ops.quantize_with(part, finite, given, form.code, group_size)
 
 
+def faking(dtype: torch.dtype, form: ref.Format, symmetric: bool) -> Iterator[Tensor]:
+    for shape in ((40, 1), (33, 37), (20, 1003), (4, 33000)):
+        x, grad = hard(*shape, dtype), floats(shape, seed="grad").to(dtype)
+        for group_size in (None, -1, 1, 8, 33):
+            part = x[:-3] if group_size is None else x
+            scale_dtype = FLOATS[(shape[0] + (group_size or 0)) % 3]
+            yield ops.fake_quantize(part, form.code, group_size, symmetric, scale_dtype)
+            _, scale, zero = ops.quantize(part, form.code, group_size, symmetric, scale_dtype)
+            narrow = torch.where(scale.isnan(), 0.1, scale / 2)
+            given = (narrow, None if symmetric else zero, form.code, group_size)
+            yield ops.fake_quantize_with(part, *given)
+            yield from ops.fake_quantize_backward(grad[: len(part)], part, *given)
+
+
 def multiplying(dtype: torch.dtype, kind_at: int, activation: int) -> Iterator[Tensor]:
     kind = INTEGER_KINDS[kind_at]
     for m, n, k, group_size in (
@@ -128,6 +142,9 @@ def digests() -> dict[str, str]:
             for symmetric in (True, False) if form.asymmetric else (True,):
                 found[f"quantize {form.name} {symmetric} {dtype}"] = digest(
                     quantizing(dtype, form, symmetric)
+                )
+                found[f"fake_quantize {form.name} {symmetric} {dtype}"] = digest(
+                    faking(dtype, form, symmetric)
                 )
         for i, kind in enumerate(INTEGER_KINDS):
             for activation in (1, 2):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from helpers import reference as ref
@@ -31,6 +32,12 @@ def calls() -> Iterator[Sample]:
             options = (scale, None, form.code, group_size)
             yield Sample("", ops.quantize_with.out, (x, *options), {"out": data})
             yield Sample("", ops.dequantize.out, (data, *options), {"out": torch.empty_like(x)})
+            middle = np.full(tuple(scale.shape), 3, ref.storage_dtype(form))
+            zero = None if form is ref.NF4 else torch.from_numpy(middle)
+            given = (scale, zero, form.code, group_size)
+            yield Sample("", ops.fake_quantize.default, (x, form.code, group_size), {})
+            yield Sample("", ops.fake_quantize_with.default, (x, *given), {})
+            yield Sample("", ops.fake_quantize_backward.default, (x, x, *given), {})
         for j, kind in enumerate(KINDS):
             n, m = SIZES[(i + j) % len(SIZES)], (1, 2, 4, 7, 9, 17)[(i + j) % 6]
             w = weight(kind, n, cols, (-1, 1, 5, 16)[(i + j) % 4])

@@ -45,7 +45,7 @@ class Sample:
 
 
 def samples() -> list[Sample]:
-    return [*quantizers(), *weights(), *products(), *linears(), *convolutions()]
+    return [*quantizers(), *fakes(), *weights(), *products(), *linears(), *convolutions()]
 
 
 def quantizers() -> list[Sample]:
@@ -90,6 +90,29 @@ def quantizers() -> list[Sample]:
             y = torch.empty(3, 11)
             add(name, ops.dequantize.out, data, scale, given, form.code, group_size, out=y)
     add("defaults", ops.quantize.default, floats((2, 3, 8)), 0)
+    return found
+
+
+def fakes() -> list[Sample]:
+    found = []
+    for form in ref.FORMATS:
+        for group_size in (None, -1, 4):
+            x, grad = floats((3, 11)), floats((3, 11), seed="grad")
+            name = f"{form.name}-{group_size}"
+            symmetric = form is ref.NF4 or group_size != -1
+            options = (form.code, group_size, symmetric, torch.bfloat16)
+            found.append(Sample(name, ops.fake_quantize.default, (x, *options), {}))
+            _, scale, zero = ops.quantize(x, *options)
+            given = (scale, None if symmetric else zero, form.code, group_size)
+            found.append(Sample(name, ops.fake_quantize_with.default, (x, *given), {}))
+            found.append(Sample(name, ops.fake_quantize_backward.default, (grad, x, *given), {}))
+    x, scale, zero = floats((3, 11)), torch.full((3, 3), 0.2), torch.full((3, 3), 7.3)
+    for wanted in ((x,), (scale, zero), (x, scale, zero)):
+        trained = [t.clone().requires_grad_(any(t is w for w in wanted)) for t in (x, scale, zero)]
+        op = ops.fake_quantize_with.default
+        found.append(Sample(f"learned {len(wanted)}", op, (*trained, 1, 4), {}))
+    op = ops.fake_quantize.default
+    found.append(Sample("trained", op, (x.clone().requires_grad_(), 1, 4), {}))
     return found
 
 

@@ -176,6 +176,45 @@ quantize_with:
     out must have shape (3, 8), got (2, 8)
   ops.quantize_with.out(X, S8, None, INT8, out=D8.t().contiguous().t())
     out must be contiguous
+fake_quantize:
+  ops.fake_quantize(X.double(), INT8)
+    x must be float32, bfloat16 or float16, got float64; convert
+  ops.fake_quantize(torch.tensor(1.0), INT8)
+    x must have at least one dimension, got a scalar
+  ops.fake_quantize(X, 4)
+    format must be a code from 0 to 3, got 4
+  ops.fake_quantize(X, INT8, 0)
+    group_size must be -1
+  ops.fake_quantize(X, NF4, -1, False)
+    format nf4 has no zero point; pass symmetric=True
+  ops.fake_quantize(X, INT8, scale_dtype=torch.int8)
+    scale_dtype must be torch.float32
+fake_quantize_with:
+  ops.fake_quantize_with(X.int(), S8, None, INT8)
+    x must be float32, bfloat16 or float16, got int32
+  ops.fake_quantize_with(X, S8[:2], None, INT8)
+    scale must have shape (3, 1) for this group_size, got (2, 1)
+  ops.fake_quantize_with(X, S8.double(), None, INT8)
+    scale must be float32, bfloat16 or float16, got float64
+  ops.fake_quantize_with(X, S8, Z4, INT8)
+    zero_point must be int8, got uint8
+  ops.fake_quantize_with(X, S8, Z4.float(), INT8)
+    zero_point must have the shape of scale, (3, 1), got (3, 2)
+  ops.fake_quantize_with(X, S8, S8, NF4)
+    format nf4 has no zero point; pass zero_point=None
+  ops.fake_quantize_with(X, S8, S8 * torch.nan, INT8)
+    zero_point holds NaN; training has diverged
+  ops.fake_quantize_with(X, S4, torch.full_like(Z4, 16), INT4, 4)
+    zero_point must hold int4 codes from 0 to 15, got 16
+  ops.fake_quantize_with(X, S8.to("meta"), None, INT8)
+    scale is on meta but the first argument is on cpu
+fake_quantize_backward:
+  ops.fake_quantize_backward(X[:2], X, S8, None, INT8)
+    grad must have shape (3, 8), got (2, 8)
+  ops.fake_quantize_backward(X.bfloat16(), X, S8, None, INT8)
+    grad must be float32, got bfloat16
+  ops.fake_quantize_backward(X, X, S8, None, 9)
+    format must be a code from 0 to 3, got 9
 dequantize:
   dequantize(D8.int())
     data must be int8, got int32
