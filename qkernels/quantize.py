@@ -60,7 +60,7 @@ def quantize_(
         >>> len(summary.converted)
         1
     """
-    _check_model(model, "quantize_")
+    check_model(model, "quantize_")
     schemes = _schemes_by_pattern(scheme)
     patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     if not all(isinstance(pattern, str) for pattern in patterns):
@@ -117,7 +117,7 @@ def dequantize_(model: nn.Module) -> Summary:
           (0): Linear(in_features=64, out_features=64, bias=True)
         )
     """
-    _check_model(model, "dequantize_")
+    check_model(model, "dequantize_")
     if isinstance(model, QModule):
         raise ValueError(
             f"dequantize_: the model is itself a {type(model).__name__}, which cannot be replaced "
@@ -207,7 +207,17 @@ def _steps_back(model: nn.Module) -> list[Step]:
     return steps
 
 
-def _check_model(model: nn.Module, op: str) -> None:
+def check_model(model: nn.Module, op: str) -> None:
+    """Refuse what cannot be converted in place.
+
+    Args:
+        model: given by the user.
+        op: the function that was called, for errors.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: a wrapper that holds on to the parameters, or a ScriptModule.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model is {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, DistributedDataParallel):

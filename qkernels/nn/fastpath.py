@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from qkernels.nn.module import QModule
-
 # Module → the attribute that its forward asks before it takes the fused path, and its "no".
 _SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
@@ -17,7 +15,7 @@ _REMEMBERED = "_qkernels_fast_path"
 
 
 def settle_fast_paths(model: nn.Module) -> None:
-    """Turn torch's fused transformer paths off above quantized layers, and on again elsewhere.
+    """Turn torch's fused transformer paths off above layers without `weight`, and on elsewhere.
 
     The fused kernels take `linear1.weight` and `linear2.weight` as float tensors. Both switches
     only choose between the fused path and the plain one, which calls the layers.
@@ -29,9 +27,9 @@ def settle_fast_paths(model: nn.Module) -> None:
         for kind, (switch, off) in _SWITCHES.items():
             if not isinstance(module, kind):
                 continue
-            quantized = any(isinstance(m, QModule) for m in module.modules())
-            if quantized and _REMEMBERED not in module.__dict__:
+            hidden = any(getattr(m, "hides_weight", False) for m in module.modules())
+            if hidden and _REMEMBERED not in module.__dict__:
                 module.__dict__[_REMEMBERED] = getattr(module, switch)
                 setattr(module, switch, off)
-            elif not quantized and _REMEMBERED in module.__dict__:
+            elif not hidden and _REMEMBERED in module.__dict__:
                 setattr(module, switch, module.__dict__.pop(_REMEMBERED))
