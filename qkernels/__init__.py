@@ -49,10 +49,12 @@ else:
     quantize = functional.quantize
 
 if TYPE_CHECKING:
+    from qkernels import transfer
     from qkernels.report import Report, compare
 
 # Imported when they are first used: most programs need neither.
 _LAZY = {"Report": "qkernels.report", "compare": "qkernels.report"}
+_LAZY_MODULES = ("transfer",)
 
 __all__ = [
     "NF4",
@@ -79,6 +81,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "save_model",
+    "transfer",
 ]
 
 
@@ -87,6 +90,8 @@ def __getattr__(name: str) -> Any:
         raise ImportError(_PROBLEM)
     if name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name in _LAZY_MODULES:
+        value = importlib.import_module(f"qkernels.{name}")
     elif name == "__version__":
         value = _version()
     else:

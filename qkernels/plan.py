@@ -6,7 +6,7 @@ import dis
 import fnmatch
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import pairwise
@@ -17,6 +17,7 @@ from qkernels.nn import QModule
 from qkernels.nn.carry import why_not_quantizable, why_not_replaceable
 from qkernels.nn.kinds import QUANTIZED, base_of, why_no_kernel
 from qkernels.nn.qat import QATModule
+from qkernels.nn.sharded import is_sharded
 from qkernels.schemes import Scheme
 
 _NO_WEIGHT = "has no weight"
@@ -128,7 +129,12 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def check_patterns(
-    model: nn.Module, patterns: Iterable[str], argument: str, op: str = "quantize_"
+    model: nn.Module,
+    patterns: Iterable[str],
+    argument: str,
+    *,
+    op: str = "quantize_",
+    names: Sequence[str] | None = None,
 ) -> None:
     """Refuse patterns that name nothing.
 
@@ -136,20 +142,23 @@ def check_patterns(
         model: where the names come from.
         patterns: globs, see `matches`.
         argument: what the patterns were given as.
-        op: the function that they were given to.
+        op: the function that was called.
+        names: what may be named, instead of the modules.
 
     Raises:
         ValueError: a pattern matches no module; names the nearest names.
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    what = "module" if names is None else "module or parameter"
+    if names is None:
+        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
             known = list(dict.fromkeys([*names, *(name.rpartition(".")[2] for name in names)]))
             near = get_close_matches(pattern, known, n=3, cutoff=0.5)
             hint = f"; near it are {', '.join(map(repr, near))}" if near else ""
             raise ValueError(
-                f"{op}: {argument} names {pattern!r}, which matches no module{hint}. Patterns "
-                "are shell globs on names as in model.named_modules()"
+                f"{op}: {argument} names {pattern!r}, which matches no {what}{hint}. Patterns are "
+                "shell globs on names as in model.named_modules()"
             )
 
 
@@ -161,7 +170,7 @@ def is_listed(module: nn.Module) -> bool:
 
 def tensor_key(tensor: Tensor) -> object:
     """The same for two tensors if they are the same elements of the same memory."""
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or tensor.numel() == 0 or is_sharded(tensor):
         return id(tensor)
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
 
@@ -192,7 +201,7 @@ def _choose(
     op: str,
 ) -> None:
     module, names = candidate.module, candidate.names
-    reason = _why_left(module, op) or _why_parent_needs_float(model, names)
+    reason = _why_left(module, op) or why_parent_needs_float(model, names)
     ignored = [p for p in ignore if any(matches(p, name) for name in names)]
     wanted = [p for p in schemes if any(matches(p, name) for name in names)]
     if reason is not None:
@@ -238,8 +247,13 @@ def _why_left(module: nn.Module, op: str) -> str | None:
     return f"no quantized {kind.__name__} in this version"
 
 
-def _why_parent_needs_float(model: nn.Module, names: list[str]) -> str | None:
-    """Why the code around a module would break without its float weight, or None."""
+def why_parent_needs_float(model: nn.Module, names: Sequence[str]) -> str | None:
+    """Why the code around a module would break without its float weight, or None.
+
+    Args:
+        model: holds the module.
+        names: all qualified names of the module.
+    """
     for name in names:
         path, _, child = name.rpartition(".")
         parent = model.get_submodule(path)

@@ -104,9 +104,9 @@ def prepare_qat_(
     if not isinstance(learn_scale, bool):
         raise TypeError(f"{op}: learn_scale is {learn_scale!r}; expected True or False")
     if isinstance(scheme, Mapping):
-        check_patterns(model, schemes, "scheme", op)
+        check_patterns(model, schemes, "scheme", op=op)
     if patterns != DEFAULT_IGNORE:
-        check_patterns(model, patterns, "ignore", op)
+        check_patterns(model, patterns, "ignore", op=op)
     kind = next((k for k in _KINDS if isinstance(model, k.float_type)), None)
     if kind is not None:
         raise ValueError(

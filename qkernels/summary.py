@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 
@@ -109,12 +110,21 @@ class Summary:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return table_text(self.__rich__())
 
-        out = io.StringIO()
-        # As wide as the text needs: a log file has no width, and folded cells are hard to search.
-        Console(file=out, width=10_000, no_color=True).print(self.__rich__())
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+def table_text(table: RenderableType) -> str:
+    """A table as plain text.
+
+    Args:
+        table: anything that rich prints.
+    """
+    from rich.console import Console
+
+    out = io.StringIO()
+    # As wide as the text needs: a log file has no width, and folded cells are hard to search.
+    Console(file=out, width=10_000, no_color=True).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def size_text(count: int) -> str:

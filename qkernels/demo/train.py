@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,8 +142,41 @@ def fine_tune(
     trained: list[nn.Module] = [*list(model.layers)[len(model.layers) - layers :], model.head]
     for module in trained:
         module.requires_grad_(True)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    fit(model, trained, tokenizer, data, console, seed, epochs, batch_size, lr)
+    model.requires_grad_(False)
+
+
+def fit(
+    model: SentenceClassifier,
+    trained: Sequence[nn.Module],
+    tokenizer: Tokenizer,
+    data: Dataset,
+    console: Console,
+    seed: int,
+    epochs: int = 3,
+    batch_size: int = 32,
+    lr: float = 1e-4,
+    groups: Sequence[dict[str, Any]] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+) -> None:
+    """Train whatever of a model requires a gradient, keeping the best epoch.
+
+    Args:
+        model: trained in place; in eval mode afterwards.
+        trained: the modules that are in train mode meanwhile.
+        tokenizer: makes its batches.
+        data: training examples; the validation examples choose the epoch that is kept.
+        console: for the progress bar.
+        seed: order of the batches and dropout.
+        epochs: passes over the training examples.
+        batch_size: texts per step.
+        lr: highest learning rate; it warms up over a tenth of the steps, then falls to zero.
+        groups: the optimizer's parameter groups with rates of their own, instead of one for all.
+        penalty: what to add to the loss.
+    """
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
+    optimizer = torch.optim.AdamW(groups or parameters, lr=lr, weight_decay=0.01)
     texts = [e.text for e in data.train]
     target = labels(data.train)
     batches = list(tokenizer.batches(texts, batch_size))
@@ -153,7 +187,7 @@ def fine_tune(
     )
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    best, kept = test_accuracy(model, tokenizer, data.val), _state(trained)
+    best, kept = test_accuracy(model, tokenizer, data.val), _copies(named)
     loss_shown = 0.0
     with progress_bar(console) as bar:
         task = bar.add_task("fine-tuning", total=total)
@@ -163,6 +197,8 @@ def fine_tune(
                 module.train()
             for chosen, batch in batches:
                 loss = F.cross_entropy(model(**batch), target[chosen], label_smoothing=0.05)
+                if penalty is not None:
+                    loss = loss + penalty()
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -177,11 +213,12 @@ def fine_tune(
             score = test_accuracy(model, tokenizer, data.val)
             console.print(f"epoch {epoch + 1}: validation accuracy {score:.1%}")
             if score > best:
-                best, kept = score, _state(trained)
-    for module, state in zip(trained, kept, strict=True):
-        module.load_state_dict(state)
-    model.eval().requires_grad_(False)
+                best, kept = score, _copies(named)
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(kept[name])
+    model.eval()
 
 
-def _state(modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
-    return [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
+def _copies(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in named.items()}

@@ -107,7 +107,7 @@ def read_header(path: str | os.PathLike[str]) -> ModelFile:
         W8A8()
     """
     file = Path(path)
-    header = _raw_header(file)
+    header = raw_header(file)
     metadata = header.get("__metadata__")
     text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
@@ -116,7 +116,7 @@ def read_header(path: str | os.PathLike[str]) -> ModelFile:
             "by save_model; load it into the float model and quantize that"
         )
     try:
-        return _parse(file, _strict_json(text))
+        return _parse(file, strict_json(text))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, ModelFileError):
             raise
@@ -147,7 +147,15 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
-def _raw_header(file: Path) -> dict[str, Any]:
+def raw_header(file: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file, of bounded length.
+
+    Args:
+        file: the file.
+
+    Raises:
+        ModelFileError: the file is missing, cut short, or no safetensors file.
+    """
     try:
         size = file.stat().st_size
         if not file.is_file():
@@ -159,7 +167,7 @@ def _raw_header(file: Path) -> dict[str, Any]:
                     f"{file} is not a safetensors file, or is cut short: its first 8 bytes "
                     f"announce a header of {length} bytes, the file has {size}"
                 )
-            header = _strict_json(stream.read(length).decode())
+            header = strict_json(stream.read(length).decode())
     except OSError as error:
         raise ModelFileError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -171,7 +179,16 @@ def _raw_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _strict_json(text: str) -> Any:
+def strict_json(text: str) -> Any:
+    """What a JSON text holds, NaN and infinities refused.
+
+    Args:
+        text: to be parsed.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
 

@@ -192,9 +192,9 @@ def _checked_values(
     if missing or unexpected:
         said = []
         if missing:
-            said.append(f"it lacks {_some(missing)}")
+            said.append(f"it lacks {some(missing)}")
         if unexpected:
-            said.append(f"the model has no place for {_some(unexpected)}")
+            said.append(f"the model has no place for {some(unexpected)}")
         raise ModelFileError(
             f"{path} does not fit the model ({type(model).__name__}): {' and '.join(said)}"
         )
@@ -233,7 +233,8 @@ def _checked_values(
     return values
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first of some names for a message, and how many more there are."""
     listed = sorted(names)
     more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
     return ", ".join(listed[:4]) + more

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import qkernels
 from qkernels.io.file import METADATA_KEY, VERSION, ModelFile, ModuleEntry, checksum
 from qkernels.nn import QModule
+from qkernels.nn.sharded import gathered, is_sharded
 from qkernels.plan import tensor_key
 
 
@@ -32,7 +33,8 @@ def save_model(
     beside its place and then moved there, so that an older file survives a failure.
 
     Args:
-        model: on the CPU.
+        model: on the CPU. One that is sharded over processes is gathered: then all of them must
+            call this, and the first one writes.
         path: of the file, by custom ending in `.safetensors`.
         metadata: anything JSON can hold, to be read back with `qk.io.read_header(path).metadata`.
 
@@ -51,7 +53,7 @@ def save_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_model: model is {type(model).__name__}; expected a torch.nn.Module")
     model = uncompiled(model)
-    user = _checked_metadata(metadata)
+    user = checked_metadata("save_model", metadata)
     modules: dict[str, ModuleEntry] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -66,7 +68,9 @@ def save_model(
                 tied[key] = first_name[shared_as]
                 continue
             first_name[shared_as] = key
-            tensors[key] = _plain(key, tensor, used_storages)
+            tensors[key] = plain("save_model", key, tensor, used_storages)
+    if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
+        return  # the first process has gathered the same and writes it
     header = ModelFile(
         path=Path(path),
         version=VERSION,
@@ -76,7 +80,7 @@ def save_model(
         checksums={key: checksum(tensor) for key, tensor in tensors.items()},
         metadata=user,
     )
-    _write(Path(path), tensors, {"format": "pt", METADATA_KEY: header.to_json()})
+    write_tensors("save_model", path, tensors, {METADATA_KEY: header.to_json()})
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -130,14 +134,24 @@ def _named_tensors(name: str, module: nn.Module) -> Iterator[tuple[str, object, 
         yield full_name(name, part), tensor_key(tensor), tensor
 
 
-def _plain(key: str, tensor: Tensor, used_storages: set[int]) -> Tensor:
-    """The tensor as the file can hold it, in memory that no other stored tensor uses."""
-    tensor = tensor.detach()
+def plain(op: str, key: str, tensor: Tensor, used_storages: set[int]) -> Tensor:
+    """The tensor as a file can hold it, in memory that no other stored tensor uses.
+
+    Args:
+        op: the function that was called, for errors.
+        key: its name.
+        tensor: on any device.
+        used_storages: addresses of what is stored already; this one is added.
+
+    Raises:
+        ValueError: it has no values, or is not a plain dense tensor.
+    """
+    tensor = gathered(tensor.detach())
     if nn.parameter.is_lazy(tensor) or tensor.is_meta:
-        raise ValueError(f"save_model: {key} has no values yet; initialize or load the model first")
+        raise ValueError(f"{op}: {key} has no values yet; initialize or load the model first")
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         raise ValueError(
-            f"save_model: {key} is a {type(tensor).__name__} with layout {tensor.layout}; expected "
+            f"{op}: {key} is a {type(tensor).__name__} with layout {tensor.layout}; expected "
             "a plain dense tensor"
         )
     tensor = tensor.cpu().contiguous()
@@ -148,35 +162,57 @@ def _plain(key: str, tensor: Tensor, used_storages: set[int]) -> Tensor:
     return tensor
 
 
-def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def checked_metadata(op: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of the user's metadata, as JSON gives it back.
+
+    Args:
+        op: the function that was called, for errors.
+        metadata: given by the user.
+
+    Raises:
+        TypeError: JSON cannot hold it.
+    """
     user = dict(metadata or {})
     try:
         copy = json.loads(json.dumps(user, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"save_model: metadata cannot be written as JSON: {error}") from None
+        raise TypeError(f"{op}: metadata cannot be written as JSON: {error}") from None
     assert isinstance(copy, dict)
     return copy
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(
+    op: str, path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file, complete or not at all.
+
+    Args:
+        op: the function that was called, for errors.
+        path: of the file; an older one is replaced once the new one is on the disk.
+        tensors: plain ones, on the CPU, in memory of their own.
+        metadata: to store with them.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     # A link stays a link: what it points to is what is written.
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"save_model: there is no folder {str(target.parent)!r}; create it")
+        raise FileNotFoundError(f"{op}: there is no folder {str(target.parent)!r}; create it")
     if target.is_dir():
-        raise IsADirectoryError(f"save_model: {str(path)!r} is a folder; give the name of a file")
+        raise IsADirectoryError(f"{op}: {str(path)!r} is a folder; give the name of a file")
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         # The library makes a file that only its owner can read.
         beside.touch()
         mode = (target if target.exists() else beside).stat().st_mode & 0o777
-        save_file(tensors, beside, metadata)
+        save_file(tensors, beside, {"format": "pt", **metadata})
         beside.chmod(mode)
         _to_disk(beside)
         os.replace(beside, target)
         _to_disk(target.parent)
     except SafetensorError as error:
-        raise OSError(f"save_model: cannot write {str(path)!r}: {error}") from None
+        raise OSError(f"{op}: cannot write {str(path)!r}: {error}") from None
     finally:
         beside.unlink(missing_ok=True)
 

@@ -54,6 +54,20 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
         new.__dict__[table] = old.__dict__[table]
 
 
+def hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Move the hooks of a module to one that is called in its place and goes on calling it.
+
+    Args:
+        old: loses its hooks.
+        new: gets them; handles that registering returned then remove them there.
+    """
+    for table in _HOOKS:
+        mine, theirs = old.__dict__[table], new.__dict__[table]
+        new.__dict__[table], old.__dict__[table] = mine, theirs
+    new.__dict__["_is_full_backward_hook"] = old.__dict__["_is_full_backward_hook"]
+    old.__dict__["_is_full_backward_hook"] = None
+
+
 def why_not_replaceable(module: nn.Module) -> str | None:
     """Why a Linear or Embedding cannot be replaced without losing something, or None.
 

@@ -6,9 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from qkernels.nn.module import QModule
-from qkernels.nn.qat import QATModule
-
 # Module → the attribute that its forward asks before it takes the fused path, and its "no".
 _SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
@@ -30,9 +27,9 @@ def settle_fast_paths(model: nn.Module) -> None:
         for kind, (switch, off) in _SWITCHES.items():
             if not isinstance(module, kind):
                 continue
-            ours = any(isinstance(m, QModule | QATModule) for m in module.modules())
-            if ours and _REMEMBERED not in module.__dict__:
+            hidden = any(getattr(m, "hides_weight", False) for m in module.modules())
+            if hidden and _REMEMBERED not in module.__dict__:
                 module.__dict__[_REMEMBERED] = getattr(module, switch)
                 setattr(module, switch, off)
-            elif not ours and _REMEMBERED in module.__dict__:
+            elif not hidden and _REMEMBERED in module.__dict__:
                 setattr(module, switch, module.__dict__.pop(_REMEMBERED))

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels import _C
 from qkernels.functional import Quantized
+from qkernels.nn.sharded import gathered, is_sharded, sharded_like
 from qkernels.nn.storage import (
     WEIGHT_KEYS,
     Packing,
@@ -25,6 +27,8 @@ from qkernels.schemes import Scheme
 __all__ = ["WEIGHT_KEYS", "QModule", "check_device"]
 
 _saved = SavedWeights()
+# What a state_dict holds instead of WEIGHT_KEYS while the weight is spread over processes.
+PACKED_KEYS = ("packed", "layout")
 
 
 class QModule(nn.Module):
@@ -37,7 +41,9 @@ class QModule(nn.Module):
 
     packed: nn.Parameter
     # Attributes that a float module has no use for.
-    own_attributes = ("dtype", "layout", "packing", "qualified_name", "scheme", "shape")
+    own_attributes = ("dtype", "conv", "layout", "qualified_name", "scheme", "shape")
+    # Code that reads `weight` must not be led here; see `settle_fast_paths`.
+    hides_weight = True
     # State that has this meaning; a change of the keys or of their contents needs a new number.
     _version = 1
     # Set by quantize_ and load_model, to name the module in errors.
@@ -65,14 +71,19 @@ class QModule(nn.Module):
         if not self.dtype.is_floating_point:
             raise TypeError(f"{type(self).__name__}: dtype is {dtype}; expected a floating type")
         self.shape = (rows, columns)
-        self.packing = Packing(rows, columns, scheme, conv)
+        self.conv = conv  # taps and groups of a convolution
         packed = torch.empty(self.packing.packed_shape, dtype=torch.uint8, device=device)
         self.packed = nn.Parameter(packed, requires_grad=False)
         check_device(type(self).__name__, packed.device)
 
+    @property
+    def packing(self) -> Packing:
+        """How the weight is packed."""
+        return Packing(*self.shape, self.scheme, self.conv)
+
     def quantized_weight(self) -> Quantized:
-        """The weight in storage layout, a copy."""
-        return self.packing.unpack(self.packed.detach())
+        """The weight in storage layout, a copy; of a sharded one, all processes must ask for it."""
+        return self.packing.unpack(gathered(self.packed.detach()))
 
     @staticmethod
     def matrix_of(module: nn.Module) -> Tensor:
@@ -135,6 +146,11 @@ class QModule(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        if is_sharded(self.packed):
+            # Rows as they are: each process has some, and a block of 16 features is in one.
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[prefix + "layout"] = torch.tensor(self.layout)
+            return
         entries = _saved.entries(self, destination, prefix)
         if entries is None:
             entries = self.weight_entries(prefix)
@@ -168,7 +184,10 @@ class QModule(nn.Module):
                 unexpected_keys,
                 error_msgs,
             )
-        targets = self.storage_targets()
+        is_packed = prefix + "weight" not in state_dict and (
+            prefix + "packed" in state_dict or is_sharded(self.packed)
+        )
+        targets = self.packed_targets() if is_packed else self.storage_targets()
         found = {key: state_dict[prefix + key] for key in targets if prefix + key in state_dict}
         missing = [key for key in targets if key not in found]
         errors = [
@@ -176,8 +195,9 @@ class QModule(nn.Module):
             for key, value in found.items()
             if (message := self._why_not(prefix + key, value, targets[key])) is not None
         ]
-        absent = [key for key in WEIGHT_KEYS if key in missing]
-        if absent and any(key in found for key in WEIGHT_KEYS):
+        together = PACKED_KEYS if is_packed else WEIGHT_KEYS
+        absent = [key for key in together if key in missing]
+        if absent and any(key in found for key in together):
             names = ", ".join(prefix + key for key in absent)
             errors.append(f"{names} must come with the rest of {prefix}weight; nothing was loaded.")
         if strict:
@@ -199,10 +219,11 @@ class QModule(nn.Module):
 
     def _load(self, found: dict[str, Tensor], prefix: str, assign: bool) -> None:
         # Packing is what can fail, so it comes before anything is written.
-        packed = None
+        packed = found.get("packed")
         if "weight" in found:
             packed = self.packing.pack(self._quantized(found, assign))
-        for name in ["packed", *(key for key in found if key not in WEIGHT_KEYS)]:
+        rest = (key for key in found if key not in (*WEIGHT_KEYS, *PACKED_KEYS))
+        for name in ["packed", *rest]:
             new = packed if name == "packed" else found[name]
             old = getattr(self, name)
             if new is None:
@@ -219,7 +240,7 @@ class QModule(nn.Module):
                 )
             else:
                 with torch.no_grad():
-                    old.copy_(new)
+                    old.copy_(sharded_like(new, old))
 
     def _quantized(self, found: dict[str, Tensor], assign: bool) -> Quantized:
         parts = [found.get(key) for key in WEIGHT_KEYS]
@@ -241,6 +262,11 @@ class QModule(nn.Module):
         del rest["packed"]
         return {**weight, **{key: value for key, value in rest.items() if value is not None}}
 
+    def packed_targets(self) -> dict[str, Tensor]:
+        """The same for a state_dict that holds packed rows, as that of a sharded module does."""
+        rest = {k: t for k, t in self.storage_targets().items() if k not in WEIGHT_KEYS}
+        return {"packed": self.packed, "layout": torch.tensor(self.layout), **rest}
+
     def _why_not(self, key: str, value: object, target: Tensor) -> str | None:
         if not isinstance(value, Tensor):
             return f"{key} is {type(value)} in the checkpoint; expected a tensor."
@@ -249,7 +275,13 @@ class QModule(nn.Module):
                 f"size mismatch for {key}: copying a param with shape {value.shape} from "
                 f"checkpoint, the shape in current model is {target.shape} ({self.scheme})."
             )
-        is_weight = key.rpartition(".")[2] in WEIGHT_KEYS
+        if key.rpartition(".")[2] == "layout" and value.item() != self.layout:
+            return (
+                f"{key} says that the packed rows are {_meaning(value)}, but the current model has "
+                f"{_meaning(target)} ({self.scheme}): load them into a model of the scheme that "
+                "they were saved from."
+            )
+        is_weight = key.rpartition(".")[2] in (*WEIGHT_KEYS, *PACKED_KEYS)
         if is_weight and value.dtype != target.dtype:
             from_float = value.is_floating_point() and not target.is_floating_point()
             way_out = (
@@ -303,6 +335,14 @@ class QModule(nn.Module):
             state["_parameters"]["packed"] = packed.packed
         state["layout"] = state["scheme"].layout
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+def _meaning(layout: Tensor) -> str:
+    try:
+        what = _C.describe_layout(int(layout.item()))
+    except (RuntimeError, ValueError):
+        return f"of the unknown layout {layout.item()}"
+    return ", ".join(f"{key} {value}" for key, value in what.items())
 
 
 def check_device(label: str, device: torch.device) -> None:

@@ -36,6 +36,8 @@ class QATModule(nn.Module):
     is computed in float.
     """
 
+    # Torch's fused transformer path would pass by what this does to `weight`.
+    hides_weight = True
     # As the float class declares them.
     weight: Any
     bias: Any
