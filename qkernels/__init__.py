@@ -35,9 +35,12 @@ except ImportError as failure:
     from qkernels.doctor import doctor
 else:
     _PROBLEM = ""
-    from qkernels import functional, io, nn, ops
+    from qkernels import calibration, functional, io, nn, ops
+    from qkernels.calibrate import calibrate
+    from qkernels.calibration import Calibration
     from qkernels.doctor import doctor
     from qkernels.explain import explain
+    from qkernels.fold import fold_batchnorm_
     from qkernels.functional import Quantized
     from qkernels.io import load_model, save_model
     from qkernels.quantize import dequantize_, quantize_
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 _LAZY = {"Report": "qkernels.report", "compare": "qkernels.report"}
 
 __all__ = [
+    "Calibration",
     "NF4",
     "Quantized",
     "Report",
@@ -63,10 +67,13 @@ __all__ = [
     "W4A16",
     "W8A8",
     "W8A16",
+    "calibrate",
+    "calibration",
     "compare",
     "dequantize_",
     "doctor",
     "explain",
+    "fold_batchnorm_",
     "functional",
     "io",
     "load_model",

@@ -10,13 +10,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from qkernels.calibration.use import what_to_note, why_no_range
 from qkernels.nn import QModule
 from qkernels.nn.carry import why_not_quantizable, why_not_replaceable
 from qkernels.nn.linear import why_too_long
 from qkernels.schemes import Scheme
+
+if TYPE_CHECKING:
+    from qkernels.calibration import Calibration
 
 _NO_WEIGHT = "has no weight"
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -57,7 +64,10 @@ class _Candidate:
 
 
 def make_plan(
-    model: nn.Module, schemes: Mapping[str, Scheme], ignore: tuple[str, ...]
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    ignore: tuple[str, ...],
+    calibration: Calibration | None = None,
 ) -> list[Step]:
     """Decide about every module.
 
@@ -65,6 +75,7 @@ def make_plan(
         model: the model to be quantized.
         schemes: scheme by pattern, the last matching one counts.
         ignore: patterns of modules to leave.
+        calibration: ranges for the layers whose scheme is static.
 
     Raises:
         ValueError: a layer that was asked for cannot be quantized (all such layers are named), or
@@ -81,8 +92,12 @@ def make_plan(
     _refuse(
         f"{c.names[0]}: {reason}"
         for c in candidates
-        if c.scheme is not None and (reason := _why_impossible(c.module, c.scheme)) is not None
+        if c.scheme is not None and (reason := _why_impossible(c, calibration)) is not None
     )
+    for c in candidates:
+        if calibration is not None and needs_range(c.module, c.scheme):
+            said = what_to_note(calibration, c.names)
+            c.note = "; ".join(part for part in (c.note, said) if part)
     seen: set[object] = set()
     return [
         Step(
@@ -122,13 +137,41 @@ def matches(pattern: str, name: str) -> bool:
     return False
 
 
-def check_patterns(model: nn.Module, patterns: Iterable[str], argument: str) -> None:
+def check_model(model: object, op: str) -> None:
+    """Refuse what has no layers that could be watched or replaced.
+
+    Args:
+        model: what was given as the model.
+        op: what to name in the message.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: a module that wraps others out of reach.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            f"{op}: the model is wrapped in DistributedDataParallel, which holds on to its "
+            "parameters; convert the model first and wrap it then"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{op}: the model is a ScriptModule, whose layers are compiled in; convert the Python "
+            "model and use torch.compile or torch.export on that"
+        )
+
+
+def check_patterns(
+    model: nn.Module, patterns: Iterable[str], argument: str, op: str = "quantize_"
+) -> None:
     """Refuse patterns that name nothing.
 
     Args:
         model: where the names come from.
         patterns: globs, see `matches`.
         argument: what the patterns were given as.
+        op: what to name in the message.
 
     Raises:
         ValueError: a pattern matches no module; names the nearest names.
@@ -140,7 +183,7 @@ def check_patterns(model: nn.Module, patterns: Iterable[str], argument: str) -> 
             near = get_close_matches(pattern, known, n=3, cutoff=0.5)
             hint = f"; near it are {', '.join(map(repr, near))}" if near else ""
             raise ValueError(
-                f"quantize_: {argument} names {pattern!r}, which matches no module{hint}. Patterns "
+                f"{op}: {argument} names {pattern!r}, which matches no module{hint}. Patterns "
                 "are shell globs on names as in model.named_modules()"
             )
 
@@ -256,13 +299,19 @@ def _weights_read(kind: type[nn.Module]) -> set[str]:
     return found
 
 
-def _why_impossible(module: nn.Module, scheme: Scheme) -> str | None:
+def needs_range(module: nn.Module, scheme: Scheme | None) -> bool:
+    """Whether a module can only be quantized with a range of its input that was measured."""
+    return scheme is not None and scheme.static and not isinstance(module, nn.Embedding)
+
+
+def _why_impossible(candidate: _Candidate, calibration: Calibration | None) -> str | None:
+    module, scheme = candidate.module, candidate.scheme
+    assert scheme is not None
     weight = _weight(module)
-    if isinstance(module, nn.Linear) and scheme.static:
-        return (
-            f"{scheme} needs the measured scale of its input; make it with "
-            "QLinear.from_float(layer, scheme, x_scale=...), or use a scheme that is not static"
-        )
+    if needs_range(module, scheme):
+        no_range = why_no_range(calibration, candidate.names, scheme)
+        if no_range is not None:
+            return no_range
     too_long = why_too_long(weight.shape[1], scheme) if isinstance(module, nn.Linear) else None
     return too_long or why_not_quantizable(weight)
 

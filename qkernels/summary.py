@@ -109,12 +109,19 @@ class Summary:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return table_text(self.__rich__())
 
-        out = io.StringIO()
-        # As wide as the text needs: a log file has no width, and folded cells are hard to search.
-        Console(file=out, width=10_000, no_color=True).print(self.__rich__())
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+def table_text(table: Table) -> str:
+    """A table as text without colours, as wide as it needs to be.
+
+    A log file has no width, and folded cells are hard to search.
+    """
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=10_000, no_color=True).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def size_text(count: int) -> str:

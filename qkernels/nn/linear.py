@@ -110,7 +110,7 @@ class QLinear(QModule):
         if reason is not None:
             raise ValueError(f"QLinear.from_float: the layer cannot be quantized: {reason}")
         new = cls.shell(linear, scheme)
-        new._set_activation_range(x_scale, x_zero_point)
+        new.set_activation_range(x_scale, x_zero_point)
         new.packed = packed_parameter(quantize_weight(linear.weight, scheme), scheme)
         return new
 
@@ -132,9 +132,18 @@ class QLinear(QModule):
         carry_over(linear, new)
         return new
 
-    def _set_activation_range(
+    def set_activation_range(
         self, x_scale: Tensor | float | None, x_zero_point: Tensor | int | None
     ) -> None:
+        """Set the measured range of x that a static scheme quantizes with.
+
+        Args:
+            x_scale: the scale of x; None if the scheme is not static.
+            x_zero_point: the int8 code of zero; None if the scheme has none.
+
+        Raises:
+            ValueError: one is missing that the scheme needs, or given that it does not take.
+        """
         for name, given in (("x_scale", x_scale), ("x_zero_point", x_zero_point)):
             buffer = getattr(self, name)
             if (buffer is None) != (given is None):
