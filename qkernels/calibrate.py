@@ -279,6 +279,8 @@ def _floating(value: Any) -> Iterator[Tensor]:
 def _plain_transformer_paths() -> Iterator[None]:
     """Keep torch's transformer layers off the fused path, on which they do not call their linears.
 
+    With padding, an encoder would pass nested tensors even to layers that are watched.
+
     The switch is torch's own and holds for the process.
     """
     enabled = torch.backends.mha.get_fastpath_enabled()

@@ -43,18 +43,24 @@ def entropy_range(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
         begin = np.maximum(first, -thresholds) + histogram.bins
         end = np.minimum(last, thresholds) + histogram.bins
     worth = (end - begin >= levels) | (thresholds == limit)
-    divergence = _divergence(counts, begin[worth], end[worth], levels)
+    divergence = kl_divergence(counts, begin[worth], end[worth], levels)
     # Of equals the widest: it clips least.
     best = len(divergence) - 1 - int(np.argmin(divergence[::-1]))
     threshold = float(thresholds[worth][best])
     return max(float(first), -threshold), min(float(last), threshold)
 
 
-def _divergence(counts: Counts, begin: Counts, end: Counts, levels: int) -> Floats:
+def kl_divergence(counts: Counts, begin: Counts, end: Counts, levels: int) -> Floats:
     """KL divergence for clipping to bins begin … end - 1, for many such ranges at a time.
 
     What is clipped goes to the outermost bin that is left, on both sides. A quantization level
     spreads its count evenly over those of its bins that are not empty.
+
+    Args:
+        counts: of each bin.
+        begin: first bin that is kept, by range.
+        end: one past the last bin that is kept, by range.
+        levels: of the quantizer.
     """
     total = _prefix(counts)
     filled = _prefix(counts > 0)
@@ -103,7 +109,7 @@ def mse_range(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
         histogram: with at least one value that is not zero.
         symmetric: which of the two int8 quantizers the range is for.
     """
-    error = _SquaredError(histogram)
+    error = SquaredError(histogram)
     low, high = histogram.min / histogram.width, histogram.max / histogram.width
     if symmetric:
         amax = max(-low, high)
@@ -123,8 +129,12 @@ def mse_range(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
         best = float(errors.min())
 
 
-class _SquaredError:
-    """Σ (x − quantized x)² for many quantizers, from running sums of 1, x and x² over the bins."""
+class SquaredError:
+    """Σ (x − quantized x)² for many quantizers, from running sums of 1, x and x² over the bins.
+
+    Args:
+        histogram: what was seen.
+    """
 
     def __init__(self, histogram: Histogram) -> None:
         self.bins = histogram.bins

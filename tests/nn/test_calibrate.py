@@ -196,10 +196,14 @@ def test_inputs_are_seen_before_the_layer_changes_them():
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensor", "ignore:enable_nested_tensor")
-def test_the_linears_of_torchs_encoder_run():
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_linears_of_torchs_encoder_run(padded):
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
-    calibration = qk.calibrate(model, [torch.randn(2, 5, 16)])
+    batch = {"src": torch.randn(2, 5, 16)}
+    if padded:
+        batch["src_key_padding_mask"] = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    calibration = qk.calibrate(model, [batch])
     ran = {layer.name for layer in calibration if layer.calls}
     assert ran == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
     assert calibration["layers.0.self_attn.out_proj"].note == "never ran"
@@ -486,4 +490,4 @@ def test_static_is_nearly_as_accurate_as_dynamic(make, shape, name, activation):
 
 
 # In dB. Clipping by entropy pays for fine steps with large values, which SQNR counts squared.
-LOSES = {"minmax": 6, "moving_average": 6, "percentile": 6, "mse": 6, "histogram": 12}
+LOSES = {"minmax": 6, "moving_average": 4, "percentile": 4, "mse": 4, "histogram": 9}

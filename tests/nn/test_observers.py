@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as arrays
 import qkernels as qk
 from qkernels.calibration import OBSERVERS
 from qkernels.calibration.histogram import Histogram
+from qkernels.calibration.search import SquaredError, kl_divergence
 
 BINS = 4096
 
@@ -141,6 +142,26 @@ def test_mse_is_as_good_as_a_search_over_the_values_themselves(kind, symmetric):
         assert best < 0.98 * error(low, high)
 
 
+@each_kind
+@each_symmetry
+def test_squared_error_of_values_spread_evenly_in_their_bins(kind, symmetric):
+    histogram = Histogram(64)
+    histogram.add(torch.from_numpy(draw(kind)))
+    parts = (np.arange(500) + 0.5) / 500
+    values = (np.arange(-64, 64)[:, None] + parts).ravel()
+    weights = np.repeat(histogram.counts / 500, 500)
+    for low, high in ((-60.0, 60.0), (-7.3, 40.0), (0.0, 11.0), (-30.0, 0.0)):
+        error = SquaredError(histogram)
+        got = (
+            error.symmetric(np.array([max(-low, high)]))
+            if symmetric
+            else error.asymmetric(np.array([low]), np.array([high]))
+        )
+        ends = (-max(-low, high), max(-low, high)) if symmetric else (low, high)
+        expected = weights @ (values - fake_quantize(values, *ends, symmetric)) ** 2
+        assert got[0] == pytest.approx(expected, rel=1e-3)
+
+
 def divergence(counts, begin, end, levels):
     """KL divergence of bins clipped to begin … end - 1 from the same in levels, step by step."""
     reference = counts[begin:end].astype(np.float64)
@@ -152,6 +173,8 @@ def divergence(counts, begin, end, levels):
             quantized[inside] = reference[inside].sum() / inside.sum()
     reference[0] += counts[:begin].sum()
     reference[-1] += counts[end:].sum()
+    if not quantized.any():
+        return np.inf
     p, q = reference / reference.sum(), quantized / quantized.sum()
     if ((p > 0) & (q == 0)).any():
         return np.inf
@@ -184,6 +207,18 @@ def test_histogram_minimizes_the_kl_divergence(kind, symmetric):
     assert of(chosen) <= best * (1 + 1e-9) + 1e-12
     if kind == "outlier":
         assert high < 0.2 * amax
+
+
+@each_kind
+@pytest.mark.parametrize("levels", [128, 256])
+def test_kl_divergence(kind, levels):
+    counts, _ = counts_of(draw(kind))
+    ranges = np.array([(BINS - 400, BINS + 400), (BINS, BINS + 700), (3000, 6000), (0, 2 * BINS),
+                       (BINS - 2000, BINS + 300), (BINS - 131, BINS + 130)])  # fmt: skip
+    got = kl_divergence(counts, ranges[:, 0], ranges[:, 1], levels)
+    expected = [divergence(counts, begin, end, levels) for begin, end in ranges]
+    assert np.isfinite(expected).any()
+    np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-12)
 
 
 @each_symmetry
