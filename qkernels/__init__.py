@@ -35,9 +35,12 @@ except ImportError as failure:
     from qkernels.doctor import doctor
 else:
     _PROBLEM = ""
-    from qkernels import functional, io, nn, ops, qat
+    from qkernels import calibration, functional, io, nn, ops, qat
+    from qkernels.calibrate import calibrate
+    from qkernels.calibration import Calibration
     from qkernels.doctor import doctor
     from qkernels.explain import explain
+    from qkernels.fold import fold_batchnorm_
     from qkernels.functional import Quantized
     from qkernels.io import load_model, save_model
     from qkernels.qat import convert_, prepare_qat_
@@ -57,6 +60,7 @@ _LAZY = {"Report": "qkernels.report", "compare": "qkernels.report"}
 _LAZY_MODULES = ("transfer",)
 
 __all__ = [
+    "Calibration",
     "NF4",
     "Quantized",
     "Report",
@@ -66,11 +70,14 @@ __all__ = [
     "W4A16",
     "W8A8",
     "W8A16",
+    "calibrate",
+    "calibration",
     "compare",
     "convert_",
     "dequantize_",
     "doctor",
     "explain",
+    "fold_batchnorm_",
     "functional",
     "io",
     "load_model",

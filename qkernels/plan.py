@@ -10,15 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from qkernels.calibration.use import what_to_note, why_no_range
 from qkernels.nn import QModule
 from qkernels.nn.carry import why_not_quantizable, why_not_replaceable
 from qkernels.nn.kinds import QUANTIZED, base_of, why_no_kernel
 from qkernels.nn.qat import QATModule
 from qkernels.nn.sharded import is_sharded
 from qkernels.schemes import Scheme
+
+if TYPE_CHECKING:
+    from qkernels.calibration import Calibration
 
 _NO_WEIGHT = "has no weight"
 
@@ -61,6 +68,7 @@ def make_plan(
     schemes: Mapping[str, Scheme],
     ignore: tuple[str, ...],
     op: str = "quantize_",
+    calibration: Calibration | None = None,
 ) -> list[Step]:
     """Decide about every module.
 
@@ -70,6 +78,7 @@ def make_plan(
         ignore: patterns of modules to leave.
         op: what the plan is for: "quantize_" or "prepare_qat_", which also takes convolutions and
             schemes whose input ranges are not known yet.
+        calibration: ranges for the layers whose scheme is static.
 
     Raises:
         ValueError: a layer that was asked for cannot be quantized (all such layers are named), or
@@ -86,9 +95,13 @@ def make_plan(
     reasons = (
         f"{c.names[0]}: {reason}"
         for c in candidates
-        if c.scheme is not None and (reason := _why_impossible(c.module, c.scheme, op)) is not None
+        if c.scheme is not None and (reason := _why_impossible(c, calibration, op)) is not None
     )
     _refuse(reasons, op)
+    for c in candidates:
+        if calibration is not None and needs_range(c.module, c.scheme):
+            said = what_to_note(calibration, c.names)
+            c.note = "; ".join(part for part in (c.note, said) if part)
     seen: set[object] = set()
     return [
         Step(
@@ -126,6 +139,31 @@ def matches(pattern: str, name: str) -> bool:
         if "." not in pattern and fnmatch.fnmatchcase(parts[end - 1], pattern):
             return True
     return False
+
+
+def check_model(model: object, op: str) -> None:
+    """Refuse what has no layers that could be watched or replaced.
+
+    Args:
+        model: what was given as the model.
+        op: what to name in the message.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: a module that wraps others out of reach.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            f"{op}: the model is wrapped in DistributedDataParallel, which holds on to its "
+            "parameters; convert the model first and wrap it then"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{op}: the model is a ScriptModule, whose layers are compiled in; convert the Python "
+            "model and use torch.compile or torch.export on that"
+        )
 
 
 def check_patterns(
@@ -288,7 +326,14 @@ def _weights_read(kind: type[nn.Module]) -> set[str]:
     return found
 
 
-def _why_impossible(module: nn.Module, scheme: Scheme, op: str) -> str | None:
+def needs_range(module: nn.Module, scheme: Scheme | None) -> bool:
+    """Whether a module can only be quantized with a range of its input that was measured."""
+    return scheme is not None and scheme.static and not isinstance(module, nn.Embedding)
+
+
+def _why_impossible(candidate: _Candidate, calibration: Calibration | None, op: str) -> str | None:
+    module, scheme = candidate.module, candidate.scheme
+    assert scheme is not None
     trains = op == "prepare_qat_"
     if trains and isinstance(module, nn.modules.conv._ConvNd) and scheme.group_size != -1:
         return (
@@ -296,12 +341,10 @@ def _why_impossible(module: nn.Module, scheme: Scheme, op: str) -> str | None:
             "output channel; give convolutions a scheme with group_size=-1 by a pattern of their "
             "own"
         )
-    if not trains and scheme.static and not isinstance(module, nn.Embedding):
-        made_by = QUANTIZED[type(module)].__name__
-        return (
-            f"{scheme} needs the measured scale of its input; make it with "
-            f"{made_by}.from_float(layer, scheme, x_scale=...), or use a scheme that is not static"
-        )
+    if not trains and needs_range(module, scheme):
+        no_range = why_no_range(calibration, candidate.names, scheme)
+        if no_range is not None:
+            return no_range
     return why_no_kernel(module, scheme) or why_not_quantizable(_weight(module))
 
 

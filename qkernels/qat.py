@@ -27,10 +27,9 @@ from qkernels.nn.qat import (
     QATModule,
 )
 from qkernels.nn.ranges import set_range
-from qkernels.plan import Step, check_patterns, make_plan, tensor_key
+from qkernels.plan import Step, check_model, check_patterns, make_plan, tensor_key
 from qkernels.quantize import (
     DEFAULT_IGNORE,
-    check_model,
     ignored_patterns,
     replace_everywhere,
     schemes_by_pattern,

@@ -5,19 +5,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from qkernels.calibration import Calibration, Int8Range
+from qkernels.calibration.use import ranges_of
+from qkernels.fold import Fold, apply_folds, plan_folds
 from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import share_hooks
 from qkernels.nn.conv import QConvNd
 from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.kinds import QUANTIZED, base_of, quantized_from_shell
 from qkernels.nn.qat import QATModule
+from qkernels.nn.ranges import set_range
 from qkernels.nn.storage import quantize_weight
-from qkernels.plan import Step, check_patterns, is_listed, make_plan, own_bytes, tensor_key
+from qkernels.plan import (
+    Step,
+    check_model,
+    check_patterns,
+    is_listed,
+    make_plan,
+    needs_range,
+    own_bytes,
+    tensor_key,
+)
 from qkernels.schemes import Scheme
 from qkernels.summary import ModuleRow, Summary
 
@@ -32,6 +45,8 @@ def quantize_(
     scheme: Scheme | Mapping[str, Scheme],
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     *,
+    calibration: Calibration | None = None,
+    fold_batchnorm: bool = False,
     progress: bool | None = None,
 ) -> Summary:
     """Replace the Linear, Conv and Embedding layers of a model by quantized ones, in place.
@@ -48,6 +63,10 @@ def quantize_(
             last one counts, so put general ones first: `{"*": W4A16(), "*.linear2": W8A8()}`.
         ignore: patterns of modules that stay float, whatever `scheme` says. By default "lm_head",
             the output layer of language models, if there is one.
+        calibration: what `qk.calibrate` returned for this model; static schemes need it.
+        fold_batchnorm: fold BatchNorms into the layers before them first, see `fold_batchnorm_`.
+            Not done unless asked for, because a model without its BatchNorms no longer fits the
+            state_dicts and files of one that has them.
         progress: show a progress bar; by default only for large models on a terminal.
 
     Returns:
@@ -70,30 +89,33 @@ def quantize_(
         check_patterns(model, schemes, "scheme")
     if patterns != DEFAULT_IGNORE:
         check_patterns(model, patterns, "ignore")
+    _check_calibration(calibration, schemes)
     kind = base_of(model)
     if kind is not None:
         raise ValueError(
             f"quantize_: the model is itself a {type(model).__name__}, which cannot be replaced in "
             f"place; use {QUANTIZED[kind].__name__}.from_float(model, scheme)"
         )
-    steps = make_plan(model, schemes, patterns)
+    steps = make_plan(model, schemes, patterns, calibration=calibration)
+    folds = plan_folds(model, patterns) if fold_batchnorm else []
     done: dict[str, QModule] = {}
 
     def convert(step: Step) -> None:
         assert step.scheme is not None
         old = model.get_submodule(step.names[0])
-        new = quantized_like_float(old, step.scheme, done.get(step.twin or ""))
+        x_range = _input_range(step, old, calibration)
+        new = quantized_like_float(old, step.scheme, done.get(step.twin or ""), x_range)
         replace_everywhere(model, step.names, old, new)
         done[step.names[0]] = new
 
+    apply_folds(model, folds)
     wanted = [step for step in steps if step.scheme is not None]
     with _progress("Quantizing", wanted, progress) as advance:
         for step in wanted:
             convert(step)
             advance(step)
     settle_fast_paths(model)
-    became = {step.names: f"{_quantized_kind(step)} {step.scheme}" for step in wanted}
-    return summary_of(f"{type(model).__name__} quantized", model, steps, became)
+    return summary_of(f"{type(model).__name__} quantized", model, *_told(steps, folds))
 
 
 def dequantize_(model: nn.Module) -> Summary:
@@ -143,19 +165,28 @@ def dequantize_(model: nn.Module) -> Summary:
     return summary_of(f"{type(model).__name__} dequantized", model, steps, became)
 
 
-def quantized_like_float(module: nn.Module, scheme: Scheme, twin: QModule | None = None) -> QModule:
+def quantized_like_float(
+    module: nn.Module,
+    scheme: Scheme,
+    twin: QModule | None = None,
+    x_range: Int8Range | None = None,
+) -> QModule:
     """The quantized module for a float one.
 
     Args:
         module: the float module.
         scheme: how to quantize it.
         twin: a quantized module of the same weight, whose packed weight is to be shared.
+        x_range: range of the input, for a static scheme.
     """
     new = quantized_from_shell(module, scheme)
     if twin is None:
         new.packed = new.packing.parameter(quantize_weight(new.matrix_of(module), scheme))
     else:
         new.packed = twin.packed
+    if x_range is not None:
+        has_zero = scheme.activation == "asymmetric"
+        set_range(new, x_range.scale, x_range.zero_point if has_zero else None)
     return new
 
 
@@ -229,29 +260,46 @@ def steps_back(
     return steps
 
 
-def check_model(model: nn.Module, op: str) -> None:
-    """Refuse what is no model whose layers can be replaced.
-
-    Args:
-        model: what the user gave.
-        op: the function that it was given to.
-
-    Raises:
-        TypeError: not a module.
-        ValueError: DistributedDataParallel, or a ScriptModule.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is {type(model).__name__}; expected a torch.nn.Module")
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            f"{op}: the model is wrapped in DistributedDataParallel, which holds on to its "
-            "parameters; convert the model first and wrap it then"
+def _check_calibration(calibration: object, schemes: Mapping[str, Scheme]) -> None:
+    if calibration is None:
+        return
+    if not isinstance(calibration, Calibration):
+        raise TypeError(
+            f"quantize_: calibration is {type(calibration).__name__}; expected what "
+            "qk.calibrate(model, batches) returns"
         )
-    if isinstance(model, torch.jit.ScriptModule):
+    if not any(scheme.static for scheme in schemes.values()):
         raise ValueError(
-            f"{op}: the model is a ScriptModule, whose layers are compiled in; convert the Python "
-            "model and use torch.compile or torch.export on that"
+            "quantize_: calibration is given but no scheme uses it; use a static scheme, "
+            "qk.W8A8(static=True), or leave it out"
         )
+
+
+def _input_range(step: Step, old: nn.Module, calibration: Calibration | None) -> Int8Range | None:
+    """The calibrated range of a static layer's input, in the scheme's kind."""
+    assert step.scheme is not None
+    if calibration is None or not needs_range(old, step.scheme):
+        return None
+    ranges = ranges_of(calibration, step.names)
+    assert ranges is not None  # or the plan would have been refused
+    kinds = {"symmetric": ranges.input.symmetric, "asymmetric": ranges.input.asymmetric}
+    return kinds[step.scheme.activation]
+
+
+def _told(steps: list[Step], folds: list[Fold]) -> tuple[list[Step], dict[tuple[str, ...], str]]:
+    """The steps with what folding has to say about BatchNorms, and what modules became."""
+    fold_of = {fold.name: fold for fold in folds}
+    told, became = [], {}
+    for step in steps:
+        fold = fold_of.get(step.names[0])
+        if step.scheme is not None:
+            became[step.names] = f"{_quantized_kind(step)} {step.scheme}"
+        elif fold is not None:
+            step = replace(step, note=fold.note if fold.became else f"not folded: {fold.note}")
+            if fold.became is not None:
+                became[step.names] = fold.became
+        told.append(step)
+    return told, became
 
 
 def schemes_by_pattern(

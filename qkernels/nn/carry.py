@@ -41,6 +41,11 @@ def carry_over(old: nn.Module, new: nn.Module, own_attributes: tuple[str, ...] =
             new.__dict__[name] = value
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether code is registered to run with a module's forward or backward."""
+    return any(module.__dict__[table] for table in _HOOKS)
+
+
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
     """Let a replacement have the very hook tables of the old module, which is about to go.
 

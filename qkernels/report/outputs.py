@@ -33,13 +33,22 @@ class Caller:
     Args:
         model: the module to call.
         call: `call(model, batch)` for models that are called in another way.
+        op: what messages name as the function that was called.
+        argument: what that function names `call`.
     """
 
     def __init__(
-        self, model: nn.Module, call: Callable[[nn.Module, Any], Any] | None = None
+        self,
+        model: nn.Module,
+        call: Callable[[nn.Module, Any], Any] | None = None,
+        *,
+        op: str = "compare",
+        argument: str = "call",
     ) -> None:
         self.model = model
         self.left_out: set[str] = set()
+        self._op = op
+        self._way_out = f"pass {argument}=lambda model, batch: ..."
         self._call = call
         self._positional, self._keywords = _parameters(model)
         self._device = next(
@@ -61,8 +70,8 @@ class Caller:
             self.left_out.update(f"'{name}'" for name in batch if name not in taken)
             if not taken:
                 raise ValueError(
-                    f"compare: no key of the batch ({', '.join(map(str, batch))}) is a parameter "
-                    f"of {type(self.model).__name__}.forward; pass call=lambda model, batch: ..."
+                    f"{self._op}: no key of the batch ({', '.join(map(str, batch))}) is a "
+                    f"parameter of {type(self.model).__name__}.forward; {self._way_out}"
                 )
             return self.model(**taken)
         if isinstance(batch, (tuple, list)):
@@ -70,8 +79,8 @@ class Caller:
             self.left_out.update(f"element {i}" for i in range(count, len(batch)))
             return self.model(*batch[:count])
         raise TypeError(
-            f"compare: a batch must be a tensor, a tuple or list of arguments, or a mapping of "
-            f"keyword arguments, got {type(batch).__name__}; pass call=lambda model, batch: ..."
+            f"{self._op}: a batch must be a tensor, a tuple or list of arguments, or a mapping of "
+            f"keyword arguments, got {type(batch).__name__}; {self._way_out}"
         )
 
 

@@ -20,7 +20,7 @@ from qkernels.io.save import checked_metadata, full_name, own_tensors, plain, un
 from qkernels.io.save import write_tensors as write
 from qkernels.nn import QLinear
 from qkernels.nn.fastpath import settle_fast_paths
-from qkernels.quantize import check_model
+from qkernels.plan import check_model
 from qkernels.transfer.adapter import LoRALinear, check_settings
 from qkernels.transfer.lora import (
     SAVED_TOO,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from qkernels.quantize import check_model
+from qkernels.plan import check_model
 from qkernels.transfer.parts import parts
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from qkernels.nn import QLinear
 from qkernels.nn.carry import share_hooks
-from qkernels.quantize import check_model
+from qkernels.plan import check_model
 from qkernels.transfer.adapter import LoRALinear
 from qkernels.transfer.parts import LINEARS, head_name
 

@@ -9,8 +9,7 @@ from torch import nn
 from qkernels.nn import QLinear
 from qkernels.nn.carry import hand_over_hooks, why_not_replaceable
 from qkernels.nn.fastpath import settle_fast_paths
-from qkernels.plan import why_parent_needs_float
-from qkernels.quantize import check_model
+from qkernels.plan import check_model, why_parent_needs_float
 from qkernels.transfer.adapter import LoRALinear, check_settings
 from qkernels.transfer.parts import choose
 from qkernels.transfer.strategy import Strategy, what_trains

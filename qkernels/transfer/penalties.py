@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.quantize import check_model
+from qkernels.plan import check_model
 from qkernels.transfer.parts import choose
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qkernels.nn import QModule
-from qkernels.quantize import check_model
+from qkernels.plan import check_model
 from qkernels.summary import table_text
 from qkernels.transfer.parts import Part, choose, parts
 

@@ -1,4 +1,4 @@
-"""The documents name only what exists: paths, `make` targets, Python names, ops. README runs."""
+"""The documents name only what exists: paths, `make` targets, Python names, ops. The guides run."""
 
 import ast
 import dataclasses
@@ -128,11 +128,12 @@ def test_python_blocks_parse(document: Path) -> None:
         ast.parse(block)
 
 
-def test_readme_runs(tmp_path: Path) -> None:
-    """Its Python blocks, one after the other, as a reader would type them."""
-    blocks = python_blocks(ROOT / "README.md")
+@pytest.mark.parametrize("document", ["README.md", "docs/CALIBRATION.md"])
+def test_guides_run(document: str, tmp_path: Path) -> None:
+    """Their Python blocks, one after the other, as a reader would type them."""
+    blocks = python_blocks(ROOT / document)
     assert blocks
-    script = tmp_path / "readme.py"
+    script = tmp_path / "guide.py"
     script.write_text("\n".join(blocks))
     done = subprocess.run(
         [sys.executable, script],

@@ -11,6 +11,11 @@ import qkernels as qk
 
 MODULES = (
     "qkernels",
+    "qkernels.calibrate",
+    "qkernels.calibration.histogram",
+    "qkernels.calibration.observers",
+    "qkernels.calibration.result",
+    "qkernels.fold",
     "qkernels.formats",
     "qkernels.functional",
     "qkernels.io.file",

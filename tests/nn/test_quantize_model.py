@@ -415,7 +415,7 @@ def with_nan(model):
             {},
             ["0: W8A8()", "131072", "131071", "ignore"],
         ),
-        (Model, {"scheme": qk.W8A8(static=True)}, ["W8A8(static=True)", "x_scale"]),
+        (Model, {"scheme": qk.W8A8(static=True)}, ["W8A8(static=True)", "qk.calibrate"]),
         (
             lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 4))),
             {},
