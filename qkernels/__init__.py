@@ -35,7 +35,7 @@ except ImportError as failure:
     from qkernels.doctor import doctor
 else:
     _PROBLEM = ""
-    from qkernels import functional, io, nn, ops
+    from qkernels import functional, io, nn, ops, optimize
     from qkernels.doctor import doctor
     from qkernels.explain import explain
     from qkernels.functional import Quantized
@@ -48,10 +48,15 @@ else:
     quantize = functional.quantize
 
 if TYPE_CHECKING:
+    from qkernels.ptq import quantize_calibrated_
     from qkernels.report import Report, compare
 
-# Imported when they are first used: most programs need neither.
-_LAZY = {"Report": "qkernels.report", "compare": "qkernels.report"}
+# Imported when they are first used: most programs need none of them.
+_LAZY = {
+    "Report": "qkernels.report",
+    "compare": "qkernels.report",
+    "quantize_calibrated_": "qkernels.ptq",
+}
 
 __all__ = [
     "NF4",
@@ -72,8 +77,10 @@ __all__ = [
     "load_model",
     "nn",
     "ops",
+    "optimize",
     "quantize",
     "quantize_",
+    "quantize_calibrated_",
     "save_model",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -13,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import share_hooks
 from qkernels.nn.fastpath import settle_fast_paths
-from qkernels.nn.storage import packed_parameter, quantize_weight
+from qkernels.nn.storage import packed_parameter
+from qkernels.optimize import check_optimizer, search_scales
 from qkernels.plan import Step, check_patterns, is_listed, make_plan, own_bytes, tensor_key
 from qkernels.schemes import Scheme
 from qkernels.summary import ModuleRow, Summary
@@ -29,6 +31,7 @@ def quantize_(
     scheme: Scheme | Mapping[str, Scheme],
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
     *,
+    optimize: str = "minmax",
     progress: bool | None = None,
 ) -> Summary:
     """Replace the Linear and Embedding layers of a model by quantized ones, in place.
@@ -45,6 +48,9 @@ def quantize_(
             last one counts, so put general ones first: `{"*": W4A16(), "*.linear2": W8A8()}`.
         ignore: patterns of modules that stay float, whatever `scheme` says. By default "lm_head",
             the output layer of language models, if there is one.
+        optimize: how scales are chosen: "minmax" from the extremes of each group, at once; "mse" and
+            "hqq" by a search that takes seconds and makes 4 bits about a decibel more accurate, see
+            `qk.optimize.search_scales`.
         progress: show a progress bar; by default only for large models on a terminal.
 
     Returns:
@@ -52,7 +58,8 @@ def quantize_(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a pattern that matches nothing, or a layer that cannot be quantized.
+        ValueError: a pattern that matches nothing, a layer that cannot be quantized, or an unknown
+            optimize.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -60,39 +67,25 @@ def quantize_(
         >>> len(summary.converted)
         1
     """
-    _check_model(model, "quantize_")
-    schemes = _schemes_by_pattern(scheme)
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"quantize_: ignore is {ignore!r}; expected patterns of module names")
-    if isinstance(scheme, Mapping):
-        check_patterns(model, schemes, "scheme")
-    if patterns != DEFAULT_IGNORE:
-        check_patterns(model, patterns, "ignore")
-    if isinstance(model, nn.Linear | nn.Embedding):
-        kind = "Linear" if isinstance(model, nn.Linear) else "Embedding"
-        raise ValueError(
-            f"quantize_: the model is itself a {type(model).__name__}, which cannot be replaced in "
-            f"place; use Q{kind}.from_float(model, scheme)"
-        )
-    steps = make_plan(model, schemes, patterns)
+    check_optimizer("quantize_", optimize)
+    steps = plan_of("quantize_", model, scheme, ignore)
     done: dict[str, QModule] = {}
 
     def convert(step: Step) -> None:
         assert step.scheme is not None
         old = model.get_submodule(step.names[0])
-        new = quantized_like_float(old, step.scheme, done.get(step.twin or ""))
+        new = quantized_like_float(old, step.scheme, done.get(step.twin or ""), optimize)
         replace_everywhere(model, step.names, old, new)
         done[step.names[0]] = new
 
     wanted = [step for step in steps if step.scheme is not None]
-    with _progress("Quantizing", wanted, progress) as advance:
+    with shown_progress("Quantizing", wanted, progress) as advance:
         for step in wanted:
             convert(step)
             advance(step)
     settle_fast_paths(model)
     became = {step.names: f"{_quantized_kind(step)} {step.scheme}" for step in wanted}
-    return _summary(f"{type(model).__name__} quantized", model, steps, became)
+    return summary_of(f"{type(model).__name__} quantized", model, steps, became)
 
 
 def dequantize_(model: nn.Module) -> Summary:
@@ -132,23 +125,28 @@ def dequantize_(model: nn.Module) -> Summary:
     for step in wanted:
         old = model.get_submodule(step.names[0])
         assert isinstance(old, QLinear | QEmbedding)
-        key = (tensor_key(old.packed), old.dtype)
+        # Layers that share a weight but not what is done to x compute with different float ones.
+        transforms = [b if b is None else tensor_key(b) for b in old._buffers.values()]
+        key = (tensor_key(old.packed), old.dtype, *transforms)
         new = old.dequantize()
         assert isinstance(new.weight, nn.Parameter)
         new.weight = weights.setdefault(key, new.weight)
         replace_everywhere(model, step.names, old, new)
         became[step.names] = type(new).__name__
     settle_fast_paths(model)
-    return _summary(f"{type(model).__name__} dequantized", model, steps, became)
+    return summary_of(f"{type(model).__name__} dequantized", model, steps, became)
 
 
-def quantized_like_float(module: nn.Module, scheme: Scheme, twin: QModule | None = None) -> QModule:
+def quantized_like_float(
+    module: nn.Module, scheme: Scheme, twin: QModule | None = None, optimize: str = "minmax"
+) -> QModule:
     """The quantized module for a float Linear or Embedding.
 
     Args:
         module: the float module.
         scheme: how to quantize it.
         twin: a quantized module of the same weight, whose packed weight is to be shared.
+        optimize: how its scales are chosen.
     """
     made_by: type[QLinear] | type[QEmbedding]
     made_by = QLinear if isinstance(module, nn.Linear) else QEmbedding
@@ -156,7 +154,7 @@ def quantized_like_float(module: nn.Module, scheme: Scheme, twin: QModule | None
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     if twin is None:
-        new.packed = packed_parameter(quantize_weight(weight, scheme), scheme)
+        new.packed = packed_parameter(search_scales(weight, scheme, optimize), scheme)
     else:
         new.packed = twin.packed
     return new
@@ -207,6 +205,42 @@ def _steps_back(model: nn.Module) -> list[Step]:
     return steps
 
 
+def plan_of(
+    op: str,
+    model: nn.Module,
+    scheme: Scheme | Mapping[str, Scheme],
+    ignore: str | Sequence[str],
+) -> list[Step]:
+    """Check the arguments that all conversions of a model take, and decide about every module.
+
+    Args:
+        op: the function that was called, for messages.
+        model: the model to be converted; nothing is changed.
+        scheme: one scheme, or schemes by pattern.
+        ignore: patterns of modules to leave.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: what `quantize_` refuses.
+    """
+    _check_model(model, op)
+    schemes = _schemes_by_pattern(op, scheme)
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{op}: ignore is {ignore!r}; expected patterns of module names")
+    if isinstance(scheme, Mapping):
+        check_patterns(model, schemes, "scheme")
+    if patterns != DEFAULT_IGNORE:
+        check_patterns(model, patterns, "ignore")
+    if isinstance(model, nn.Linear | nn.Embedding):
+        kind = "Linear" if isinstance(model, nn.Linear) else "Embedding"
+        raise ValueError(
+            f"{op}: the model is itself a {type(model).__name__}, which cannot be replaced in "
+            f"place; use Q{kind}.from_float(model, scheme), or put it into an nn.Sequential"
+        )
+    return make_plan(model, schemes, patterns)
+
+
 def _check_model(model: nn.Module, op: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model is {type(model).__name__}; expected a torch.nn.Module")
@@ -222,43 +256,64 @@ def _check_model(model: nn.Module, op: str) -> None:
         )
 
 
-def _schemes_by_pattern(scheme: Scheme | Mapping[str, Scheme]) -> dict[str, Scheme]:
+def _schemes_by_pattern(
+    op: str, scheme: Scheme | Mapping[str, Scheme]
+) -> dict[str, Scheme]:
     schemes = dict(scheme) if isinstance(scheme, Mapping) else {"*": scheme}
     for pattern, value in schemes.items():
         if not isinstance(pattern, str) or not isinstance(value, Scheme):
             raise TypeError(
-                f"quantize_: scheme is {scheme!r}; expected a scheme like qk.W8A8(), or a dict "
+                f"{op}: scheme is {scheme!r}; expected a scheme like qk.W8A8(), or a dict "
                 "from patterns of module names to schemes"
             )
     if not schemes:
-        raise ValueError("quantize_: scheme is an empty dict; expected at least one pattern")
+        raise ValueError(f"{op}: scheme is an empty dict; expected at least one pattern")
     return schemes
 
 
-def _summary(
-    title: str, model: nn.Module, steps: list[Step], became: dict[tuple[str, ...], str]
+def summary_of(
+    title: str,
+    model: nn.Module,
+    steps: list[Step],
+    became: Mapping[tuple[str, ...], str],
+    quality: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> Summary:
+    """What became of every module.
+
+    Args:
+        title: what was done.
+        model: as it is now.
+        steps: the decisions, in order.
+        became: what modules are now, by their names.
+        quality: by first name, SQNR in dB of a layer rounded to nearest and as it is.
+        notes: by first name, what happened to a layer on the way.
+    """
     seen: set[object] = set()
     rows = []
     for step in steps:
-        module = model.get_submodule(step.names[0])
+        name = step.names[0]
+        module = model.get_submodule(name)
+        nearest, now = quality.get(name, (None, None))
         others = ", ".join(step.names[1:])
         also = f"also known as {others}" if others else ""
         rows.append(
             ModuleRow(
-                name=step.names[0],
+                name=name,
                 kind=step.kind,
                 became=became.get(step.names),
-                note="; ".join(part for part in (step.note, also) if part),
+                note="; ".join(part for part in (step.note, notes.get(name, ""), also) if part),
                 bytes_before=step.nbytes,
                 bytes_after=own_bytes(module, seen),
+                sqnr_nearest=nearest,
+                sqnr=now,
             )
         )
     return Summary(title, tuple(rows))
 
 
 @contextmanager
-def _progress(
+def shown_progress(
     what: str, steps: list[Step], wanted: bool | None
 ) -> Iterator[Callable[[Step], None]]:
     total = sum(step.nbytes for step in steps)

@@ -117,12 +117,14 @@ def _new_module(header: ModelFile, name: str, module: nn.Module) -> nn.Module:
             )
         return module
     if isinstance(module, QModule):
-        given = (type(module).__name__, module.scheme, module.shape)
-        if given != (entry.kind, entry.scheme, entry.shape):
+        transforms = module.input_transforms if isinstance(module, QLinear) else ()
+        given = (type(module).__name__, module.scheme, module.shape, transforms)
+        if given != (entry.kind, entry.scheme, entry.shape, entry.input_transforms):
+            here, there = (" with ".join(("", *t)) for t in (transforms, entry.input_transforms))
             raise ModelFileError(
-                f"{label} is {module.scheme} of shape {module.shape} in the model but {entry.kind} "
-                f"{entry.scheme} of shape {entry.shape} in {header.path}; load it into the float "
-                "model, which is then quantized as the file says"
+                f"{label} is {module.scheme} of shape {module.shape}{here} in the model but "
+                f"{entry.kind} {entry.scheme} of shape {entry.shape}{there} in {header.path}; load "
+                "it into the float model, which is then quantized as the file says"
             )
         return module
     return _shell(header, entry, name, module, label)
@@ -148,6 +150,9 @@ def _shell(
     made_by = QLinear if entry.kind == "QLinear" else QEmbedding
     new = made_by.shell(module, entry.scheme)  # type: ignore[arg-type]
     new.dtype = entry.dtype
+    for buffer, like in new.optional_targets().items():
+        if buffer in entry.input_transforms:
+            new._buffers[buffer] = like
     return new
 
 
