@@ -59,7 +59,7 @@ class AnswerRow:
 
 
 def q4_0(groups: Tensor) -> Tensor:
-    """GGUF's Q4_0: the element of the largest magnitude becomes code 0, -8 steps of an fp16 scale."""
+    """GGUF's Q4_0: the element of the largest magnitude becomes code 0, 8 steps below zero."""
     at = groups.abs().argmax(-1, keepdim=True)
     scale = groups.gather(-1, at) / -8
     codes = (groups / scale + 8.5).floor().clamp(0, 15)

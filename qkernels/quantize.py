@@ -48,8 +48,8 @@ def quantize_(
             last one counts, so put general ones first: `{"*": W4A16(), "*.linear2": W8A8()}`.
         ignore: patterns of modules that stay float, whatever `scheme` says. By default "lm_head",
             the output layer of language models, if there is one.
-        optimize: how scales are chosen: "minmax" from the extremes of each group, at once; "mse" and
-            "hqq" by a search that takes seconds and makes 4 bits about a decibel more accurate, see
+        optimize: how scales are chosen: "minmax" from the extremes of each group, at once, or by a
+            search, "mse" or "hqq", which takes seconds and makes 4 bits more accurate; see
             `qk.optimize.search_scales`.
         progress: show a progress bar; by default only for large models on a terminal.
 
@@ -126,7 +126,8 @@ def dequantize_(model: nn.Module) -> Summary:
         old = model.get_submodule(step.names[0])
         assert isinstance(old, QLinear | QEmbedding)
         # Layers that share a weight but not what is done to x compute with different float ones.
-        transforms = [b if b is None else tensor_key(b) for b in old._buffers.values()]
+        names = old.input_transforms if isinstance(old, QLinear) else ()
+        transforms = [tensor_key(old.get_buffer(name)) for name in names]
         key = (tensor_key(old.packed), old.dtype, *transforms)
         new = old.dequantize()
         assert isinstance(new.weight, nn.Parameter)
@@ -256,9 +257,7 @@ def _check_model(model: nn.Module, op: str) -> None:
         )
 
 
-def _schemes_by_pattern(
-    op: str, scheme: Scheme | Mapping[str, Scheme]
-) -> dict[str, Scheme]:
+def _schemes_by_pattern(op: str, scheme: Scheme | Mapping[str, Scheme]) -> dict[str, Scheme]:
     schemes = dict(scheme) if isinstance(scheme, Mapping) else {"*": scheme}
     for pattern, value in schemes.items():
         if not isinstance(pattern, str) or not isinstance(value, Scheme):

@@ -22,8 +22,8 @@ class ModuleRow:
         note: why it was left, or what else there is to know.
         bytes_before: of its own parameters and buffers; what is shared counts where it comes first.
         bytes_after: the same after the conversion.
-        sqnr_nearest, sqnr: of a layer that was calibrated, signal to noise of its output on held-out
-            data in dB, if it had been rounded to nearest, and as it is; None if not measured.
+        sqnr_nearest, sqnr: of a layer that was calibrated, signal to noise of its output in dB on
+            held-out data, had it been rounded to nearest and as it is; None if not measured.
     """
 
     name: str

@@ -61,9 +61,7 @@ def save_model(
         if isinstance(module, QModule):
             kind = type(module).__name__
             transforms = module.input_transforms if isinstance(module, QLinear) else ()
-            modules[name] = ModuleEntry(
-                kind, module.scheme, module.shape, module.dtype, transforms
-            )
+            modules[name] = ModuleEntry(kind, module.scheme, module.shape, module.dtype, transforms)
         for key, shared_as, tensor in _named_tensors(name, module):
             if shared_as in first_name:
                 tied[key] = first_name[shared_as]

@@ -11,46 +11,71 @@ _NORM, _BETA, _KAPPA, _ITERATIONS = 0.7, 10.0, 1.01, 20
 
 
 def fit_hqq(fit: GroupFit) -> None:
-    """Minimize the 0.7-norm of the error of every group by a half-quadratic solver.
+    """Make the 0.7-norm of the error of every group small by a half-quadratic solver.
 
-    The error is split into a sparse part e, the proximal operator of the norm (generalized soft
-    thresholding), and a rest that a mean makes small: of the zero point, as in the paper, or of
-    the scale where there is no zero point. All of it is computed in steps of the group's scale, so
-    that the result does not depend on the size of the weights. The zero point is rounded at the
-    end, since it is stored as an integer.
+    The error is split into a sparse part, the proximal operator of the norm (generalized soft
+    thresholding), and a rest that least squares makes small: over the zero point, as in the paper,
+    and, since a zero point is stored as an integer here, over the scale after that.
 
     Args:
         fit: the groups; gets the scales and zero points that are found.
     """
+    zero_point = None
+    if fit.zero_point is not None:
+        zero_point = fit.clamp_zero_point(solve_zero_point(fit))
+    fit.take(solve_scale(fit, zero_point), zero_point)
+
+
+def solve_zero_point(fit: GroupFit) -> Tensor:
+    """The paper's solver, in steps of each group's scale; float32 [R, G], not rounded.
+
+    Args:
+        fit: the groups, whose scales and zero points it starts from.
+    """
+    assert fit.zero_point is not None
+    values = fit.values / fit.scale.float().unsqueeze(-1)
+    zero_point = fit.zero_point.float()
+    best = torch.full_like(zero_point, torch.inf)
+    low, high = fit.lowest_code, fit.lowest_code + fit.steps
+    beta = _BETA
+    for _ in range(_ITERATIONS):
+        codes = (values + zero_point.unsqueeze(-1)).round().clamp(low, high)
+        error = values - (codes - zero_point.unsqueeze(-1))
+        proposed = fit.mean(codes - values + shrink(error, beta))
+        size = fit.mean(error.abs())
+        better = size < best
+        if not bool(better.any()):
+            break
+        zero_point = torch.where(better, proposed, zero_point)
+        best = torch.where(better, size, best)
+        beta *= _KAPPA
+    return zero_point
+
+
+def solve_scale(fit: GroupFit, zero_point: Tensor | None) -> Tensor:
+    """The same with the scale as what least squares finds; float32 [R, G].
+
+    Args:
+        fit: the groups, whose scales it starts from.
+        zero_point: int32 [R, G], or None if symmetric.
+    """
     scale = fit.scale.float()
-    zero_point = None if fit.zero_point is None else fit.zero_point.float()
-    values = fit.values / scale.unsqueeze(-1)
     best = torch.full_like(scale, torch.inf)
     beta = _BETA
     for _ in range(_ITERATIONS):
-        if zero_point is None:
-            approximation = fit.approximation(scale, None)
-            rest = fit.values - approximation
-            unit = scale.unsqueeze(-1)
-            rest = rest - unit * shrink(rest / unit, beta)
-            slope = (approximation * (rest + approximation)).sum(-1)
-            proposed = scale * slope / approximation.square().sum(-1)
-            error = fit.mean((fit.values - approximation).abs())
-            better = (error < best) & proposed.isfinite() & (proposed != 0)
-            scale = torch.where(better, proposed, scale)
-        else:
-            low = fit.lowest_code
-            codes = (values + zero_point.unsqueeze(-1)).round().clamp(low, low + fit.steps)
-            rest = values - (codes - zero_point.unsqueeze(-1))
-            proposed = fit.mean(codes - values + shrink(rest, beta))
-            error = fit.mean(rest.abs())
-            better = error < best
-            zero_point = torch.where(better, proposed, zero_point)
-        best = torch.where(better, error, best)
-        beta *= _KAPPA
+        approximation = fit.approximation(scale, zero_point)
+        error = fit.values - approximation
+        unit = scale.unsqueeze(-1)
+        dense = fit.values - unit * shrink(error / unit, beta)
+        proposed = scale * fit.mean(approximation * dense) / fit.mean(approximation.square())
+        size = fit.mean(error.abs())
+        better = (size < best) & proposed.isfinite() & (proposed != 0)
         if not bool(better.any()):
             break
-    fit.take(scale, None if zero_point is None else fit.clamp_zero_point(zero_point))
+        scale = torch.where(better, proposed, scale)
+        best = torch.where(better, size, best)
+        beta *= _KAPPA
+    return scale
 
 
 def shrink(x: Tensor, beta: float) -> Tensor:

@@ -11,7 +11,8 @@ from qkernels.optimize.groups import GroupFit
 # makes the step for all others finer.
 _SHARES_4_BITS = tuple(1.06 - 0.04 * i for i in range(14))
 _SHARES_8_BITS = tuple(1.0 - 0.02 * i for i in range(1, 16))
-_ASYMMETRIC_SHARES = tuple(1.0 - 0.06 * i for i in range(7))
+# With errors that count differently, whatever counts little may be clipped far.
+_ASYMMETRIC_SHARES = tuple(1.0 - 0.07 * i for i in range(9))
 _REFINEMENTS = 4
 
 
@@ -56,7 +57,7 @@ def _refine(fit: GroupFit) -> None:
 
     With d the approximation, the values are nearest to a·d for a = Σ w·d / Σ d²; with a zero point
     they are nearest to the regression line a·d + b, which is the scale a·s and the zero point
-    z - b / (a·s).
+    z - b / (a·s). Zero points beside the one there is get the best scale for their codes as well.
     """
     approximation = fit.approximation(fit.scale, fit.zero_point)
     scale = fit.scale.float()
@@ -68,9 +69,12 @@ def _refine(fit: GroupFit) -> None:
     offset = (value_mean - slope.unsqueeze(-1) * mean).squeeze(-1)
     scale = scale * slope
     fit.offer(scale, fit.clamp_zero_point(fit.zero_point - offset / scale))
+    for step in (-1, 1):
+        zero_point = fit.clamp_zero_point(fit.zero_point.float() + step)
+        approximation = fit.approximation(fit.scale, zero_point)
+        fit.offer(fit.scale.float() * _slope(fit, fit.values, approximation), zero_point)
 
 
 def _slope(fit: GroupFit, values: Tensor, approximation: Tensor) -> Tensor:
     weighted = approximation if fit.importance is None else approximation * fit.importance
     return (weighted * values).sum(-1) / (weighted * approximation).sum(-1)
-

@@ -56,10 +56,10 @@ def search_scales(
     Example:
         >>> weight = torch.randn(32, 64)
         >>> scheme = qk.W4A16(group_size=32)
-        >>> def error(q): return (q.dequantize() - weight).square().mean().item()
-        >>> nearest, searched = (search_scales(weight, scheme, o) for o in ("minmax", "mse"))
-        >>> error(searched) < 0.9 * error(nearest)
-        True
+        >>> nearest = search_scales(weight, scheme, "minmax").dequantize()
+        >>> searched = search_scales(weight, scheme, "mse").dequantize()
+        >>> (searched - weight).norm() < 0.97 * (nearest - weight).norm()
+        tensor(True)
     """
     _check(weight, scheme, importance)
     check_optimizer("search_scales", optimize)
@@ -121,9 +121,7 @@ def _check(weight: object, scheme: object, importance: Tensor | None) -> None:
         )
 
 
-def _in_groups(
-    rows: Tensor, size: int, importance: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _in_groups(rows: Tensor, size: int, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Rows [R, K] as [R, G, size], and how much each element counts, [G, size], None for all alike.
 
     A short last group is filled with zeros that do not count: no scale depends on a zero, and its
@@ -136,4 +134,3 @@ def _in_groups(
     if importance is not None:
         importance = F.pad(importance.float(), (0, missing)).reshape(-1, size)
     return F.pad(rows, (0, missing)).reshape(len(rows), -1, size), importance
-

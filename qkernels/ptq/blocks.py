@@ -205,9 +205,7 @@ class _Recorder:
         return Group(members, tuple(map(len, events)), block)
 
 
-def _runs(
-    events: list[tuple[str, bool, str | None]], alone: set[str]
-) -> Iterable[tuple[str, ...]]:
+def _runs(events: list[tuple[str, bool, str | None]], alone: set[str]) -> Iterable[tuple[str, ...]]:
     """Names of consecutive calls with one input, of layers that are called once for the batch."""
     names = [name for name, _, _ in events]
     run: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qkernels.ptq.blocks import Group, Stop, Trace, input_of, main_tensor
-from qkernels.report.outputs import Caller, real_tokens, without_padding
+from qkernels.report.outputs import Caller, Tokens, real_tokens, without_padding
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -53,17 +53,19 @@ class Replay:
         shown = set(group.layers[:1]) if self._is_one_input(group) else set(group.layers)
         for i, batch in enumerate(self._batches):
             if group.calls[i]:
-                tokens = real_tokens(batch)
-                self._run_one(
-                    i, group, shown, lambda x, i=i, t=tokens: see(i, without_padding(x, t))
-                )
+                self._run_one(i, group, shown, see, real_tokens(batch))
 
     def _is_one_input(self, group: Group) -> bool:
         modules = {id(self._model.get_submodule(name).weight) for name in group.layers}
         return len(modules) == len(group.layers)
 
     def _run_one(
-        self, i: int, group: Group, shown: set[str], see: Callable[[Tensor], None]
+        self,
+        i: int,
+        group: Group,
+        shown: set[str],
+        see: Callable[[int, Tensor], None],
+        tokens: Tokens | None,
     ) -> None:
         left = group.calls[i]
 
@@ -71,7 +73,7 @@ class Replay:
             def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
                 nonlocal left
                 if name in shown:
-                    see(input_of(args, kwargs))
+                    see(i, without_padding(input_of(args, kwargs), tokens))
                 left -= 1
                 if left == 0:
                     raise Stop

@@ -315,7 +315,9 @@ def _identity(
     model: nn.Module, steps: list[Step], options: Options, data: list[Any], held: list[Any]
 ) -> str:
     settings = {
-        "layers": [[list(s.names), None if s.scheme is None else s.scheme.to_dict()] for s in steps],
+        "layers": [
+            [list(s.names), None if s.scheme is None else s.scheme.to_dict()] for s in steps
+        ],
         "options": [*options.method, options.optimize, options.act_order],
         "numbers": [options.damping, options.alpha],
         "batches": [len(data), len(held)],

@@ -11,6 +11,8 @@ import qkernels as qk
 from helpers import data
 from helpers import reference as ref
 from qkernels.optimize import OPTIMIZERS, search, search_scales
+from qkernels.optimize.groups import GroupFit
+from qkernels.optimize.hqq import solve_zero_point
 
 FORMATS = {"int8": ref.INT8, "int4": ref.INT4, "nf4": ref.NF4}
 SCHEMES = (
@@ -59,7 +61,7 @@ def exhaustive(group, form, symmetric, dtype, importance):
     [
         qk.W4A16(group_size=32),
         qk.W4A16(group_size=32, symmetric=True),
-        qk.NF4(group_size=32, scale_dtype=torch.float16),
+        qk.NF4(group_size=32),
     ],
     ids=str,
 )
@@ -82,8 +84,8 @@ def test_mse_is_close_to_the_best_there_is(scheme, weighted):
         ]
     )  # fmt: skip
     assert (got >= best * (1 - 1e-4)).all()
-    # 0.15 dB of the optimum for all groups together.
-    assert got.sum() < best.sum() * 1.035
+    # For all groups together 0.1 dB from the optimum, 0.33 dB where a few columns count for most.
+    assert got.sum() < best.sum() * (1.08 if weighted else 1.024)
 
 
 @each_scheme
@@ -114,39 +116,59 @@ def test_no_group_is_worse_than_with_minmax(scheme):
     assert found.sum() < nearest.sum()
 
 
-def hqq(values, scale, zero, low, high):
-    """The solver of Badri and Shaji (2023) for the zero point of one group, in float64."""
-    norm, beta, kappa = 0.7, 10.0, 1.01
-    best, w = np.inf, values / scale
+def shrink(x, beta):
+    with np.errstate(divide="ignore"):
+        return np.sign(x) * np.maximum(np.abs(x) - np.abs(x) ** (0.7 - 1) / beta, 0)
+
+
+def hqq_zero_point(values, scale, zero):
+    """The solver of Badri and Shaji (2023) for one group, in float64."""
+    best, beta, w = np.inf, 10.0, values / scale
     for _ in range(20):
-        q = np.clip(np.rint(w + zero), low, high)
-        rest = w - (q - zero)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            threshold = np.abs(rest) ** (norm - 1) / beta
-        e = np.sign(rest) * np.maximum(np.abs(rest) - threshold, 0)
-        error = np.abs(rest).mean()
-        if error >= best:
+        q = np.clip(np.rint(w + zero), 0, 15)
+        error = w - (q - zero)
+        if np.abs(error).mean() >= best:
             break
-        best, zero, beta = error, (q - (w - e)).mean(), beta * kappa
-    return np.clip(np.rint(zero), low, high)
+        best = np.abs(error).mean()
+        zero = (q - (w - shrink(error, beta))).mean()
+        beta *= 1.01
+    return zero
+
+
+def hqq_scale(values, scale, zero):
+    """The same for the scale: least squares of what is left when the sparse part is taken off."""
+    best, beta = np.inf, 10.0
+    for _ in range(20):
+        q = np.clip(np.rint(values / scale) + zero, 0, 15) - zero
+        error = values - q * scale
+        if np.abs(error).mean() >= best:
+            break
+        best = np.abs(error).mean()
+        dense = values - scale * shrink(error / scale, beta)
+        scale = (q * dense).sum() / (q * q).sum()
+        beta *= 1.01
+    return scale
 
 
 def test_hqq_is_the_solver_of_the_paper():
     weight = data.floats((16, 70), seed="hqq") + 0.3
     scheme = qk.W4A16(group_size=32, scale_dtype=torch.float32)
     start, q = (search_scales(weight, scheme, o) for o in ("minmax", "hqq"))
-    assert torch.equal(start.scale, q.scale)
-    expected = [
-        [
-            hqq(row[a:b].astype(np.float64), float(s[g]), float(z[g]), 0, 15)
-            for g, (a, b) in enumerate(ref.group_edges(70, 32))
-        ]
-        for row, s, z in zip(
-            weight.numpy(), start.scale.numpy(), start.zero_point.numpy(), strict=True
-        )
-    ]
-    assert np.array_equal(q.zero_point.numpy(), np.array(expected))
-    assert not torch.equal(q.zero_point, start.zero_point)
+    fit = GroupFit(weight[:, :64].reshape(16, 2, 32), None, scheme)
+    zeros, scales = solve_zero_point(fit).double().numpy(), []
+    for i, g in itertools.product(range(16), range(2)):
+        group = weight[i, 32 * g : 32 * g + 32].double().numpy()
+        scale, zero = float(start.scale[i, g]), float(start.zero_point[i, g])
+        expected = hqq_zero_point(group, scale, zero)
+        assert zeros[i, g] == pytest.approx(expected, abs=0.02)  # one step of the solver
+        stored_zero = np.clip(np.rint(expected), 0, 15)
+        assert q.zero_point[i, g] == stored_zero
+        scales.append((float(q.scale[i, g]), hqq_scale(group, scale, stored_zero)))
+    # Float32 may stop an iteration earlier or later where two errors are nearly equal.
+    off = np.array([abs(got / expected - 1) for got, expected in scales])
+    assert (off < 1e-3).mean() > 0.85
+    assert off.max() < 0.05
+    assert (zeros != start.zero_point[:, :2].numpy()).mean() > 0.9
 
 
 def test_hqq_of_a_symmetric_weight_shrinks_the_mean_error():

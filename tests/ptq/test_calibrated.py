@@ -66,7 +66,9 @@ def tokens(count=9, seed=0, masked=False):
 
 def mlp():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 20), nn.Tanh(), nn.Linear(20, 9))
+    return nn.Sequential(
+        nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 20), nn.Tanh(), nn.Linear(20, 9)
+    )
 
 
 def rows(count=9, features=40):
@@ -155,7 +157,8 @@ def test_bias_correction_is_the_lost_mean():
     torch.testing.assert_close(model[0].bias.double() - before.double(), lost @ mean)
     assert model[0].bias is bias
     assert torch.equal(
-        model[0].quantized_weight().data, qk.quantize(weight, "int4", 16, False, torch.bfloat16).data
+        model[0].quantized_weight().data,
+        qk.quantize(weight, "int4", 16, False, torch.bfloat16).data,
     )
 
 
@@ -298,7 +301,9 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("method", ["gptq", ("smoothquant", "gptq")])
 def test_shared_weights_stay_shared_and_see_all_inputs(method):
-    batches = [torch.randint(30, (8, 5), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    batches = [
+        torch.randint(30, (8, 5), generator=torch.Generator().manual_seed(i)) for i in range(4)
+    ]
     results = []
     for scale in (1, 30):
         torch.manual_seed(0)
@@ -327,7 +332,7 @@ def test_a_module_that_runs_twice():
     assert summary.rows[0].sqnr is not None
 
 
-class Interrupted(RuntimeError):
+class InterruptedRunError(RuntimeError):
     pass
 
 
@@ -342,19 +347,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(method, after, tmp_path, mo
 
     def interrupt(*args):
         if len(done) == after:
-            raise Interrupted
+            raise InterruptedRunError
         done.append(1)
         return solve(*args)
 
     monkeypatch.setattr(run, "solve", interrupt)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         qk.quantize_calibrated_(encoder(), tokens(), INT4, checkpoint=tmp_path / "run", **options)
     solved = []
     monkeypatch.setattr(run, "solve", lambda *args: solved.append(1) or solve(*args))
     model = encoder()
-    summary = qk.quantize_calibrated_(
-        model, tokens(), INT4, checkpoint=tmp_path / "run", **options
-    )
+    summary = qk.quantize_calibrated_(model, tokens(), INT4, checkpoint=tmp_path / "run", **options)
     assert len(solved) == 14 - after
     assert same_state(state(model), state(whole))
     assert summary == expected
