@@ -35,7 +35,7 @@ except ImportError as failure:
     from qkernels.doctor import doctor
 else:
     _PROBLEM = ""
-    from qkernels import calibration, functional, io, nn, ops, qat
+    from qkernels import calibration, functional, io, nn, ops, optimize, qat
     from qkernels.calibrate import calibrate
     from qkernels.calibration import Calibration
     from qkernels.doctor import doctor
@@ -53,10 +53,15 @@ else:
 
 if TYPE_CHECKING:
     from qkernels import transfer
+    from qkernels.ptq import quantize_calibrated_
     from qkernels.report import Report, compare
 
-# Imported when they are first used: most programs need neither.
-_LAZY = {"Report": "qkernels.report", "compare": "qkernels.report"}
+# Imported when they are first used: most programs need none of them.
+_LAZY = {
+    "Report": "qkernels.report",
+    "compare": "qkernels.report",
+    "quantize_calibrated_": "qkernels.ptq",
+}
 _LAZY_MODULES = ("transfer",)
 
 __all__ = [
@@ -83,10 +88,12 @@ __all__ = [
     "load_model",
     "nn",
     "ops",
+    "optimize",
     "prepare_qat_",
     "qat",
     "quantize",
     "quantize_",
+    "quantize_calibrated_",
     "save_model",
     "transfer",
 ]

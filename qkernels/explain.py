@@ -89,7 +89,7 @@ def _explain_layer(module: QModule, x: Tensor) -> str:
             f"{_count(rows, 'row')} of it by the {weights} weights, summed in int32; scales and "
             f"bias follow in float32."
         )
-    return f"{head}{arithmetic} {_storage(module)}"
+    return f"{head}{_transforms(module)}{arithmetic} {_storage(module)}"
 
 
 def _explain_conv(module: QConvNd, x: Tensor) -> str:
@@ -188,6 +188,15 @@ def _title(module: QModule) -> str:
 
 def _kernel(module: QLinear, rows: int) -> str:
     return _C.kernel_name(module.layout, module.scheme.activation_code, rows)
+
+
+def _transforms(module: QLinear) -> str:
+    done = {
+        "x_premul": "multiplied by x_premul, a factor for each feature",
+        "k_perm": "put in the order of the weight's columns by k_perm",
+    }
+    said = [done[name] for name in module.input_transforms]
+    return f"x is first {' and '.join(said)}. Then " if said else ""
 
 
 def _activation_scale(static: bool) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.kinds import QUANTIZED, base_of, quantized_from_shell
 from qkernels.nn.qat import QATModule
 from qkernels.nn.ranges import set_range
-from qkernels.nn.storage import quantize_weight
+from qkernels.optimize import check_optimizer, search_scales
 from qkernels.plan import (
     Step,
     check_model,
@@ -47,6 +48,7 @@ def quantize_(
     *,
     calibration: Calibration | None = None,
     fold_batchnorm: bool = False,
+    optimize: str = "minmax",
     progress: bool | None = None,
 ) -> Summary:
     """Replace the Linear, Conv and Embedding layers of a model by quantized ones, in place.
@@ -67,6 +69,9 @@ def quantize_(
         fold_batchnorm: fold BatchNorms into the layers before them first, see `fold_batchnorm_`.
             Not done unless asked for, because a model without its BatchNorms no longer fits the
             state_dicts and files of one that has them.
+        optimize: how scales are chosen: "minmax" from the extremes of each group, at once, or by a
+            search, "mse" or "hqq", which takes seconds and makes 4 bits more accurate; see
+            `qk.optimize.search_scales`.
         progress: show a progress bar; by default only for large models on a terminal.
 
     Returns:
@@ -74,7 +79,8 @@ def quantize_(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a pattern that matches nothing, or a layer that cannot be quantized.
+        ValueError: a pattern that matches nothing, a layer that cannot be quantized, or an unknown
+            optimize.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -82,35 +88,23 @@ def quantize_(
         >>> len(summary.converted)
         1
     """
-    check_model(model, "quantize_")
-    schemes = schemes_by_pattern(scheme)
-    patterns = ignored_patterns(ignore)
-    if isinstance(scheme, Mapping):
-        check_patterns(model, schemes, "scheme")
-    if patterns != DEFAULT_IGNORE:
-        check_patterns(model, patterns, "ignore")
-    _check_calibration(calibration, schemes)
-    kind = base_of(model)
-    if kind is not None:
-        raise ValueError(
-            f"quantize_: the model is itself a {type(model).__name__}, which cannot be replaced in "
-            f"place; use {QUANTIZED[kind].__name__}.from_float(model, scheme)"
-        )
-    steps = make_plan(model, schemes, patterns, calibration=calibration)
-    folds = plan_folds(model, patterns) if fold_batchnorm else []
+    check_optimizer("quantize_", optimize)
+    steps = plan_of("quantize_", model, scheme, ignore, calibration=calibration)
+    folds = plan_folds(model, ignored_patterns(ignore)) if fold_batchnorm else []
     done: dict[str, QModule] = {}
 
     def convert(step: Step) -> None:
         assert step.scheme is not None
         old = model.get_submodule(step.names[0])
         x_range = _input_range(step, old, calibration)
-        new = quantized_like_float(old, step.scheme, done.get(step.twin or ""), x_range)
+        twin = done.get(step.twin or "")
+        new = quantized_like_float(old, step.scheme, twin, x_range, optimize)
         replace_everywhere(model, step.names, old, new)
         done[step.names[0]] = new
 
     apply_folds(model, folds)
     wanted = [step for step in steps if step.scheme is not None]
-    with _progress("Quantizing", wanted, progress) as advance:
+    with shown_progress("Quantizing", wanted, progress) as advance:
         for step in wanted:
             convert(step)
             advance(step)
@@ -155,7 +149,10 @@ def dequantize_(model: nn.Module) -> Summary:
     for step in wanted:
         old = model.get_submodule(step.names[0])
         assert isinstance(old, QLinear | QEmbedding | QConvNd)
-        key = (tensor_key(old.packed), old.dtype, old.packing.conv)
+        # Layers that share a weight but not what is done to x compute with different float ones.
+        names = old.input_transforms if isinstance(old, QLinear) else ()
+        transforms = [tensor_key(old.get_buffer(name)) for name in names]
+        key = (tensor_key(old.packed), old.dtype, old.conv, *transforms)
         new = old.dequantize()
         assert isinstance(new.weight, nn.Parameter)
         new.weight = weights.setdefault(key, new.weight)
@@ -170,6 +167,7 @@ def quantized_like_float(
     scheme: Scheme,
     twin: QModule | None = None,
     x_range: Int8Range | None = None,
+    optimize: str = "minmax",
 ) -> QModule:
     """The quantized module for a float one.
 
@@ -178,10 +176,12 @@ def quantized_like_float(
         scheme: how to quantize it.
         twin: a quantized module of the same weight, whose packed weight is to be shared.
         x_range: range of the input, for a static scheme.
+        optimize: how its scales are chosen.
     """
     new = quantized_from_shell(module, scheme)
     if twin is None:
-        new.packed = new.packing.parameter(quantize_weight(new.matrix_of(module), scheme))
+        matrix = new.matrix_of(module)
+        new.packed = new.packing.parameter(search_scales(matrix, scheme, optimize))
     else:
         new.packed = twin.packed
     if x_range is not None:
@@ -260,6 +260,45 @@ def steps_back(
     return steps
 
 
+def plan_of(
+    op: str,
+    model: nn.Module,
+    scheme: Scheme | Mapping[str, Scheme],
+    ignore: str | Sequence[str],
+    *,
+    calibration: Calibration | None = None,
+) -> list[Step]:
+    """Check the arguments that all conversions of a model take, and decide about every module.
+
+    Args:
+        op: the function that was called, for messages.
+        model: the model to be converted; nothing is changed.
+        scheme: one scheme, or schemes by pattern.
+        ignore: patterns of modules to leave.
+        calibration: ranges for the layers whose scheme is static.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: what `quantize_` refuses.
+    """
+    check_model(model, op)
+    schemes = schemes_by_pattern(scheme, op)
+    patterns = ignored_patterns(ignore, op)
+    if isinstance(scheme, Mapping):
+        check_patterns(model, schemes, "scheme", op=op)
+    if patterns != DEFAULT_IGNORE:
+        check_patterns(model, patterns, "ignore", op=op)
+    _check_calibration(calibration, schemes)
+    kind = base_of(model)
+    if kind is not None:
+        raise ValueError(
+            f"{op}: the model is itself a {type(model).__name__}, which cannot be replaced in "
+            f"place; use {QUANTIZED[kind].__name__}.from_float(model, scheme), or put it into an "
+            "nn.Sequential"
+        )
+    return make_plan(model, schemes, patterns, calibration=calibration)
+
+
 def _check_calibration(calibration: object, schemes: Mapping[str, Scheme]) -> None:
     if calibration is None:
         return
@@ -328,37 +367,48 @@ def schemes_by_pattern(
 
 
 def summary_of(
-    title: str, model: nn.Module, steps: list[Step], became: dict[tuple[str, ...], str]
+    title: str,
+    model: nn.Module,
+    steps: list[Step],
+    became: Mapping[tuple[str, ...], str],
+    quality: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> Summary:
-    """The summary of what has been done.
+    """What became of every module.
 
     Args:
-        title: what that was.
-        model: the model as it is now.
-        steps: the decisions about its modules.
-        became: class and scheme of what was replaced, by the names in its step.
+        title: what was done.
+        model: as it is now.
+        steps: the decisions, in order.
+        became: what modules are now, by their names.
+        quality: by first name, SQNR in dB of a layer rounded to nearest and as it is.
+        notes: by first name, what happened to a layer on the way.
     """
     seen: set[object] = set()
     rows = []
     for step in steps:
-        module = model.get_submodule(step.names[0])
+        name = step.names[0]
+        module = model.get_submodule(name)
+        nearest, now = quality.get(name, (None, None))
         others = ", ".join(step.names[1:])
         also = f"also known as {others}" if others else ""
         rows.append(
             ModuleRow(
-                name=step.names[0],
+                name=name,
                 kind=step.kind,
                 became=became.get(step.names),
-                note="; ".join(part for part in (step.note, also) if part),
+                note="; ".join(part for part in (step.note, notes.get(name, ""), also) if part),
                 bytes_before=step.nbytes,
                 bytes_after=own_bytes(module, seen),
+                sqnr_nearest=nearest,
+                sqnr=now,
             )
         )
     return Summary(title, tuple(rows))
 
 
 @contextmanager
-def _progress(
+def shown_progress(
     what: str, steps: list[Step], wanted: bool | None
 ) -> Iterator[Callable[[Step], None]]:
     total = sum(step.nbytes for step in steps)

@@ -23,6 +23,8 @@ class ModuleRow:
         note: why it was left, or what else there is to know.
         bytes_before: of its own parameters and buffers; what is shared counts where it comes first.
         bytes_after: the same after the conversion.
+        sqnr_nearest, sqnr: of a layer that was calibrated, signal to noise of its output in dB on
+            held-out data, had it been rounded to nearest and as it is; None if not measured.
     """
 
     name: str
@@ -31,6 +33,8 @@ class ModuleRow:
     note: str
     bytes_before: int
     bytes_after: int
+    sqnr_nearest: float | None = None
+    sqnr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class Summary:
         table.add_column("is now")
         table.add_column("before", size_text(self.bytes_before), justify="right")
         table.add_column("after", size_text(self.bytes_after), justify="right")
+        measured = any(row.sqnr is not None for row in self.rows)
+        if measured:
+            table.add_column("to nearest", justify="right")
+            table.add_column("SQNR", justify="right")
         table.add_column("note")
         for row in self.rows:
             cells = (
@@ -104,6 +112,7 @@ class Summary:
                 escape(row.became or "·"),
                 size_text(row.bytes_before),
                 size_text(row.bytes_after),
+                *((_db(row.sqnr_nearest), _db(row.sqnr)) if measured else ()),
                 escape(row.note),
             )
             table.add_row(*cells, style=None if row.became else "dim")
@@ -125,6 +134,10 @@ def table_text(table: RenderableType) -> str:
     # As wide as the text needs: a log file has no width, and folded cells are hard to search.
     Console(file=out, width=10_000, no_color=True).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _db(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} dB"
 
 
 def size_text(count: int) -> str:

@@ -38,21 +38,26 @@ class ModuleEntry:
         scheme: how its weight is stored and what its arithmetic is.
         shape: rows and columns of the weight.
         dtype: of the float module that it stands for.
+        input_transforms: buffers of a QLinear that change x, "x_premul" and "k_perm".
     """
 
     kind: str
     scheme: Scheme
     shape: tuple[int, int]
     dtype: torch.dtype
+    input_transforms: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain JSON values."""
-        return {
+        entry = {
             "kind": self.kind,
             "scheme": self.scheme.to_dict(),
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        if self.input_transforms:
+            entry["input_transforms"] = list(self.input_transforms)
+        return entry
 
 
 @dataclass(frozen=True)
@@ -223,4 +228,8 @@ def _parse_module(entry: dict[str, Any]) -> ModuleEntry:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype is {entry['dtype']!r}")
     scheme = Scheme.from_dict(entry["scheme"])
-    return ModuleEntry(entry["kind"], scheme, (rows, columns), dtype)
+    transforms = tuple(entry.get("input_transforms", ()))
+    known = ("x_premul", "k_perm") if entry["kind"] == "QLinear" else ()
+    if not set(transforms) <= set(known):
+        raise ValueError(f"input_transforms is {entry['input_transforms']!r}")
+    return ModuleEntry(entry["kind"], scheme, (rows, columns), dtype, transforms)

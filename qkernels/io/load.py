@@ -20,7 +20,7 @@ from qkernels.io.file import (
     read_header,
 )
 from qkernels.io.save import full_name, own_tensors, uncompiled, why_not_storable
-from qkernels.nn import QModule
+from qkernels.nn import QLinear, QModule
 from qkernels.nn.carry import why_not_replaceable
 from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.kinds import BY_NAME, QUANTIZED, quantized_from_shell
@@ -117,12 +117,14 @@ def _new_module(header: ModelFile, name: str, module: nn.Module) -> nn.Module:
             )
         return module
     if isinstance(module, QModule):
-        given = (type(module).__name__, module.scheme, module.shape)
-        if given != (entry.kind, entry.scheme, entry.shape):
+        transforms = module.input_transforms if isinstance(module, QLinear) else ()
+        given = (type(module).__name__, module.scheme, module.shape, transforms)
+        if given != (entry.kind, entry.scheme, entry.shape, entry.input_transforms):
+            here, there = (" with ".join(("", *t)) for t in (transforms, entry.input_transforms))
             raise ModelFileError(
-                f"{label} is {module.scheme} of shape {module.shape} in the model but {entry.kind} "
-                f"{entry.scheme} of shape {entry.shape} in {header.path}; load it into the float "
-                "model, which is then quantized as the file says"
+                f"{label} is {module.scheme} of shape {module.shape}{here} in the model but "
+                f"{entry.kind} {entry.scheme} of shape {entry.shape}{there} in {header.path}; load "
+                "it into the float model, which is then quantized as the file says"
             )
         return module
     return _shell(header, entry, name, module, label)
@@ -148,6 +150,9 @@ def _shell(
         raise ModelFileError(f"{header.path} does not fit the model at {label}: {reason}")
     new = quantized_from_shell(module, entry.scheme)
     new.dtype = entry.dtype
+    for buffer, like in new.optional_targets().items():
+        if buffer in entry.input_transforms:
+            new._buffers[buffer] = like
     return new
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import qkernels
 from qkernels.io.file import METADATA_KEY, VERSION, ModelFile, ModuleEntry, checksum
-from qkernels.nn import QModule
+from qkernels.nn import QLinear, QModule
 from qkernels.nn.sharded import gathered, is_sharded
 from qkernels.plan import tensor_key
 
@@ -62,7 +62,8 @@ def save_model(
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QModule):
             kind = type(module).__name__
-            modules[name] = ModuleEntry(kind, module.scheme, module.shape, module.dtype)
+            transforms = module.input_transforms if isinstance(module, QLinear) else ()
+            modules[name] = ModuleEntry(kind, module.scheme, module.shape, module.dtype, transforms)
         for key, shared_as, tensor in _named_tensors(name, module):
             if shared_as in first_name:
                 tied[key] = first_name[shared_as]

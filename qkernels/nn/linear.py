@@ -20,7 +20,10 @@ _DEFAULT_SCHEME = W8A8()
 class QLinear(QModule):
     """`nn.Linear` with a quantized weight: y = x @ weight.T + bias.
 
-    The weight is frozen; the bias is an ordinary parameter, and gradients flow to it and to x.
+    The weight is frozen; the bias is an ordinary parameter, and gradients flow to it and to x. Two
+    buffers, None unless `set_input_transform` or `quantize_calibrated_` made them, change x before
+    it meets the weight: x is multiplied by `x_premul`, and column i of the weight belongs to
+    feature `k_perm[i]`.
 
     Args:
         in_features: size of the last dimension of x.
@@ -43,6 +46,8 @@ class QLinear(QModule):
     bias: nn.Parameter | None
     x_scale: Tensor | None
     x_zero_point: Tensor | None
+    x_premul: Tensor | None
+    k_perm: Tensor | None
 
     def __init__(
         self,
@@ -63,6 +68,8 @@ class QLinear(QModule):
         made = nn.Parameter(torch.empty(out_features, device=device, dtype=self.dtype))
         self.register_parameter("bias", made if bias else None)
         add_range_buffers(self, scheme, device)
+        self.register_buffer("x_premul", None)
+        self.register_buffer("k_perm", None)
         self.reset_parameters()
 
     @classmethod
@@ -128,6 +135,80 @@ class QLinear(QModule):
         carry_over(linear, new)
         return new
 
+    def set_input_transform(self, x_premul: Tensor | None, k_perm: Tensor | None) -> None:
+        """Have x multiplied, then its features reordered, before they meet the weight.
+
+        The weight stays as it is, so it must have been made for it: column i stands for the float
+        weight's column `k_perm[i]` divided by `x_premul[k_perm[i]]`.
+
+        Args:
+            x_premul: float [in_features], or None to leave x as it is.
+            k_perm: integers [in_features], each of 0 … in_features - 1 once, or None for their own
+                order.
+
+        Raises:
+            ValueError: a wrong shape, or k_perm is no permutation. Nothing is changed then.
+
+        Example:
+            >>> layer = qk.nn.QLinear(4, 2, scheme=qk.W8A16())
+            >>> expected = layer.dequantize().weight * 2
+            >>> layer.set_input_transform(torch.full((4,), 2.0), None)
+            >>> torch.equal(layer.dequantize().weight, expected)
+            True
+        """
+        for name, given in (("x_premul", x_premul), ("k_perm", k_perm)):
+            if given is not None and given.shape != (self.in_features,):
+                raise ValueError(
+                    f"{self._label()}: {name} has shape {tuple(given.shape)}; expected "
+                    f"({self.in_features},), one value for each feature of x"
+                )
+        if k_perm is not None:
+            every = torch.arange(self.in_features, device=k_perm.device)
+            if not torch.equal(k_perm.sort().values, every):
+                raise ValueError(
+                    f"{self._label()}: k_perm is no permutation; expected each feature from 0 to "
+                    f"{self.in_features - 1} once"
+                )
+        for name, given, dtype in (
+            ("x_premul", x_premul, torch.float32),
+            ("k_perm", k_perm, torch.int64),
+        ):
+            value = None if given is None else given.to(self.packed.device, dtype)
+            self._buffers[name] = value
+
+    def float_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float matrix that the layer computes with, what is done to x included.
+
+        Args:
+            dtype: of the result, by default the module's.
+        """
+        if not self.input_transforms:
+            return super().float_weight(dtype)
+        weight = super().float_weight(torch.float32)
+        if self.k_perm is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.k_perm, weight)
+        if self.x_premul is not None:
+            weight *= self.x_premul
+        return weight.to(self.dtype if dtype is None else dtype)
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Quantize a matrix as this module's weight, in place.
+
+        Args:
+            weight: float [out_features, in_features], the weight that the layer is to compute with.
+        """
+        if self.x_premul is not None:
+            weight = weight / self.x_premul
+        super().set_weight(weight if self.k_perm is None else weight[:, self.k_perm])
+
+    def optional_targets(self) -> dict[str, Tensor]:
+        size, device = self.in_features, self.packed.device
+        return {
+            "x_premul": torch.empty(size, dtype=torch.float32, device=device),
+            "k_perm": torch.empty(size, dtype=torch.int64, device=device),
+        }
+
     def reset_parameters(self) -> None:
         """Draw weight and bias as `nn.Linear` does, and quantize the weight."""
         like = nn.Linear(
@@ -160,6 +241,7 @@ class QLinear(QModule):
         # Looking parameters up as attributes costs microseconds. Replicas of nn.DataParallel have
         # theirs among the plain attributes.
         own: dict[str, Any] = self._parameters if "packed" in self._parameters else self.__dict__
+        buffers = self._buffers
         try:
             return functional.linear(
                 x,
@@ -172,12 +254,14 @@ class QLinear(QModule):
                 activation=scheme.activation,
                 x_scale=self.x_scale if scheme.static else None,
                 x_zero_point=self.x_zero_point if scheme.static else None,
+                x_premul=buffers["x_premul"],
+                k_perm=buffers["k_perm"],
             )
         except RuntimeError as error:
             raise self._named(error) from None
 
     def _keeps_dtype(self, tensor: Tensor) -> bool:
-        return super()._keeps_dtype(tensor) or tensor is self.x_scale
+        return super()._keeps_dtype(tensor) or any(tensor is b for b in self._buffers.values())
 
     @property
     def kernel(self) -> str:
@@ -189,10 +273,16 @@ class QLinear(QModule):
         except RuntimeError as error:
             return f"none ({error})"
 
+    @property
+    def input_transforms(self) -> tuple[str, ...]:
+        """Names of the buffers that change x before it meets the weight."""
+        return tuple(n for n in ("x_premul", "k_perm") if self._buffers[n] is not None)
+
     def extra_repr(self) -> str:
+        transforms = "".join(f", {name}" for name in self.input_transforms)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, scheme={self.scheme}, kernel={self.kernel}"
+            f"bias={self.bias is not None}, scheme={self.scheme}, kernel={self.kernel}{transforms}"
         )
 
 

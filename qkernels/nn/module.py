@@ -104,12 +104,17 @@ class QModule(nn.Module):
         """
         return weight_entries(self.quantized_weight(), prefix)
 
-    def float_weight(self) -> Tensor:
-        """The float matrix that the weight stands for, in `dtype`."""
+    def float_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float matrix that the weight stands for.
+
+        Args:
+            dtype: of the result, by default the module's.
+        """
+        dtype = self.dtype if dtype is None else dtype
         weight = self.quantized_weight()
-        if self.dtype == torch.float64:
+        if dtype == torch.float64:
             return weight.dequantize(torch.float32).double()
-        return weight.dequantize(self.dtype)
+        return weight.dequantize(dtype)
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
@@ -188,6 +193,8 @@ class QModule(nn.Module):
             prefix + "packed" in state_dict or is_sharded(self.packed)
         )
         targets = self.packed_targets() if is_packed else self.storage_targets()
+        optional = self.optional_targets().items()
+        targets.update((k, v) for k, v in optional if prefix + k in state_dict)
         found = {key: state_dict[prefix + key] for key in targets if prefix + key in state_dict}
         missing = [key for key in targets if key not in found]
         errors = [
@@ -228,7 +235,10 @@ class QModule(nn.Module):
             old = getattr(self, name)
             if new is None:
                 continue
-            if assign:
+            if old is None:
+                like = self.optional_targets()[name]
+                setattr(self, name, new.to(like, copy=not assign))
+            elif assign:
                 is_parameter = isinstance(old, nn.Parameter)
                 setattr(self, name, nn.Parameter(new, old.requires_grad) if is_parameter else new)
             elif old.is_meta and not new.is_meta:
@@ -266,6 +276,10 @@ class QModule(nn.Module):
         """The same for a state_dict that holds packed rows, as that of a sharded module does."""
         rest = {k: t for k, t in self.storage_targets().items() if k not in WEIGHT_KEYS}
         return {"packed": self.packed, "layout": torch.tensor(self.layout), **rest}
+
+    def optional_targets(self) -> dict[str, Tensor]:
+        """Shape and type of what a state_dict may hold for this module but need not."""
+        return {}
 
     def _why_not(self, key: str, value: object, target: Tensor) -> str | None:
         if not isinstance(value, Tensor):
