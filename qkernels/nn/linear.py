@@ -198,9 +198,17 @@ class QLinear(QModule):
         Args:
             weight: float [out_features, in_features], the weight that the layer is to compute with.
         """
+        super().set_weight(self.as_stored(weight))
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """The matrix that is quantized, for a weight that the layer is to compute with.
+
+        Args:
+            weight: float [out_features, in_features].
+        """
         if self.x_premul is not None:
             weight = weight / self.x_premul
-        super().set_weight(weight if self.k_perm is None else weight[:, self.k_perm])
+        return weight if self.k_perm is None else weight[:, self.k_perm]
 
     def optional_targets(self) -> dict[str, Tensor]:
         size, device = self.in_features, self.packed.device

@@ -147,7 +147,7 @@ def _merge(name: str, adapter: LoRALinear) -> MergedLayer:
     wanted = _merged_weight(adapter)
     # A parameter of its own: another module may share the old one.
     if isinstance(base, QLinear):
-        base.packed = base.packing.parameter(quantize_weight(wanted, base.scheme))
+        base.packed = base.packing.parameter(quantize_weight(base.as_stored(wanted), base.scheme))
         kind = f"QLinear {base.scheme}"
     else:
         base.weight = nn.Parameter(wanted.to(base.weight.dtype), requires_grad=False)

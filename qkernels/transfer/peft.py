@@ -89,7 +89,9 @@ def _lora_linear() -> type[nn.Module]:
                 if safe_merge and not weight.isfinite().all():
                     raise ValueError(f"adapter {name} holds NaN or Inf; nothing was merged")
                 self._before_merging.append(base.packed)
-                base.packed = base.packing.parameter(quantize_weight(weight, base.scheme))
+                base.packed = base.packing.parameter(
+                    quantize_weight(base.as_stored(weight), base.scheme)
+                )
                 self.merged_adapters.append(name)
 
         def unmerge(self) -> None:
