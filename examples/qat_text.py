@@ -6,7 +6,7 @@ to coarse groups of 4 bits, and after quantization-aware training (QAT). Trainin
 loop, which knows nothing of quantization. For fairness the float model trains on for as long as
 QAT does.
 
-    python examples/qat_text.py            # about half an hour on two cores
+    python examples/qat_text.py            # tens of minutes on two cores
     python examples/qat_text.py --fast     # a few minutes
 """
 
@@ -55,7 +55,7 @@ def run(plan: Plan, data: Dataset, seed: int = 0, learn_scale: bool = False) -> 
         learn_scale: train the scales of the weights with them.
 
     Returns:
-        Test accuracy, and the cosine of sentence embeddings with the float model's, by model.
+        Test accuracy by model.
     """
     console, tokenizer = Console(), Tokenizer()
     model = build_model(len(data.classes), seed)

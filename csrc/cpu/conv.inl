@@ -50,6 +50,7 @@ void spread_pixels(const ConvArgs& a, const ImageCodes& codes, int64_t at, int64
                    uint8_t* out) {
   const ImageGroups g = image_groups(a);
   const int64_t width = a.pixel_codes(), step = a.step[2] * width;
+  if (width == 0) return;
   if (a.channels == width && a.step[2] == 1) {
     return image_codes<X>(a, codes, at, count * width, out);
   }

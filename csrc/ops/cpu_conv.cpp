@@ -319,7 +319,8 @@ void run_integer(const ConvArgs& whole, bool is_static, const ImageCodes& fixed)
   const Kernels& table = kernels();
   ConvArgs a = whole;
   const int64_t image_bytes = a.image_codes() * table.conv_code_bytes(a);
-  const int64_t chunk = std::min(a.batch, std::max<int64_t>(1, kImageCap / image_bytes));
+  const int64_t chunk =
+      std::min(a.batch, std::max<int64_t>(1, kImageCap / std::max<int64_t>(1, image_bytes)));
   Workspace workspace(Workspace::bytes<uint8_t>(chunk * image_bytes) +
                       Workspace::bytes<ImageCodes>(chunk));
   a.image = workspace.take<uint8_t>(chunk * image_bytes);

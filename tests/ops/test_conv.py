@@ -277,6 +277,9 @@ def test_a_bad_image_touches_no_other(name: str, bad: float) -> None:
         spoiled[1, 0, 0, 0] = bad
         y = w.conv(spoiled, activation=SYMMETRIC, x_range=x_range)
         assert y[1].isnan().all()
+        codes = w.conv(spoiled, activation=SYMMETRIC, x_range=x_range, y_range=(0.5, 7))
+        assert (codes[1] == 7).all()
+        assert (codes[::2] != 7).any()
         same_tensor(y[::2], good[::2])
 
 
@@ -318,3 +321,15 @@ def test_gradients(geometry: Geometry, activation: int) -> None:
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5 * scale)
     want = grad.double().sum((0, *range(2, grad.dim())))
     torch.testing.assert_close(bias.grad.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("activation", [0, SYMMETRIC, ASYMMETRIC])
+def test_no_channels(activation: int, transposed: bool) -> None:
+    """A sum of nothing: the bias alone, in every order of x. Torch knows no such convolution."""
+    geometry = plane((5, 4), (3, 3), stride=(2, 2), group_channels=0, transposed=transposed)
+    w = conv_weight(geometry, INT8)
+    bias = floats((geometry.outputs,))
+    want = bias.view(1, -1, 1, 1).expand(geometry.batch, geometry.outputs, *geometry.out)
+    for x in (torch.empty(2, 0, 5, 4), torch.empty(2, 5, 4, 0).permute(0, 3, 1, 2)):
+        same_tensor(w.conv(x, bias, activation=activation), want)

@@ -1,10 +1,12 @@
-"""The transfer learning example from start to end, on a few texts."""
+"""The text examples from start to end, on a few texts."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "text_transfer.py"
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 TOPICS = {
     "kitchen": ("bake the bread", "chop an onion", "boil some rice", "salt the soup"),
@@ -14,15 +16,25 @@ TOPICS = {
 WHENS = ("in the morning", "before noon", "after lunch", "at night", "on Sundays")
 
 
-def test_the_whole_ladder(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("text_transfer", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "text_transfer", example)
-    spec.loader.exec_module(example)
+@pytest.fixture
+def texts(tmp_path):
     rows = [f"{a} {b},{topic}" for topic, what in TOPICS.items() for a in what for b in WHENS]
     path = tmp_path / "texts.csv"
     path.write_text("\n".join(["text,label", *rows]))
-    found = example.run(example.Plan(epochs=1), text=str(path))
+    return path
+
+
+def load(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, example)
+    spec.loader.exec_module(example)
+    return example
+
+
+def test_transfer_learning(texts, monkeypatch):
+    example = load("text_transfer", monkeypatch)
+    found = example.run(example.Plan(epochs=1), text=str(texts))
     names = [row.name for row in found]
     assert names == ["head", "last 3 layers", "everything", "int4", "int4 + LoRA"]
     head, partial, full, _, lora = (row.trained for row in found)
@@ -30,3 +42,11 @@ def test_the_whole_ladder(tmp_path, monkeypatch):
     # Six layers with four linears of 384 x 384 and two of 384 x 1536 each, and the head.
     assert lora == 8 * 6 * (4 * 768 + 2 * 1920) + head
     assert all(row.test > 0.8 for row in found)
+
+
+def test_training_for_quantization(texts, monkeypatch):
+    example = load("qat_text", monkeypatch)
+    plan = example.Plan(per_library=0, layers=1, epochs=1, lr=1e-4)
+    found = example.run(plan, example.csv_dataset(texts, 0))
+    assert list(found) == ["float", "float, trained on", "int4 PTQ", "int4 QAT"]
+    assert all(accuracy > 0.7 for accuracy in found.values())
