@@ -217,3 +217,63 @@ def test_reflected_codes_are_the_reflected_input():
     plain.weight, plain.bias = conv.weight, conv.bias
     same = quantized(plain, qk.W8A8())(F.pad(x, (1, 1, 1, 1), mode="reflect"))
     assert torch.equal(layer(x), same)
+
+
+class Network(nn.Module):
+    """Everything that a small CNN is made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16))
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point = nn.Conv2d(16, 32, 1)
+        self.up = nn.ConvTranspose2d(32, 8, 2, stride=2)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.hardswish(self.point(self.depthwise(x)))
+        return self.head(F.relu(self.up(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse", "histogram"])
+def test_a_calibrated_network(observer, tmp_path):
+    torch.manual_seed(0)
+    model = Network()
+    for _ in range(3):
+        model(torch.randn(8, 3, 20, 20))  # moves the statistics of the BatchNorm
+    model.eval()
+    batches = [torch.randn(4, 3, 20, 20) for _ in range(4)]
+    x = torch.randn(4, 3, 20, 20)
+    expected = model(x)
+    fresh = copy.deepcopy(model)
+    qk.fold_batchnorm_(model)
+    assert isinstance(model.stem[1], nn.Identity)
+    calibration = qk.calibrate(model, batches, observer=observer)
+    scheme = qk.W8A8(static=True, activation="asymmetric")
+    summary = qk.quantize_(model, scheme, calibration=calibration)
+    assert len(summary.converted) == 5
+    assert error(model(x), expected) < 0.05
+    qk.fold_batchnorm_(fresh)
+    qk.save_model(model, tmp_path / "cnn.safetensors")
+    assert torch.equal(qk.load_model(fresh, tmp_path / "cnn.safetensors")(x), model(x))
+
+
+def test_a_search_for_scales_and_data_leave_no_convolution_out():
+    torch.manual_seed(0)
+    model = Network().eval()
+    x = torch.randn(4, 3, 20, 20)
+    expected = model(x)
+    plain, searched, calibrated = (copy.deepcopy(model) for _ in range(3))
+    scheme = qk.W4A16(group_size=16)
+    qk.quantize_(plain, scheme)
+    qk.quantize_(searched, scheme, optimize="mse")
+    summary = qk.quantize_calibrated_(calibrated, [torch.randn(4, 3, 20, 20)] * 8, scheme)
+    assert len(summary.converted) == 5
+    assert isinstance(calibrated.up, qk.nn.QConvTranspose2d)
+
+    def weight_error(other):
+        return error(other.point.dequantize().weight, model.point.weight)
+
+    assert weight_error(searched) < weight_error(plain)
+    assert error(calibrated(x), expected) < 0.3
