@@ -27,6 +27,7 @@ namespace {
 #include "cpu/epilogue.inl"
 #include "cpu/prepare.inl"
 #include "cpu/matmul_avx2.inl"
+#include "cpu/tiles.inl"
 #include "cpu/matmul.inl"
 #include "cpu/conv.inl"
 

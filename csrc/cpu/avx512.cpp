@@ -31,6 +31,7 @@ namespace {
 #include "cpu/epilogue.inl"
 #include "cpu/prepare.inl"
 #include "cpu/matmul_avx512.inl"
+#include "cpu/tiles.inl"
 #include "cpu/matmul.inl"
 #include "cpu/conv.inl"
 

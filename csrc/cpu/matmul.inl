@@ -9,6 +9,16 @@ SIMD F float_of(I sum) { return to_float(sum); }
 SIMD I bits_of(F sum) { return bits(sum); }
 SIMD I bits_of(I sum) { return sum; }
 
+// A sum that is not finished, to memory and back.
+SIMD void keep(F sum, float* to) { store(to, sum); }
+SIMD void keep(I sum, float* to) { store(to, floats(sum)); }
+SIMD void clear(F* sum) { *sum = splat(0.0f); }
+SIMD void clear(I* sum) { *sum = splat(0); }
+SIMD void restore(const float* from, F* sum) { *sum = load(from); }
+SIMD void restore(const float* from, I* sum) { *sum = bits(load(from)); }
+
+constexpr int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
+
 // kWidth scales of group and lane `at` on.
 SIMD F load_scale(const LinearArgs& a, const uint8_t* weight, int64_t at) {
   const uint8_t* scales = weight + a.shape.scales;
@@ -111,11 +121,14 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
 }
 
 // ---- Many rows ----------------------------------------------------------------------------------
-// Where turning codes into floats takes a good part of a tile's time, from Tile::kWideRows rows on,
-// a block's weights are unpacked once for a slab of rows, as many k at a time as stay in the L1
-// cache. The order of the sums is that of `tile`.
+// From Tile::kWideRows rows on, the weights of Tile::kWideBlocks blocks are unpacked once for a slab
+// of rows, as many k at a time as stay in the L1 cache. Of a tile's rows Tile::kWideTile are taken
+// at once, so few that their totals stay in registers beside their sums. The order of the sums is
+// that of `tile`.
+//
+// Unpacked weights are lines of 64 bytes, [k / Tile::kUnit][blocks]: what a unit of x meets.
 
-constexpr int64_t kUnpackedBytes = 16 * 1024;
+constexpr int64_t kUnpackedBytes = kWidth == 16 ? 24 * 1024 : 16 * 1024;
 
 // So many rows at a time that their panel stays in the cache while the weights stream by.
 template <class Tile>
@@ -123,110 +136,201 @@ constexpr int64_t kSlab = 32 * Tile::kRows;
 
 template <class Tile>
 struct WideScratch {
+  static constexpr int64_t kSums = kSlab<Tile> * Tile::kWideBlocks * kLanes;
   alignas(64) uint8_t unpacked[kUnpackedBytes];
-  alignas(64) float scales[kUnpackedBytes / kLanes / kGroupPad][kLanes];  // of groups
-  alignas(64) float partial[kSlab<Tile>][kLanes];  // sums of a group that goes on in the next chunk
-  alignas(64) float total[kSlab<Tile>][kLanes];
+  // Sums of a group that goes on in the next chunk, and totals of the groups before it, in the
+  // order of rows and lanes that `finish` wants.
+  alignas(64) float partial[kSums];
+  alignas(64) float total[kSums];
 };
 
-// Padded k [begin, end) of a block, from group g on: several whole groups, or a part of one.
+// Padded k [begin, end) of blocks, from group g on: several whole groups, or a part of one.
 struct WideChunk {
   const uint8_t* weight;
   int64_t begin, end, g;
 };
 
 template <class Tile>
-void unpack_chunk(const LinearArgs& a, const WideChunk& c, WideScratch<Tile>* scratch) {
-  uint8_t* out = scratch->unpacked;
-  int64_t g = c.g;
-  for (int64_t at = c.begin; at < c.end; ++g) {
-    const int64_t group_end = a.shape.padded_begin(g) + a.shape.padded_length(g);
-    const int64_t end = group_end < c.end ? group_end : c.end;
-    I zero[kLanes / kWidth];
-    for (int v = 0; v < kLanes / kWidth; ++v) {
-      const int64_t lane = g * kLanes + v * kWidth;
-      store(scratch->scales[g - c.g] + v * kWidth, load_scale(a, c.weight, lane));
-      zero[v] = load_zero(a, c.weight, lane);
+void unpack_chunk(const LinearArgs& a, const WideChunk& c, int blocks, uint8_t* unpacked) {
+  for (int b = 0; b < blocks; ++b) {
+    const uint8_t* weight = c.weight + b * a.shape.bytes;
+    uint8_t* out = unpacked + b * kLine;
+    int64_t g = c.g;
+    for (int64_t at = c.begin; at < c.end; ++g) {
+      const int64_t group_end = a.shape.padded_begin(g) + a.shape.padded_length(g);
+      const int64_t end = group_end < c.end ? group_end : c.end;
+      I zero[kLanes / kWidth];
+      for (int v = 0; v < kLanes / kWidth; ++v) {
+        zero[v] = load_zero(a, weight, g * kLanes + v * kWidth);
+      }
+      const int64_t steps = (end - at) / kGroupPad;
+      Tile::unpack(weight + code_offset(Tile::kFormat, at, 0), zero, steps, out, blocks * kLine);
+      out += steps * kGroupPad / Tile::kUnit * blocks * kLine;
+      at = end;
     }
-    const int64_t steps = (end - at) / kGroupPad;
-    Tile::unpack(c.weight + code_offset(Tile::kFormat, at, 0), zero, steps, out);
-    out += steps * kGroupPad * kLanes * kBytes<Tile>;
-    at = end;
   }
 }
 
-template <class Tile, int Rows>
-void wide_tile(const LinearArgs& a, const WideChunk& c, int64_t row, int64_t slab_row,
-               WideScratch<Tile>* scratch) {
+// Up to here, products of 4-bit codes with int8, their sums and what `start` takes away from them
+// are exact as floats.
+constexpr int64_t kExactGroup = 8192;
+static_assert(kExactGroup * 15 * 128 < 1 << 24, "");
+
+// Rows [First, First + Count) of a tile of `Rows`.
+template <class Tile, int Rows, int Blocks, int First, int Count>
+SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_t slab_row,
+                    WideScratch<Tile>* scratch) {
   const BlockShape& s = a.shape;
   constexpr int kParts = kLanes / kWidth;
-  const uint8_t* panel = a.panel + (row * s.k_padded + c.begin * Rows) * kBytes<Tile>;
+  constexpr int kVectors = Blocks * kParts;
+  constexpr int kAcross = Blocks * kLanes;
+  const uint8_t* panel =
+      a.panel + (row * s.k_padded + c.begin * Rows) * kBytes<Tile> + First * sizeof(int32_t);
   const uint8_t* unpacked = scratch->unpacked;
+  float* const partial = scratch->partial + (slab_row + First) * kAcross;
+  float* const totals = scratch->total + (slab_row + First) * kAcross;
+  // The weight's zero points are then taken into account when a group is finished, by an fma.
+  const bool late_zero = !Tile::kFloat && !a.layout.symmetric && s.group_padded <= kExactGroup;
+  F total[kVectors][Count];
+  unroll<kVectors>([&](int v) INLINE {
+    unroll<Count>([&](int r) INLINE {
+      total[v][r] = c.g == 0 ? splat(0.0f) : load(totals + r * kAcross + v * kWidth);
+    });
+  });
   int64_t g = c.g;
   for (int64_t at = c.begin; at < c.end; ++g) {
     const int64_t group_begin = s.padded_begin(g);
     const int64_t group_end = group_begin + s.padded_length(g);
     const int64_t end = group_end < c.end ? group_end : c.end;
-    F sums[kParts][Rows];
-    unroll<kParts>([&](int v) INLINE {
-      unroll<Rows>([&](int r) INLINE {
-        sums[v][r] =
-            at == group_begin ? splat(0.0f) : load(scratch->partial[slab_row + r] + v * kWidth);
+    const int32_t* group_sums = a.group_sums + row * s.groups + g * Rows + First;
+    typename Tile::Sum sums[kVectors][Count];
+    if (at != group_begin) {
+      unroll<kVectors>([&](int v) INLINE {
+        unroll<Count>([&](int r)
+                          INLINE { restore(partial + r * kAcross + v * kWidth, &sums[v][r]); });
       });
-    });
-    const int64_t steps = (end - at) / kGroupPad;
-    Tile::accumulate_unpacked(sums, panel, unpacked, steps);
-    panel += steps * kGroupPad * Rows * kBytes<Tile>;
-    unpacked += steps * kGroupPad * kLanes * kBytes<Tile>;
-    unroll<kParts>([&](int v) INLINE {
-      const F scale = load(scratch->scales[g - c.g] + v * kWidth);
-      unroll<Rows>([&](int r) INLINE {
-        if (end != group_end) {
-          store(scratch->partial[slab_row + r] + v * kWidth, sums[v][r]);
+    } else if (Tile::kFloat || late_zero) {
+      unroll<kVectors>([&](int v)
+                           INLINE { unroll<Count>([&](int r) INLINE { clear(&sums[v][r]); }); });
+    } else if constexpr (!Tile::kFloat) {
+      unroll<kVectors>([&](int v) INLINE {
+        start<Tile>(a, c.weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth,
+                    group_sums, sums[v]);
+      });
+    }
+    const int64_t units = (end - at) / Tile::kUnit;
+    Tile::template accumulate_unpacked<Rows>(sums, panel, unpacked, units);
+    panel += units * Rows * static_cast<int64_t>(sizeof(int32_t));
+    unpacked += units * Blocks * kLine;
+    if (end != group_end) {
+      unroll<kVectors>([&](int v) INLINE {
+        unroll<Count>([&](int r) INLINE { keep(sums[v][r], partial + r * kAcross + v * kWidth); });
+      });
+    } else {
+      unroll<kVectors>([&](int v) INLINE {
+        const uint8_t* weight = c.weight + v / kParts * s.bytes;
+        const int64_t lane = g * kLanes + v % kParts * kWidth;
+        const F scale = load_scale(a, weight, lane);
+        if (late_zero) {
+          const F zero = negate(to_float(load_i8(weight + s.zeros + lane)));
+          unroll<Count>([&](int r) INLINE {
+            const F sum = fma(zero, to_float(splat(group_sums[r])), float_of(sums[v][r]));
+            total[v][r] = fma(sum, scale, total[v][r]);
+          });
         } else {
-          fold<Tile>(a, sums[v][r], scale, g == 0, scratch->total[slab_row + r] + v * kWidth);
+          unroll<Count>(
+              [&](int r) INLINE { total[v][r] = fma(float_of(sums[v][r]), scale, total[v][r]); });
         }
       });
-    });
+    }
     at = end;
+  }
+  unroll<kVectors>([&](int v) INLINE {
+    unroll<Count>([&](int r) INLINE { store(totals + r * kAcross + v * kWidth, total[v][r]); });
+  });
+}
+
+template <class Tile, int Rows, int Blocks>
+void wide_tile(const LinearArgs& a, const WideChunk& c, int64_t row, int64_t slab_row,
+               WideScratch<Tile>* scratch) {
+  constexpr int kAtOnce = Tile::kWideTile;
+  constexpr int kWhole = Rows / kAtOnce;
+  if constexpr (kWhole > 0) {
+    unroll<kWhole>([&](auto i) INLINE {
+      wide_rows<Tile, Rows, Blocks, decltype(i)::value * kAtOnce, kAtOnce>(a, c, row, slab_row,
+                                                                           scratch);
+    });
+  }
+  if constexpr (Rows % kAtOnce != 0) {
+    wide_rows<Tile, Rows, Blocks, kWhole * kAtOnce, Rows % kAtOnce>(a, c, row, slab_row, scratch);
   }
 }
 
 // The end of the chunk that begins at padded k `begin`, in group g.
 template <class Tile>
 int64_t chunk_end(const BlockShape& s, int64_t begin, int64_t g) {
-  constexpr int64_t kMost = kUnpackedBytes / (kLanes * kBytes<Tile>);
+  constexpr int64_t kMost = kUnpackedBytes / (Tile::kWideBlocks * kLine) * Tile::kUnit;
   const int64_t group_end = s.padded_begin(g) + s.padded_length(g);
-  if (group_end - begin > kMost) return begin + kMost;
+  if (group_end - begin > kMost) return begin + kMost / kGroupPad * kGroupPad;
   if (begin != s.padded_begin(g) || s.group_padded > kMost) return group_end;
   const int64_t whole = begin + kMost / s.group_padded * s.group_padded;
   return whole < s.k_padded ? whole : s.k_padded;
 }
 
+// Asks for a part of what the next chunk unpacks: the `part`th of `parts`, while a tile computes.
+template <class Tile>
+SIMD void prefetch_chunk(const LinearArgs& a, const WideChunk& c, int blocks, int64_t part,
+                         int64_t parts) {
+  const bool last = c.end == a.shape.k_padded;
+  const uint8_t* next =
+      c.weight + (last ? blocks * a.shape.bytes : code_offset(Tile::kFormat, c.end, 0));
+  const int64_t lines = code_offset(Tile::kFormat, c.end - c.begin, 0) / kLine;
+  for (int b = 0; b < blocks; ++b) {
+    for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + b * a.shape.bytes + i * kLine),
+                   _MM_HINT_T1);
+    }
+  }
+}
+
+template <class Tile>
+struct WideKernels {
+  void (*of[Tile::kRows][Tile::kWideBlocks])(const LinearArgs&, const WideChunk&, int64_t, int64_t,
+                                             WideScratch<Tile>*);  // [rows - 1][blocks - 1]
+};
 template <class Tile, int... Index>
+constexpr WideKernels<Tile> wide_kernels(std::integer_sequence<int, Index...>) {
+  constexpr int kBlocks = Tile::kWideBlocks;
+  return {{wide_tile<Tile, Index / kBlocks + 1, Index % kBlocks + 1>...}};
+}
+
+template <class Tile>
 void wide(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t row_begin,
-          int64_t row_end, std::integer_sequence<int, Index...>) {
-  using Kernel =
-      void (*)(const LinearArgs&, const WideChunk&, int64_t, int64_t, WideScratch<Tile>*);
-  static constexpr Kernel kKernels[] = {wide_tile<Tile, Index + 1>...};
+          int64_t row_end) {
+  static constexpr WideKernels<Tile> kernels =
+      wide_kernels<Tile>(std::make_integer_sequence<int, Tile::kRows * Tile::kWideBlocks>{});
   const Finish finish = finish_for(a);
   WideScratch<Tile> scratch;
-  alignas(64) float bias[kLanes];
+  alignas(64) float bias[Tile::kWideBlocks * kLanes];
   for (int64_t slab = row_begin; slab < row_end; slab += kSlab<Tile>) {
     const int64_t end = slab + kSlab<Tile> < row_end ? slab + kSlab<Tile> : row_end;
-    for (int64_t block = block_begin; block < block_end; ++block) {
+    for (int64_t block = block_begin; block < block_end; block += Tile::kWideBlocks) {
+      const int blocks = least(block_end - block, Tile::kWideBlocks);
       WideChunk c{a.packed + block * a.shape.bytes, 0, 0, 0};
       for (; c.begin < a.shape.k_padded; c.begin = c.end) {
         c.g = c.begin / a.shape.group_padded;
         c.end = chunk_end<Tile>(a.shape, c.begin, c.g);
-        unpack_chunk<Tile>(a, c, &scratch);
+        unpack_chunk<Tile>(a, c, blocks, scratch.unpacked);
         for (int64_t row = slab; row < end; row += Tile::kRows) {
-          kKernels[tile_rows<Tile>(a, row) - 1](a, c, row, row - slab, &scratch);
+          prefetch_chunk<Tile>(a, c, blocks, (row - slab) / Tile::kRows,
+                               (end - slab + Tile::kRows - 1) / Tile::kRows);
+          kernels.of[tile_rows<Tile>(a, row) - 1][blocks - 1](a, c, row, row - slab, &scratch);
         }
       }
-      load_bias(a, block * kLanes, kLanes, bias);
+      load_bias(a, block * kLanes, blocks * kLanes, bias);
       for (int64_t row = slab; row < end; row += Tile::kRows) {
-        finish(a, {scratch.total[row - slab], bias, row, block, tile_rows<Tile>(a, row), 1});
+        const float* total = scratch.total + (row - slab) * blocks * kLanes;
+        finish(a, {total, bias, row, block, tile_rows<Tile>(a, row), blocks});
       }
     }
   }
@@ -236,8 +340,6 @@ void wide(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t r
 
 using TileKernel = void (*)(const LinearArgs&, int64_t block, int64_t row, const float* bias,
                             Finish);
-
-constexpr int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
 template <class Tile>
 struct TileKernels {
@@ -255,8 +357,7 @@ void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int6
                int64_t row_end) {
   if constexpr (Tile::kWideRows > 0) {
     if (row_end - row_begin >= Tile::kWideRows && a.shape.k_padded > 0) {
-      return wide<Tile>(a, block_begin, block_end, row_begin, row_end,
-                        std::make_integer_sequence<int, Tile::kRows>{});
+      return wide<Tile>(a, block_begin, block_end, row_begin, row_end);
     }
   }
   static constexpr TileKernels<Tile> kernels =
@@ -281,19 +382,7 @@ void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int6
 }
 
 // ---- Table entries ------------------------------------------------------------------------------
-
-template <class Body>
-inline auto with_tile(const Layout& layout, Activation activation, const Body& body) {
-  const bool is_float = activation == Activation::float_;
-  switch (layout.format) {
-    case Format::int8:
-      return is_float ? body(A16<Format::int8>{}) : body(W8A8{});
-    case Format::int4:
-      return is_float ? body(A16<Format::int4>{}) : body(W4A8{});
-    default:
-      return body(A16<Format::nf4>{});
-  }
-}
+// with_tile calls its body with the policy for a layout and an activation.
 
 int row_tile(const LinearArgs& a) {
   return with_tile(a.layout, a.activation, [](auto tile) { return decltype(tile)::kRows; });

@@ -172,6 +172,7 @@ template <Format Fmt>
 struct A16 {
   static constexpr Format kFormat = Fmt;
   static constexpr int kRows = 6, kBlocks = 4, kWideRows = Fmt == Format::int8 ? 24 : 12;
+  static constexpr int kWideBlocks = 1, kWideTile = 6;
   static constexpr int kUnit = 1;
   // The sums of an output wait for each other; with few rows, more blocks fill the gaps.
   static constexpr int blocks(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
@@ -217,7 +218,8 @@ struct A16 {
   }
 
   // Unpacked: float[k][16 outputs].
-  static INLINE void unpack(const uint8_t* codes, const I (&zero)[2], int64_t steps, uint8_t* out) {
+  static INLINE void unpack(const uint8_t* codes, const I (&zero)[2], int64_t steps, uint8_t* out,
+                            int64_t) {
     constexpr int kPerLine = Fmt == Format::int8 ? 4 : 8;
     const Table16 levels = table16(kNf4Levels);
     float* to = reinterpret_cast<float*>(out);
@@ -231,12 +233,12 @@ struct A16 {
     }
   }
 
-  template <int Rows>
+  template <int, int Rows>
   static INLINE void accumulate_unpacked(F (&sums)[2][Rows], const uint8_t* panel,
-                                         const uint8_t* unpacked, int64_t steps) {
+                                         const uint8_t* unpacked, int64_t units) {
     const float* x = reinterpret_cast<const float*>(panel);
     const float* w = reinterpret_cast<const float*>(unpacked);
-    for (int64_t k = 0; k < steps * 8; ++k) {
+    for (int64_t k = 0; k < units; ++k) {
       const F weight[2] = {load(w + k * kLanes), load(w + k * kLanes + kWidth)};
       unroll<Rows>([&](int r) INLINE {
         const F xk = splat(x[k * Rows + r]);

@@ -116,7 +116,8 @@ struct W8A8 {
 // int4 weights: nibbles are the unsigned operand, activations the signed one.
 struct W4A8 {
   static constexpr Format kFormat = Format::int4;
-  static constexpr int kRows = 8, kBlocks = 6, kWideRows = 0;
+  static constexpr int kRows = 8, kBlocks = 6, kWideRows = 128;
+  static constexpr int kWideBlocks = 3, kWideTile = 4;
   static constexpr int kUnit = 4;
   static constexpr int blocks(int rows) { return rows <= 4 ? 6 : 3; }
   static const char* name(int64_t rows) {
@@ -155,6 +156,33 @@ struct W4A8 {
       });
     }
     if constexpr (kTwo) add_sums(sums, more);
+  }
+
+  // Unpacked: a byte for each code, in the order of int8 weights.
+  static INLINE void unpack(const uint8_t* codes, const I (&)[1], int64_t steps, uint8_t* out,
+                            int64_t stride) {
+    const I low = _mm512_set1_epi8(0xf);
+    for (int64_t step = 0; step < steps; ++step) {
+      const I bytes = load_line(codes + step * 64);
+      prefetch(codes + step * 64);
+      _mm512_store_si512(out + step * 2 * stride, bit_and(bytes, low));
+      _mm512_store_si512(out + (step * 2 + 1) * stride, bit_and(_mm512_srli_epi16(bytes, 4), low));
+    }
+  }
+
+  // A tile has `Rows` rows; the sums are those of some of them.
+  template <int Rows, int Count, int Blocks>
+  static INLINE void accumulate_unpacked(I (&sums)[Blocks][Count], const uint8_t* panel,
+                                         const uint8_t* unpacked, int64_t units) {
+    for (int64_t u = 0; u < units; ++u) {
+      I weight[Blocks];
+      unroll<Blocks>([&](int b)
+                         INLINE { weight[b] = load_line(unpacked + (u * Blocks + b) * 64); });
+      unroll<Count>([&](int r) INLINE {
+        const I x = broadcast_unit(panel + (u * Rows + r) * 4);
+        unroll<Blocks>([&](int b) INLINE { dot4(sums[b][r], weight[b], x); });
+      });
+    }
   }
 };
 
