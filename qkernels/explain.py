@@ -74,7 +74,7 @@ def _explain_layer(module: QModule, x: Tensor) -> str:
             f"x.float()"
         )
     rows = _rows(x)
-    kernel, isa = _kernel(module, rows), _C.isa()
+    kernel, isa = module.kernel_for(rows, x.dtype), _C.isa()
     scheme = module.scheme
     weights = _C.describe_layout(module.layout)["format"]
     if scheme.activation == "float":
@@ -102,13 +102,13 @@ def _explain_conv(module: QConvNd, x: Tensor) -> str:
     scheme = module.scheme
     if scheme.activation == "float":
         return (
-            f"float arithmetic, not integer. x stays float; {module.kernel} ({_C.isa()}) turns the "
+            f"float arithmetic, not integer. x stays float; {module.kernel_for(x.dtype)} ({_C.isa()}) turns the "
             f"{scheme.format} weights back to float while it multiplies."
         )
     scale = "one scale for the tensor, measured beforehand" if scheme.static else "one per image"
     return (
         f"real integer arithmetic. x is quantized to int8 ({scheme.activation}, {scale}) and "
-        f"{module.kernel} ({_C.isa()}) multiplies it by the {scheme.format} weights, summed in "
+        f"{module.kernel_for(x.dtype)} ({_C.isa()}) multiplies it by the {scheme.format} weights, summed in "
         "int32; scales and bias follow in float32."
     )
 
@@ -131,14 +131,15 @@ def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
             seen = inputs[name]
             yield (
                 f"{name}: {_title(module)}, {_count(_rows(seen), 'row')} of {_dtype(seen.dtype)}, "
-                f"{kind} arithmetic by {_kernel(module, _rows(seen))}, {_bits(module)}"
+                f"{kind} arithmetic by {module.kernel_for(_rows(seen), seen.dtype)}, "
+                f"{_bits(module)}"
             )
         elif isinstance(module, QConvNd):
             kind = "float" if module.scheme.activation == "float" else "integer"
             seen = inputs[name]
             yield (
                 f"{name}: {_title(module)}, {_shape(seen)} of {_dtype(seen.dtype)}, {kind} "
-                f"arithmetic by {module.kernel}, {_bits(module)}"
+                f"arithmetic by {module.kernel_for(seen.dtype)}, {_bits(module)}"
             )
         else:
             rows = _count(inputs[name].numel(), "row")
@@ -184,10 +185,6 @@ def _title(module: QModule) -> str:
         channels = f"{module.in_channels} → {module.out_channels}"
         return f"{type(module).__name__} {channels}, {size} {module.scheme}"
     return f"{type(module).__name__} {module.scheme}"
-
-
-def _kernel(module: QLinear, rows: int) -> str:
-    return _C.kernel_name(module.layout, module.scheme.activation_code, rows)
 
 
 def _transforms(module: QLinear) -> str:

@@ -90,3 +90,16 @@ def scale_dtype_code(dtype: torch.dtype) -> int:
         names = ", ".join(map(str, SCALE_DTYPES))
         raise ValueError(f"scale_dtype is {dtype!r}; expected one of {names}")
     return SCALE_DTYPES.index(dtype)
+
+
+def kernel_dtype_code(dtype: torch.dtype) -> int:
+    """The code of the dtype that a kernel reads for inputs of a dtype.
+
+    Args:
+        dtype: of inputs; float64 and integers count as float32, which they are turned into.
+
+    Example:
+        >>> kernel_dtype_code(torch.float64), kernel_dtype_code(torch.bfloat16)
+        (0, 1)
+    """
+    return SCALE_DTYPES.index(dtype) if dtype in SCALE_DTYPES else 0

@@ -30,6 +30,7 @@ namespace {
 #include "cpu/backward.inl"
 #include "cpu/epilogue.inl"
 #include "cpu/prepare.inl"
+#include "cpu/lines_avx512.inl"
 #include "cpu/matmul_avx512.inl"
 #include "cpu/tiles.inl"
 #include "cpu/matmul.inl"

@@ -34,6 +34,10 @@ inline void with_format(Format format, const Body& body) {
   }
 }
 
+struct Span {
+  int64_t begin, end;  // of neighbours in a row
+};
+
 // ---- Ranges -------------------------------------------------------------------------------------
 
 // kWidth ranges at once. A NaN leaves min and max alone and shows in the magnitude. Lanes filled up

@@ -43,6 +43,11 @@ bool has_avx512() {
   return (b & want) == want && (c & bit_AVX512VNNI) != 0 && os_saves(kZmmState);
 }
 
+bool has_avx512bf16() {
+  uint32_t a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & bit_AVX512BF16) != 0;
+}
+
 const Isa* choose() {
   const char* wanted = std::getenv("QKERNELS_ISA");
   const Isa* best = nullptr;
@@ -75,6 +80,7 @@ const Isa kIsas[] = {
     {"scalar", scalar_kernels, always},
     {"avx2", avx2_kernels, has_avx2},
     {"avx512", avx512_kernels, has_avx512},
+    {"avx512bf16", avx512bf16_kernels, has_avx512bf16},
 };
 const int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 

@@ -35,8 +35,9 @@ struct Kernels {
   // Blocks [block_begin, block_end) times rows [row_begin, row_end); row_begin as above.
   void (*linear)(const LinearArgs&, int64_t block_begin, int64_t block_end, int64_t row_begin,
                  int64_t row_end);
-  // The name of the tile that `linear` runs.
-  const char* (*linear_name)(const Layout&, Activation, int64_t rows);
+  // The name of the tile that `linear` runs for such a layout, activation, number of rows and type
+  // of x; nothing else is read.
+  const char* (*linear_name)(const LinearArgs&);
 
   // Columns [k_begin, k_end) of rows of dx, kBackwardColumns at most; best a multiple of
   // kBackwardStep of them.
@@ -69,6 +70,7 @@ inline constexpr int64_t kConvTaps = 1024;
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512bf16_kernels();
 
 // The table in use: the best that this machine runs, or the one that QKERNELS_ISA names. Throws
 // std::runtime_error when it names one that is unknown or that the machine lacks.

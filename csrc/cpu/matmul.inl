@@ -411,6 +411,6 @@ void linear(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t
   });
 }
 
-const char* linear_name(const Layout& layout, Activation activation, int64_t rows) {
-  return with_tile(layout, activation, [&](auto tile) { return decltype(tile)::name(rows); });
+const char* linear_name(const LinearArgs& a) {
+  return with_tile(a.layout, a.activation, [&](auto tile) { return decltype(tile)::name(a.rows); });
 }

@@ -4,8 +4,8 @@
 //
 //   unit[k_padded / k per unit][rows]      a unit is 4 bytes, what one broadcast reads
 //
-// The tile's policy (matmul_*.inl) says what a unit holds: four int8 codes, two int16 codes or one
-// float. group_sums of a tile is [groups][rows].
+// The tile's policy (matmul_*.inl) says what a unit holds: four int8 codes, two int16 codes or
+// bfloat16, or one float. group_sums of a tile is [groups][rows].
 
 template <class Tile>
 constexpr int64_t kBytes = 4 / Tile::kUnit;  // of a k of a row
@@ -167,8 +167,17 @@ void encode_piece(const LinearArgs& a, const RowCodes& codes, int64_t row, int64
                    [&](int64_t i, int n) INLINE { return encode(encoder, number(i, n)); });
 }
 
-// Floats into units, 0 after the last.
+// Numbers into units, 0 after the last.
+template <class Tile>
 void copy_piece(const LinearArgs& a, int64_t row, int64_t begin, int64_t count, uint8_t* units) {
+  if constexpr (Tile::kUnit == 2) {  // two bfloat16 as they are
+    uint16_t words[kChunk];
+    const uint16_t* x = static_cast<const uint16_t*>(a.x) + row * a.shape.k;
+    if (a.perm != nullptr) {
+      for (int64_t i = 0; i < count; ++i) words[i] = x[a.perm[begin + i]];
+    }
+    return Tile::copy_units(a.perm != nullptr ? words : x + begin, count, units);
+  }
   alignas(64) float buffer[kChunk + kWidth];
   const float* x = fetch(a, row, begin, count, buffer);
   std::memcpy(units, x, static_cast<size_t>(count) * 4);
@@ -236,7 +245,7 @@ void prepare_tile(const LinearArgs& a, int64_t row, int rows) {
         uint8_t* out = units + r * kStride + (at - chunk) * kBytes<Tile>;
         prefetch_row(a, row + Tile::kRows + r, piece.begin, count);
         if constexpr (Tile::kFloat) {
-          copy_piece(a, row + r, piece.begin, count, out);
+          copy_piece<Tile>(a, row + r, piece.begin, count, out);
         } else {
           encode_piece<Tile>(a, codes[r], row + r, piece.begin, count, out);
         }

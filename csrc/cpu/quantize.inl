@@ -1,8 +1,5 @@
 // quantize, quantize_with, range and dequantize: storage layout, group after group along a row.
 
-struct Span {
-  int64_t begin, end;  // k of a group in its row
-};
 SIMD Span group_span(int64_t g, int64_t group_size, int64_t cols) {
   const int64_t begin = g * group_size;
   return {begin, begin + group_size < cols ? begin + group_size : cols};

@@ -230,9 +230,9 @@ void linear(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t
   }
 }
 
-const char* linear_name(const Layout& layout, Activation activation, int64_t) {
-  const bool float_activation = activation == Activation::float_;
-  switch (layout.format) {
+const char* linear_name(const LinearArgs& a) {
+  const bool float_activation = a.activation == Activation::float_;
+  switch (a.layout.format) {
     case Format::int8:
       return float_activation ? "matmul_w8a16_scalar" : "matmul_w8a8_scalar";
     case Format::int4:

@@ -108,19 +108,29 @@ int64_t longest_sum(int64_t id) {
   return max_accumulation(l.format, l.symmetric);
 }
 
-std::string kernel_name(int64_t id, int activation, int64_t rows) {
+std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
   if (activation < 0 || activation >= kActivationCount) {
     throw std::invalid_argument("activation must be 0, 1 or 2, got " + std::to_string(activation));
   }
-  return kernels().linear_name(decode(id), static_cast<Activation>(activation), rows);
+  if (x_type < 0 || x_type > static_cast<int>(DType::f16)) {
+    throw std::invalid_argument("x_type must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
+                                std::to_string(x_type));
+  }
+  LinearArgs a{};
+  a.layout = decode(id);
+  a.activation = static_cast<Activation>(activation);
+  a.rows = rows;
+  a.x_type = static_cast<DType>(x_type);
+  return kernels().linear_name(a);
 }
 
 std::string conv_kernel_name(int64_t id, int64_t taps, int64_t group_channels, int64_t groups,
-                             int64_t out_channels, int64_t group_size, int activation) {
+                             int64_t out_channels, int64_t group_size, int activation, int x_type) {
   const ConvPacking p =
       conv_packing(decode(id), taps, group_channels, groups, out_channels, group_size);
   if (activation != 0) return kernels().conv_name(p.depthwise);
-  return p.depthwise ? "conv_depthwise_w8a16" : "gathered rows, " + kernel_name(id, 0, kLanes);
+  return p.depthwise ? "conv_depthwise_w8a16"
+                     : "gathered rows, " + kernel_name(id, 0, kLanes, x_type);
 }
 
 py::dict cpu_features() {
@@ -171,12 +181,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("group_size"), "Rows and bytes of a packed convolution weight.");
   m.def("conv_kernel_name", &conv_kernel_name, py::arg("layout"), py::arg("taps"),
         py::arg("group_channels"), py::arg("groups"), py::arg("out_channels"),
-        py::arg("group_size"), py::arg("activation"), "The kernel that conv runs.");
+        py::arg("group_size"), py::arg("activation"), py::arg("x_type") = 0,
+        "The kernel that conv runs for x of such a dtype code.");
   m.def("longest_sum", &longest_sum, py::arg("layout"),
         "Integer products that an int32 sum holds for certain.");
   m.attr("LONGEST_CONV_SUM") = max_accumulation(Format::int8, false);  // of a convolution
   m.attr("BLOCK_ROWS") = kLanes;  // output features in a row of a packed weight
   m.def("kernel_name", &kernel_name, py::arg("layout"), py::arg("activation"), py::arg("rows"),
-        "The kernel that linear runs for `rows` rows.");
+        py::arg("x_type") = 0, "The kernel that linear runs for `rows` rows of such a dtype code.");
   m.def("build_info", &build_info, "Version, compiler and interface of this build.");
 }

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels import _C, functional
+from qkernels.formats import kernel_dtype_code
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
 from qkernels.nn.module import QModule
 from qkernels.nn.ranges import add_range_buffers, set_range
@@ -256,17 +257,38 @@ class QConvNd(QModule):
 
     @property
     def kernel(self) -> str:
-        """The kernel that runs, or why none can."""
+        """The kernel that inputs of the layer's dtype run, or why none can."""
         if self.packed.device.type != "cpu":
             return f"none on {self.packed.device.type}"
-        taps, groups = math.prod(self.kernel_size), self.groups
-        sizes = (taps, self.in_channels // groups, groups, self.out_channels)
         try:
-            return _C.conv_kernel_name(
-                self.layout, *sizes, self.scheme.group_size, self.scheme.activation_code
-            )
+            return self.kernel_for(self.dtype)
         except RuntimeError as error:
             return f"none ({error})"
+
+    def kernel_for(self, dtype: torch.dtype) -> str:
+        """The kernel that inputs of a dtype run.
+
+        Args:
+            dtype: of the input.
+
+        Raises:
+            RuntimeError: QKERNELS_ISA names an instruction set that the machine lacks.
+
+        Example:
+            >>> qk.nn.QConv2d(8, 16, 3).kernel_for(torch.float32).startswith("conv_w8a8_")
+            True
+        """
+        taps, groups = math.prod(self.kernel_size), self.groups
+        return _C.conv_kernel_name(
+            self.layout,
+            taps,
+            self.in_channels // groups,
+            groups,
+            self.out_channels,
+            self.scheme.group_size,
+            self.scheme.activation_code,
+            kernel_dtype_code(dtype),
+        )
 
     def extra_repr(self) -> str:
         this: Any = self  # it has all that torch's own method reads

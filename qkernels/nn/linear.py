@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import _C, functional
+from qkernels.formats import kernel_dtype_code
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
 from qkernels.nn.module import QModule
 from qkernels.nn.ranges import add_range_buffers, set_range
@@ -277,9 +278,27 @@ class QLinear(QModule):
         if self.packed.device.type != "cpu":
             return f"none on {self.packed.device.type}"
         try:
-            return _C.kernel_name(self.layout, self.scheme.activation_code, 1)
+            return self.kernel_for(1, self.dtype)
         except RuntimeError as error:
             return f"none ({error})"
+
+    def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
+        """The kernel that so many rows of inputs of a dtype run.
+
+        Args:
+            rows: of the input, all dimensions but the last taken together.
+            dtype: of the input.
+
+        Raises:
+            RuntimeError: QKERNELS_ISA names an instruction set that the machine lacks.
+
+        Example:
+            >>> qk.nn.QLinear(64, 32).kernel_for(8, torch.float32).startswith("matmul_w8a8_")
+            True
+        """
+        # Factors for x are applied in float32.
+        code = 0 if self.x_premul is not None else kernel_dtype_code(dtype)
+        return _C.kernel_name(self.layout, self.scheme.activation_code, rows, code)
 
     @property
     def input_transforms(self) -> tuple[str, ...]:

@@ -30,12 +30,12 @@ AFTER_SSE2 = re.compile(
 )
 # Each ISA's namespace may use what dispatch.cpp asks the CPU for, and no more.
 FORBIDDEN_IN_AVX2 = re.compile(r"vpdp|vpmadd52|vsha|vsm[34]|vaes|vgf2p8|vpclmul|.*bf16")
-# AVX-512 F, BW, DQ, VL and VNNI are asked for; VBMI, BF16, FP16 and the others are not.
+# AVX-512 F, BW, DQ, VL and VNNI are asked for, and BF16 in a namespace of its own; VBMI, FP16 and
+# the others are not.
 FORBIDDEN_IN_AVX512 = re.compile(
     r".*bf16|vperm([it]2)?b|vpmultishiftqb|vp(compress|expand)[bw]|vpsh[lr]dv?[wdq]|vpopcnt"
     r"|vpshufbitqmb|vgf2p8|vaes|vpclmul|vpmadd52|vp2intersect|v\w+(ph|sh)$|t(dp|ile)"
 )
-FORBIDDEN_IN_AVX512_BUT = {"vcvtps2ph"}  # F16C
 
 
 class Instruction(NamedTuple):
@@ -81,8 +81,8 @@ def isa_of(function: str) -> str:
     `qkernels::avx2` as its argument is emitted outside the namespace, for the target that happened
     to be set, and is just the kind of leak to look for.
     """
-    scope = re.match(r"_Z+N[KVrRO]*8qkernels(?:4(avx2)|6(avx512))", function)
-    return (scope[1] or scope[2]) if scope else ""
+    scope = re.match(r"_Z+N[KVrRO]*8qkernels(?:4(avx2)|6(avx512)|10(avx512bf16))", function)
+    return next(filter(None, scope.groups())) if scope else ""
 
 
 def fault(instruction: Instruction) -> str:
@@ -96,7 +96,8 @@ def fault(instruction: Instruction) -> str:
         if instruction.encoding == "EVEX":
             return "EVEX in avx2"
         return "not in AVX2, FMA or F16C" if FORBIDDEN_IN_AVX2.match(mnemonic) else ""
-    forbidden = FORBIDDEN_IN_AVX512.match(mnemonic) and mnemonic not in FORBIDDEN_IN_AVX512_BUT
+    allowed = {"vcvtps2ph"} | ({"vdpbf16ps"} if isa == "avx512bf16" else set())
+    forbidden = FORBIDDEN_IN_AVX512.match(mnemonic) and mnemonic not in allowed
     return "more than AVX-512 F, BW, DQ, VL and VNNI" if forbidden else ""
 
 
@@ -108,7 +109,7 @@ def test_no_instruction_leaves_its_isa() -> None:
     assert not leaks, "\n".join(f"{name}: {what}" for name, what in leaks.items())
 
 
-@pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm")])
+@pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm"), ("avx512bf16", "vdpbf16ps")])
 def test_the_namespaces_hold_their_isa(isa: str, register: str) -> None:
     """Or else the test above would look at nothing."""
     assert isa in _C.isas()
@@ -123,6 +124,7 @@ def test_the_namespaces_hold_their_isa(isa: str, register: str) -> None:
         ("_ZN8qkernels4avx26linearERKNS_10LinearArgsE", "avx2"),
         ("_ZN8qkernels6avx512L4tileERKNS_10LinearArgsE.constprop.0", "avx512"),
         ("_ZZN8qkernels4avx24rowsEvENKUliE_clEi", "avx2"),
+        ("_ZN8qkernels10avx512bf166linearERKNS_10LinearArgsE", "avx512bf16"),
         ("_ZN8qkernels6scalar6linearERKNS_10LinearArgsE", ""),
         ("_ZSt3minIN8qkernels4avx24VecFEERKT_S5_S5_", ""),
         ("_GLOBAL__sub_I_avx2.cpp", ""),
@@ -148,6 +150,7 @@ def test_namespace_of_a_mangled_name(function: str, isa: str) -> None:
             "62 f2 76 48 52 c2\tvdpbf16ps %zmm2,%zmm1,%zmm0",
             "more than AVX-512 F, BW, DQ, VL and VNNI",
         ),
+        ("_ZN8qkernels10avx512bf161fEv", "62 f2 76 48 52 c2\tvdpbf16ps %zmm2,%zmm1,%zmm0", ""),
         ("_ZN8qkernels6avx5121fEv", "c4 e3 7d 1d c1 00\tvcvtps2ph $0x0,%ymm0,%xmm1", ""),
     ],
 )

@@ -96,4 +96,7 @@ def test_kernel_names_say_what_runs() -> None:
                 name = _C.kernel_name(kind.layout, activation, rows)
                 weights = "nf4" if kind.form is ref.NF4 else f"w{kind.form.bits}"
                 assert name.startswith(f"matmul_{weights}{part}_")
-                assert _C.isa() in name or "scalar" in name
+                assert name.split("_")[2] == _C.isa().removesuffix("bf16")
+                of_bf16 = _C.kernel_name(kind.layout, activation, rows, 1)
+                isa = _C.isa() if activation == 0 else _C.isa().removesuffix("bf16")
+                assert of_bf16.split("_")[:3] == [*name.split("_")[:2], isa]

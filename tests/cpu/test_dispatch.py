@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_isas_are_listed_from_the_slowest() -> None:
-    assert _C.isas() == ["scalar", "avx2", "avx512"]
+    assert _C.isas() == ["scalar", "avx2", "avx512", "avx512bf16"]
     assert _C.available_isas() == _C.isas()[: len(_C.available_isas())]
 
 
@@ -26,7 +26,8 @@ def test_available_isas_are_what_the_cpu_says() -> None:
     if {"avx2", "fma", "f16c"} <= set(flags):
         expected.append("avx2")
         wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
-        expected += ["avx512"] if wide <= set(flags) else []
+        if wide <= set(flags):
+            expected += ["avx512", *(["avx512bf16"] if "avx512_bf16" in flags else [])]
     assert _C.available_isas() == expected
     features = _C.cpu_features()
     for name in ("avx2", "fma", "avx512f", "avx512bw"):
@@ -81,7 +82,7 @@ CPUID = """
 #include <string>
 enum { bit_OSXSAVE = 1, bit_FMA = 2, bit_F16C = 4, bit_AVX = 8 };
 enum { bit_AVX2 = 1, bit_AVX512F = 2, bit_AVX512BW = 4, bit_AVX512DQ = 8, bit_AVX512VL = 16 };
-enum { bit_AVX512VNNI = 1 };
+enum { bit_AVX512VNNI = 1, bit_AVX512BF16 = 2 };
 inline bool has(const char* name) {
   std::istringstream words(std::getenv("FAKE_CPU"));
   for (std::string word; words >> word;)
@@ -93,7 +94,9 @@ inline int __get_cpuid(unsigned, unsigned*, unsigned*, unsigned* c, unsigned*) {
   *c = QK_BIT(OSXSAVE) | QK_BIT(FMA) | QK_BIT(F16C) | QK_BIT(AVX);
   return 1;
 }
-inline int __get_cpuid_count(unsigned, unsigned, unsigned*, unsigned* b, unsigned* c, unsigned*) {
+inline int __get_cpuid_count(unsigned, unsigned subleaf, unsigned* a, unsigned* b, unsigned* c,
+                             unsigned*) {
+  *a = subleaf == 1 ? QK_BIT(AVX512BF16) : 0;
   *b = QK_BIT(AVX2) | QK_BIT(AVX512F) | QK_BIT(AVX512BW) | QK_BIT(AVX512DQ) | QK_BIT(AVX512VL);
   *c = QK_BIT(AVX512VNNI);
   return has("LEAF7") ? 1 : 0;
@@ -106,7 +109,7 @@ MAIN = """
 namespace qkernels {
 #define QK_TABLE(name) \\
   const Kernels* name##_kernels() { static Kernels table{}; table.isa = #name; return &table; }
-QK_TABLE(scalar) QK_TABLE(avx2) QK_TABLE(avx512)
+QK_TABLE(scalar) QK_TABLE(avx2) QK_TABLE(avx512) QK_TABLE(avx512bf16)
 }
 int main() {
   try {
@@ -120,6 +123,7 @@ OLD = "LEAF7 OSXSAVE AVX"
 HASWELL = f"{OLD} FMA F16C AVX2"
 SKYLAKE = f"{HASWELL} AVX512F AVX512BW AVX512DQ AVX512VL"
 CASCADE_LAKE = f"{SKYLAKE} AVX512VNNI"
+COOPER_LAKE = f"{CASCADE_LAKE} AVX512BF16"
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +175,8 @@ needs_avx512 = pytest.mark.skipif(
         pytest.param(HASWELL, "avx2", marks=needs_avx512),
         pytest.param(SKYLAKE, "avx2", marks=needs_avx512),  # no VNNI
         pytest.param(CASCADE_LAKE, "avx512", marks=needs_avx512),
+        pytest.param(COOPER_LAKE, "avx512bf16", marks=needs_avx512),
+        pytest.param(f"{HASWELL} AVX512BF16", "avx2", marks=needs_avx512),
         *(
             pytest.param(CASCADE_LAKE.replace(f"AVX512{part}", ""), "avx2", marks=needs_avx512)
             for part in ("BW", "DQ", "VL")

@@ -70,3 +70,12 @@ def float_path_bound(x: np.ndarray, w: np.ndarray, groups: int) -> np.ndarray:
     unit = terms * 2.0**-24
     underflow = terms * 2.0**-149 * (1 + np.abs(w).max(initial=0))
     return unit / (1 - unit) * (np.abs(x) @ np.abs(w).T) + underflow
+
+
+def bf16_instruction_bound(
+    x: np.ndarray, w: np.ndarray, scale: np.ndarray, is_nf4: bool
+) -> np.ndarray:
+    """What vdpbf16ps adds to it: levels of nf4 are rounded, and subnormal numbers count as 0."""
+    rounding = 2.0**-8 * (np.abs(x) @ np.abs(w).T) if is_nf4 else 0.0
+    lost = np.abs(w).sum(axis=1) + x.shape[1] * np.abs(scale).max(axis=1, initial=0)
+    return rounding * (1 + 2.0**-20) + 2.0**-126 * lost

@@ -96,7 +96,7 @@ def orders(x: Tensor) -> list[Tensor]:
 
 
 def test_the_isa_that_was_asked_for() -> None:
-    assert _C.conv_kernel_name(INT8.layout, 9, 8, 1, 8, -1, 1).split("_")[2] == _C.isa()
+    assert _C.conv_kernel_name(INT8.layout, 9, 8, 1, 8, -1, 1).split("_")[2] == _C.isa().removesuffix("bf16")
     assert "depthwise" in _C.conv_kernel_name(INT8.layout, 9, 1, 8, 8, -1, 1)
 
 
@@ -199,6 +199,8 @@ def test_float_activations(geometry: Geometry, kind: Kind) -> None:
     half = w.conv(x.bfloat16(), bias)
     assert half.dtype == torch.bfloat16
     want = geometry.sums(x.bfloat16(), w.exact()) + ref.values(bias).reshape(channel)
+    if _C.isa() == "avx512bf16" and kind.form is ref.NF4:  # its levels are rounded
+        bound = bound + 2.0**-8 * magnitude
     within(half, want, 1.02 * bound)
 
 

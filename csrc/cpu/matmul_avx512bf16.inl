@@ -1,0 +1,145 @@
+// Dot products of a tile for bfloat16 activations that stay floats, by vdpbf16ps: two products added
+// to a float32. A code minus its zero point is a whole number below 256 in magnitude, which bfloat16
+// holds exactly, so weights lose nothing; only the levels of nf4 are rounded.
+
+SIMD void dot2_bf16(F& sum, I x, I weight) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weight));
+}
+
+// The bfloat16 of an integer that it holds exactly, or of an nf4 level.
+constexpr uint16_t bf16_of(float x) {
+  const uint32_t b = __builtin_bit_cast(uint32_t, x);
+  return static_cast<uint16_t>((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+
+// What an index of five bits stands for: a 4-bit code minus its zero point, modulo 32, or a level.
+template <Format Fmt>
+struct Words32 {
+  alignas(64) uint16_t of[32];
+};
+template <Format Fmt>
+constexpr Words32<Fmt> words32() {
+  Words32<Fmt> t{};
+  for (int i = 0; i < 32; ++i) {
+    t.of[i] =
+        bf16_of(Fmt == Format::nf4 ? kNf4Levels[i % 16] : static_cast<float>(i < 16 ? i : i - 32));
+  }
+  return t;
+}
+
+// A unit of x holds two k, and so does a line of unpacked weights: of each eight, k and k + 2 for
+// k = 0, 1, 4, 5, because that is where the bytes of a packed line put them.
+template <Format Fmt>
+struct A16 {
+  static constexpr Format kFormat = Fmt;
+  static constexpr int kRows = 8, kBlocks = 6, kWideRows = Fmt == Format::int8 ? 48 : 96;
+  static constexpr int kWideBlocks = 3, kWideTile = 4;
+  static constexpr int kUnit = 2;
+  static constexpr int blocks(int rows) { return rows <= 2 ? 6 : 3; }
+  static const char* name(int64_t rows) {
+    constexpr const char* kNames[][2] = {
+        {"matmul_w8a16_avx512bf16_8x48", "matmul_w8a16_avx512bf16_2x96"},
+        {"matmul_w4a16_avx512bf16_8x48", "matmul_w4a16_avx512bf16_2x96"},
+        {"matmul_nf4a16_avx512bf16_8x48", "matmul_nf4a16_avx512bf16_2x96"}};
+    return kNames[static_cast<int>(Fmt)][rows <= 2];
+  }
+  using Sum = F;
+  static constexpr bool kFloat = true;
+  static constexpr int kPairs = Fmt == Format::int8 ? 2 : 4;  // units that a packed line holds
+  static constexpr Words32<Fmt> kWords = words32<Fmt>();
+
+  // Words of x as units; 0 up to the next multiple of 8 k.
+  static void copy_units(const uint16_t* x, int64_t count, uint8_t* units) {
+    const I order =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    for (int64_t i = 0; i < count; i += 2 * kWidth) {
+      const int64_t left = count - i < 2 * kWidth ? count - i : 2 * kWidth;
+      const __mmask32 there = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+      const __mmask32 padded =
+          static_cast<__mmask32>((uint64_t{1} << round_up(left, kGroupPad)) - 1);
+      const I words = _mm512_maskz_loadu_epi16(there, x + i);
+      _mm512_mask_storeu_epi16(units + i * 2, padded, _mm512_shuffle_epi8(words, order));
+    }
+  }
+
+  // Zero points as `weights` takes them away: from bytes, or from words.
+  static INLINE I spread_zero(I zero) {
+    if constexpr (Fmt == Format::int8) return pair_words(zero, zero);
+    return _mm512_mullo_epi32(zero, splat(0x01010101));
+  }
+
+  // Unit `pair` of a packed line.
+  static INLINE I weights(I line, int pair, I words, I zero) {
+    if constexpr (Fmt == Format::int8) {
+      const I code = _mm512_srai_epi16(pair == 0 ? _mm512_slli_epi16(line, 8) : line, 8);
+      const I number = _mm512_sub_epi16(code, zero);
+      const F low = to_float(_mm512_srai_epi32(_mm512_slli_epi32(number, 16), 16));
+      const F high = to_float(_mm512_srai_epi32(number, 16));
+      return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bits(low), 16), bits(high));
+    }
+    const I shifted = _mm512_srli_epi32(line, pair % 2 * 8 + pair / 2 * 4);
+    if constexpr (Fmt == Format::nf4) return _mm512_permutexvar_epi16(shifted, words);
+    const I number = _mm512_sub_epi8(bit_and(shifted, _mm512_set1_epi8(0xf)), zero);
+    return _mm512_permutexvar_epi16(number, words);
+  }
+
+  template <int Rows, int Blocks>
+  static INLINE void accumulate(F (&sums)[Blocks][Rows], I (&zero)[Blocks], const uint8_t* panel,
+                                const uint8_t* const* codes, int64_t steps) {
+    const I words = _mm512_load_si512(kWords.of);
+    unroll<Blocks>([&](int b) INLINE { zero[b] = spread_zero(zero[b]); });
+    for (int64_t line = 0; line < steps * 4 / kPairs; ++line) {
+      unroll<Blocks>([&](int b) INLINE { prefetch(codes[b] + line * 64); });
+      unroll<kPairs>([&](int pair) INLINE {
+        I w[Blocks];
+        unroll<Blocks>([&](int b) INLINE {
+          w[b] = weights(load_line(codes[b] + line * 64), pair, words, zero[b]);
+        });
+        unroll<Rows>([&](int r) INLINE {
+          const I x = broadcast_unit(panel + ((line * kPairs + pair) * Rows + r) * 4);
+          unroll<Blocks>([&](int b) INLINE { dot2_bf16(sums[b][r], x, w[b]); });
+        });
+      });
+    }
+  }
+
+  static INLINE void unpack(const uint8_t* codes, const I (&zero)[1], int64_t steps, uint8_t* out,
+                            int64_t stride) {
+    const I words = _mm512_load_si512(kWords.of);
+    const I spread = spread_zero(zero[0]);
+    for (int64_t line = 0; line < steps * 4 / kPairs; ++line) {
+      const I bytes = load_line(codes + line * 64);
+      prefetch(codes + line * 64);
+      unroll<kPairs>([&](int pair) INLINE {
+        _mm512_store_si512(out + (line * kPairs + pair) * stride,
+                           weights(bytes, pair, words, spread));
+      });
+    }
+  }
+
+  // A tile has `Rows` rows; the sums are those of some of them.
+  template <int Rows, int Count, int Blocks>
+  static INLINE void accumulate_unpacked(F (&sums)[Blocks][Count], const uint8_t* panel,
+                                         const uint8_t* unpacked, int64_t units) {
+    for (int64_t u = 0; u < units; ++u) {
+      I w[Blocks];
+      unroll<Blocks>([&](int b) INLINE { w[b] = load_line(unpacked + (u * Blocks + b) * 64); });
+      unroll<Count>([&](int r) INLINE {
+        const I x = broadcast_unit(panel + (u * Rows + r) * 4);
+        unroll<Blocks>([&](int b) INLINE { dot2_bf16(sums[b][r], x, w[b]); });
+      });
+    }
+  }
+};
+
+template <class Body>
+inline auto with_tile(const Layout& layout, Activation, const Body& body) {
+  switch (layout.format) {
+    case Format::int8:
+      return body(A16<Format::int8>{});
+    case Format::int4:
+      return body(A16<Format::int4>{});
+    default:
+      return body(A16<Format::nf4>{});
+  }
+}
