@@ -255,17 +255,6 @@ SIMD F load_output(const ConvArgs& a, int64_t at, Count... count) {
   }
 }
 
-template <DType T, class... Count>
-SIMD void store_output(const ConvArgs& a, int64_t at, F y, Count... count) {
-  if constexpr (T == DType::i8) {
-    const Encoder<Format::int8> encoder =
-        make_encoder<Format::int8>(a.y_inverse, a.y_zero, /*symmetric=*/false);
-    store_i8(static_cast<int8_t*>(a.y) + at, encode(encoder, y), count...);
-  } else {
-    store_as<T>(a.y, at, y, count...);
-  }
-}
-
 // Sums of `rows` pixels, from the slab's `first` on, and of blocks from `block` on; outputs of a
 // group are `outputs`, the first of them output `base` of y.
 struct ConvSums {
@@ -300,28 +289,52 @@ SIMD F scaled(const ConvSums& t, const OutputScales& s, int v, int r) {
   return fma(splat(t.pixels->scale[t.first + r]), mul(sum, s.scale), s.bias);
 }
 
+// The epilogue, known beforehand or not.
+template <Epilogue E>
+struct Known {
+  static INLINE F apply(const ConvArgs&, F x) { return activate<E>(x); }
+};
+struct AnyEpilogue {
+  static INLINE F apply(const ConvArgs& a, F x) { return activate(a.epilogue, x); }
+};
+
 // Outputs innermost in y.
-template <DType Y, DType Residual>
+template <DType Y, DType Residual, class Function>
 void finish_last(const ConvArgs& a, const ConvSums& t) {
-  for (int v = 0; v < t.blocks * (kLanes / kWidth); ++v) {
-    const int64_t left = t.outputs - t.block * kLanes - v * kWidth;
-    if (left <= 0) return;
-    const int count = static_cast<int>(left < kWidth ? left : kWidth);
-    const OutputScales s = output_scales(a, t, v, count);
-    for (int r = 0; r < t.rows; ++r) {
-      const int64_t at = conv_output(a, t.pixels->image[t.first + r], t.pixels->pixel[t.first + r],
-                                     t.base + t.block * kLanes + v * kWidth);
-      F y = scaled(t, s, v, r);
-      if (a.residual != nullptr) {
-        y = add(y, count == kWidth ? load_output<Residual>(a, at)
-                                   : load_output<Residual>(a, at, count));
-      }
-      y = activate(a.epilogue, y);
-      if (count == kWidth) {
-        store_output<Y>(a, at, y);
+  constexpr int kVectors = W8A8::kConvBlocks * (kLanes / kWidth);
+  const int64_t outputs = t.outputs - t.block * kLanes;
+  const int vectors =
+      static_cast<int>((outputs < t.blocks * kLanes ? outputs : t.blocks * kLanes) + kWidth - 1) /
+      kWidth;
+  OutputScales scales[kVectors];
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t left = outputs - v * kWidth;
+    scales[v] = output_scales(a, t, v, static_cast<int>(left < kWidth ? left : kWidth));
+  }
+  const Encoder<Format::int8> encoder =
+      make_encoder<Format::int8>(a.y_inverse, a.y_zero, /*symmetric=*/false);
+  for (int r = 0; r < t.rows; ++r) {
+    const int64_t begin = conv_output(a, t.pixels->image[t.first + r],
+                                      t.pixels->pixel[t.first + r], t.base + t.block * kLanes);
+    const F scale = splat(t.pixels->scale[t.first + r]);
+    const int32_t* sums = t.sums + r * t.blocks * kLanes;
+    const auto finish = [&](int v, auto... count) INLINE {
+      const int64_t at = begin + v * kWidth;
+      F y = fma(scale, mul(to_float(load(sums + v * kWidth)), scales[v].scale), scales[v].bias);
+      if (a.residual != nullptr) y = add(y, load_output<Residual>(a, at, count...));
+      y = Function::apply(a, y);
+      if constexpr (Y == DType::i8) {
+        store_i8(static_cast<int8_t*>(a.y) + at, encode(encoder, y), count...);
       } else {
-        store_output<Y>(a, at, y, count);
+        store_as<Y>(a.y, at, y, count...);
       }
+    };
+    const int64_t last = outputs - (vectors - 1) * kWidth;  // outputs of the last vector
+    for (int v = 0; v < vectors - 1; ++v) finish(v);
+    if (last >= kWidth) {
+      finish(vectors - 1);
+    } else {
+      finish(vectors - 1, static_cast<int>(last));
     }
   }
 }
@@ -357,17 +370,26 @@ void finish_first(const ConvArgs& a, const ConvSums& t) {
 
 using ConvFinish = void (*)(const ConvArgs&, const ConvSums&);
 
-template <DType Y>
+template <DType Y, class Function>
 ConvFinish conv_finish_last(DType residual) {
-  if (residual == DType::i8) return finish_last<Y, DType::i8>;
-  if (residual == DType::f32) return finish_last<Y, DType::f32>;
-  return residual == DType::bf16 ? finish_last<Y, DType::bf16> : finish_last<Y, DType::f16>;
+  if (residual == DType::i8) return finish_last<Y, DType::i8, Function>;
+  if (residual == DType::f32) return finish_last<Y, DType::f32, Function>;
+  return residual == DType::bf16 ? finish_last<Y, DType::bf16, Function>
+                                 : finish_last<Y, DType::f16, Function>;
 }
 ConvFinish conv_finish(const ConvArgs& a) {
   if (!a.y_channels_last) return finish_first;
   ConvFinish result = nullptr;
   with_image_type(a.y_type, [&](auto type) {
-    result = conv_finish_last<decltype(type)::value>(a.residual_type);
+    constexpr DType kY = decltype(type)::value;
+    result = conv_finish_last<kY, AnyEpilogue>(a.residual_type);
+    if constexpr (kY == DType::i8) {  // what a network's layers do
+      if (a.epilogue == Epilogue::none) {
+        result = conv_finish_last<kY, Known<Epilogue::none>>(a.residual_type);
+      } else if (a.epilogue == Epilogue::relu) {
+        result = conv_finish_last<kY, Known<Epilogue::relu>>(a.residual_type);
+      }
+    }
   });
   return result;
 }
