@@ -63,13 +63,24 @@ void spread_pixels(const ConvArgs& a, const ImageCodes& codes, int64_t at, int64
     }
     return;
   }
-  uint8_t piece[kPiece];
+  uint8_t piece[kPiece + 16];
   const int64_t fit = kPiece / a.channels;
   for (int64_t i = 0; i < count; i += fit) {
     const int64_t pixels = count - i < fit ? count - i : fit;
     image_codes<X>(a, codes, at + i * a.channels, pixels * a.channels, piece);
     const uint8_t* from = piece;
-    for (int64_t pixel = i; pixel < i + pixels; ++pixel) {
+    int64_t pixel = i;
+    if (a.channels == 3 && step == 4) {  // a network's first layer: four pixels at a time
+      const __m128i order = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+      const __m128i fourth = _mm_set1_epi32(
+          static_cast<int>(static_cast<uint32_t>(static_cast<uint8_t>(codes.zero)) << 24));
+      for (; pixel + 4 <= i + pixels; pixel += 4, from += 12) {
+        const __m128i three = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + pixel * 4),
+                         _mm_or_si128(_mm_shuffle_epi8(three, order), fourth));
+      }
+    }
+    for (; pixel < i + pixels; ++pixel) {
       for (int64_t group = 0; group < g.groups; ++group, from += g.count) {
         uint8_t* to = out + pixel * step + group * g.padded;
         for (int64_t c = 0; c < g.count; ++c) to[c] = from[c];
@@ -314,8 +325,8 @@ void finish_last(const ConvArgs& a, const ConvSums& t) {
   const Encoder<Format::int8> encoder =
       make_encoder<Format::int8>(a.y_inverse, a.y_zero, /*symmetric=*/false);
   for (int r = 0; r < t.rows; ++r) {
-    const int64_t begin = conv_output(a, t.pixels->image[t.first + r],
-                                      t.pixels->pixel[t.first + r], t.base + t.block * kLanes);
+    const int64_t begin = conv_output(a, t.pixels->image[t.first + r], t.pixels->pixel[t.first + r],
+                                      t.base + t.block * kLanes);
     const F scale = splat(t.pixels->scale[t.first + r]);
     const int32_t* sums = t.sums + r * t.blocks * kLanes;
     const auto finish = [&](int v, auto... count) INLINE {
@@ -484,7 +495,7 @@ void conv_dense(const ConvArgs& a, int64_t block_begin, int64_t block_end, int64
 // holds two pairs, of its even and of its odd bytes.
 
 constexpr int64_t kMaxPairs = kDepthwiseTaps / 2;
-constexpr int kDepthwiseRows = 4;
+constexpr int kDepthwiseRows = kWidth == 16 ? 8 : 4;
 
 struct Pairs {
   int64_t count;
@@ -539,12 +550,19 @@ void depthwise_tile(const ConvArgs& a, const Pairs& pairs, const Pixels& pixels,
   });
 }
 
+struct DepthwiseTiles {
+  void (*of[kDepthwiseRows])(const ConvArgs&, const Pairs&, const Pixels&, int64_t, const uint8_t*,
+                             int64_t, int32_t*);  // [rows - 1]
+};
+template <int... Index>
+constexpr DepthwiseTiles depthwise_tiles(std::integer_sequence<int, Index...>) {
+  return {{depthwise_tile<Index + 1>...}};
+}
+
 void conv_depthwise(const ConvArgs& a, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
                     int64_t pixel_end) {
-  using Kernel = void (*)(const ConvArgs&, const Pairs&, const Pixels&, int64_t, const uint8_t*,
-                          int64_t, int32_t*);
-  static constexpr Kernel kTiles[kDepthwiseRows] = {depthwise_tile<1>, depthwise_tile<2>,
-                                                    depthwise_tile<3>, depthwise_tile<4>};
+  static constexpr DepthwiseTiles kTiles =
+      depthwise_tiles(std::make_integer_sequence<int, kDepthwiseRows>{});
   const ConvFinish finish = conv_finish(a);
   Pairs pairs = find_pairs(a);
   alignas(64) int32_t sums[kDepthwiseRows * kLanes];
@@ -557,7 +575,7 @@ void conv_depthwise(const ConvArgs& a, int64_t block_begin, int64_t block_end, i
       load_pairs(weight, &pairs);
       for (int64_t pixel = 0; pixel < count;) {
         const int64_t rows = even_piece(count - pixel, kDepthwiseRows);
-        kTiles[rows - 1](a, pairs, pixels, pixel, weight, block * kLanes, sums);
+        kTiles.of[rows - 1](a, pairs, pixels, pixel, weight, block * kLanes, sums);
         finish(a,
                {sums, &pixels, pixel, block, 0, a.out_channels, static_cast<int>(rows), 1, weight});
         pixel += rows;
