@@ -57,38 +57,46 @@ SIMD void for_each_element(const PoolRun& run, const Body& body) {
   }
 }
 
+// Vectors of channels: where the window of the first begins and its index in y, and the steps from
+// one to the next.
 constexpr int kUnits = 4;
-// A vector's channels of a pixel: where its window begins, and its index in y.
 struct PoolUnits {
-  const int8_t* x[kUnits];
-  int64_t to[kUnits];
+  const int8_t* x;
+  int64_t x_step;
+  int64_t to, to_step;
 };
 
-// Calls tile(units, count) until all channels of all pixels of a run are done, `Width` in a unit;
-// a last unit begins earlier instead of being short.
+// Calls tile(units, count) until all channels of all pixels of a run are done, `Width` of them in a
+// unit. The last unit of a pixel may begin earlier instead of being short.
 template <int Width, class Tile>
 SIMD void for_each_unit(const PoolArgs& a, const PoolRun& run, const Tile& tile) {
-  const int64_t blocks = (a.channels + Width - 1) / Width;
-  int64_t pixel = 0, block = 0, left = run.pixels * blocks;
-  while (left > 0) {
-    PoolUnits units;
-    const int count = left < kUnits ? 1 : kUnits;
-    for (int i = 0; i < count; ++i) {
-      const int64_t most = a.channels - Width;
-      const int64_t channel = block * Width < most ? block * Width : most;
-      units.x[i] = run.x + pixel * run.next + channel;
-      units.to[i] = run.to + pixel * a.channels + channel;
-      if (++block == blocks) {
-        block = 0;
-        ++pixel;
-      }
+  const auto strip = [&](int64_t x, int64_t to, int64_t count, int64_t x_step, int64_t to_step)
+                         INLINE {
+                           PoolUnits units{run.x + x, x_step, run.to + to, to_step};
+                           int64_t i = 0;
+                           for (; i + kUnits <= count; i += kUnits) {
+                             tile(units, std::integral_constant<int, kUnits>{});
+                             units.x += kUnits * x_step;
+                             units.to += kUnits * to_step;
+                           }
+                           for (; i < count; ++i) {
+                             tile(units, std::integral_constant<int, 1>{});
+                             units.x += x_step;
+                             units.to += to_step;
+                           }
+                         };
+  const int64_t channels = a.channels, whole = channels / Width;
+  if (whole < kUnits) {
+    for (int64_t i = 0; i < whole; ++i) {
+      strip(i * Width, i * Width, run.pixels, run.next, channels);
     }
-    if (count == 1) {
-      tile(units, std::integral_constant<int, 1>{});
-    } else {
-      tile(units, std::integral_constant<int, kUnits>{});
+  } else {
+    for (int64_t i = 0; i < run.pixels; ++i) {
+      strip(i * run.next, i * channels, whole, Width, Width);
     }
-    left -= count;
+  }
+  if (channels % Width != 0) {
+    strip(channels - Width, channels - Width, run.pixels, run.next, channels);
   }
 }
 
@@ -117,10 +125,11 @@ void max_run(const PoolArgs& a, const PoolRun& run) {
     I most[kCount];
     unroll<kCount>([&](int u) INLINE { most[u] = splat(static_cast<int32_t>(0x80808080)); });
     for_each_element(run, [&](int64_t offset) INLINE {
-      unroll<kCount>([&](int u)
-                         INLINE { most[u] = max_bytes(most[u], load_all(units.x[u] + offset)); });
+      unroll<kCount>([&](int u) INLINE {
+        most[u] = max_bytes(most[u], load_all(units.x + u * units.x_step + offset));
+      });
     });
-    unroll<kCount>([&](int u) INLINE { store_all(y + units.to[u], most[u]); });
+    unroll<kCount>([&](int u) INLINE { store_all(y + units.to + u * units.to_step, most[u]); });
   });
 }
 
@@ -178,8 +187,9 @@ void mean_run(const PoolArgs& a, const PoolRun& run) {
     clear();
     int64_t room = kWordSum;
     for_each_element(run, [&](int64_t offset) INLINE {
-      unroll<kCount>(
-          [&](int u) INLINE { words[u] = add_words(words[u], load_words(units.x[u] + offset)); });
+      unroll<kCount>([&](int u) INLINE {
+        words[u] = add_words(words[u], load_words(units.x + u * units.x_step + offset));
+      });
       if (--room == 0) {
         widen();
         clear();
@@ -188,8 +198,9 @@ void mean_run(const PoolArgs& a, const PoolRun& run) {
     });
     widen();
     unroll<kCount>([&](int u) INLINE {
-      store_means(a, units.to[u], first[u], scale);
-      store_means(a, units.to[u] + kWidth, last[u], scale);
+      const int64_t to = units.to + u * units.to_step;
+      store_means(a, to, first[u], scale);
+      store_means(a, to + kWidth, last[u], scale);
     });
   });
 }
@@ -428,10 +439,12 @@ void lookup(const LookupArgs& a, int64_t begin, int64_t end) {
   std::memcpy(entries, a.table + 128, 128);
   std::memcpy(entries + 128, a.table, 128);
   const Table256 table = table256(entries);
+  const int8_t* x = a.x;
+  int8_t* y = a.y;
   int64_t i = begin;
-  for (; i + kBytes <= end; i += kBytes) store_all(a.y + i, lookup(table, load_all(a.x + i)));
+  for (; i + kBytes <= end; i += kBytes) store_all(y + i, lookup(table, load_all(x + i)));
   if (i < end) {
     const int count = static_cast<int>(end - i);
-    store_all(a.y + i, lookup(table, load_all(a.x + i, count)), count);
+    store_all(y + i, lookup(table, load_all(x + i, count)), count);
   }
 }
