@@ -45,15 +45,19 @@ SIMD void for_each_run(const PoolArgs& a, int64_t begin, int64_t end, const Body
   }
 }
 
+// body(offset of the first element) for the rows of a window.
+template <class Body>
+SIMD void for_each_row(const PoolRun& run, const Body& body) {
+  for (int64_t z = 0; z < run.count[0]; ++z) {
+    for (int64_t y = 0; y < run.count[1]; ++y) body(z * run.step[0] + y * run.step[1]);
+  }
+}
 // body(offset) for the elements of a window.
 template <class Body>
 SIMD void for_each_element(const PoolRun& run, const Body& body) {
-  for (int64_t z = 0; z < run.count[0]; ++z) {
-    for (int64_t y = 0; y < run.count[1]; ++y) {
-      int64_t offset = z * run.step[0] + y * run.step[1];
-      for (int64_t x = 0; x < run.count[2]; ++x, offset += run.step[2]) body(offset);
-    }
-  }
+  for_each_row(run, [&](int64_t offset) INLINE {
+    for (int64_t x = 0; x < run.count[2]; ++x, offset += run.step[2]) body(offset);
+  });
 }
 
 // Vectors of channels: where the window of the first begins and its index in y, and the steps from
@@ -176,6 +180,13 @@ void mean_run(const PoolArgs& a, const PoolRun& run) {
     constexpr int kCount = decltype(count)::value;
     I words[kCount], first[kCount], last[kCount];
     const auto clear = [&]() INLINE { unroll<kCount>([&](int u) INLINE { words[u] = splat(0); }); };
+    const auto sum_up = [&](int64_t offset, int64_t elements) INLINE {
+      for (int64_t x = 0; x < elements; ++x, offset += run.step[2]) {
+        unroll<kCount>([&](int u) INLINE {
+          words[u] = add_words(words[u], load_words(units.x + u * units.x_step + offset));
+        });
+      }
+    };
     const auto widen = [&]() INLINE {
       unroll<kCount>([&](int u) INLINE {
         first[u] = add(first[u], first_words(words[u]));
@@ -183,19 +194,20 @@ void mean_run(const PoolArgs& a, const PoolRun& run) {
       });
     };
     unroll<kCount>([&](int u) INLINE { first[u] = last[u] = zeros; });
-    clear();
-    int64_t room = kWordSum;
-    for_each_element(run, [&](int64_t offset) INLINE {
-      unroll<kCount>([&](int u) INLINE {
-        words[u] = add_words(words[u], load_words(units.x + u * units.x_step + offset));
+    if (run.elements() <= kWordSum) {
+      clear();
+      for_each_row(run, [&](int64_t offset) INLINE { sum_up(offset, run.count[2]); });
+      widen();
+    } else {
+      for_each_row(run, [&](int64_t offset) INLINE {
+        for (int64_t x = 0; x < run.count[2]; x += kWordSum) {
+          const int64_t left = run.count[2] - x;
+          clear();
+          sum_up(offset + x * run.step[2], left < kWordSum ? left : kWordSum);
+          widen();
+        }
       });
-      if (--room == 0) {
-        widen();
-        clear();
-        room = kWordSum;
-      }
-    });
-    widen();
+    }
     unroll<kCount>([&](int u) INLINE {
       const int64_t to = units.to + u * units.to_step;
       store_means(a, to, first[u], scale);

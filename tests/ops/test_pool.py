@@ -172,7 +172,7 @@ def test_means_of_one_scale_are_rounded_half_to_even() -> None:
 
 
 @pytest.mark.parametrize("fill", [-128, 127])
-@pytest.mark.parametrize("size", [(16, 16), (16, 17), (37, 41), (1, 2300)])
+@pytest.mark.parametrize("size", [(16, 16), (16, 17), (37, 41), (2, 257), (1, 2300)])
 def test_long_sums_of_extremes(size: tuple[int, int], fill: int) -> None:
     """256 codes fill a sum of 16 bits, and the zero point is at the other end."""
     zero = -1 - fill
