@@ -30,6 +30,8 @@ namespace {
 #include "cpu/tiles.inl"
 #include "cpu/matmul.inl"
 #include "cpu/conv.inl"
+#include "cpu/pool.inl"
+#include "cpu/int8.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -61,6 +63,10 @@ const Kernels* avx2_kernels() {
     t.conv_prepare = avx2::conv_prepare;
     t.conv = avx2::conv;
     t.conv_name = avx2::conv_name;
+    t.max_pool = avx2::max_pool;
+    t.avg_pool = avx2::avg_pool;
+    t.add = avx2::add;
+    t.lookup = avx2::lookup;
     return t;
   }();
   return &table;
