@@ -159,8 +159,12 @@ def _watched(
     yield from found
 
 
-def _channel_dim(module: nn.Module) -> int | None:
-    """Which dimension of a layer's input and output holds its channels."""
+def channel_dim(module: nn.Module) -> int | None:
+    """Which dimension of a layer's input and output holds its channels; None if none does.
+
+    Args:
+        module: a float layer.
+    """
     if isinstance(module, nn.Linear):
         return -1
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -230,9 +234,9 @@ class _Record:
         self.module = module
         self.kind = type(module).__name__
         self.calls = 0
-        channel_dim = _channel_dim(module)
-        self.input = _Tensors(make(), channel_dim)
-        self.output = _Tensors(make(), channel_dim)
+        dim = channel_dim(module)
+        self.input = _Tensors(make(), dim)
+        self.output = _Tensors(make(), dim)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -98,9 +98,10 @@ class PrecisionPlan(Mapping[str, Scheme]):
         rest_seconds, rest_bytes: of all other parts of the model.
         reference: the float model as measured.
         uniform: the model as measured with one scheme for all layers, by scheme.
-        predicted: the plan, as the sum of its layers.
+        predicted: the plan, as the sum of its layers (after `replan`, times the correction).
         measured: the plan as it ran; None after `replan`.
-        correction: measured damage over predicted damage, as predictions take it into account.
+        correction: measured damage over the sum of the layers' damages; `front` and `replan`
+            multiply by it.
         batch: shapes of the batches that were timed.
         machine: processor, ISA, threads, versions.
         notes: what a reader has to know, as sentences.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from qkernels.mixed.measure import (
     uniform_pairs,
     watching_inputs,
 )
+from qkernels.mixed.memory import Memory, identity
 from qkernels.mixed.plan import Cost, LayerPlan, Option, PrecisionPlan
 from qkernels.mixed.quality import SQNR
 from qkernels.mixed.units import Unit, find_units
@@ -42,7 +41,7 @@ from qkernels.nn.fastpath import plain_transformer_paths
 from qkernels.optimize import check_optimizer
 from qkernels.plan import check_model, check_patterns
 from qkernels.quantize import DEFAULT_IGNORE, ignored_patterns
-from qkernels.report.files import check_folder, write_atomically
+from qkernels.report.files import check_folder
 from qkernels.report.machine import machine_facts
 from qkernels.report.modules import is_compiled
 from qkernels.report.outputs import Caller, evaluating, shape_text
@@ -150,7 +149,7 @@ def search(
         notes += unseen
         answers = Answers(caller, data, metric, lower_is_better, name)
         settings = [repr(offered), repr(patterns), optimize, name, repr(calibration)]
-        memory = _Memory(checkpoint, lambda: _identity(model, settings, data))
+        memory = Memory(checkpoint, lambda: identity(model, settings, data))
         total = sum(len(unit.forms) - 1 for unit in units)
         advance = stack.enter_context(_progress(progress, total))
         damages = _damages(units, answers, memory, advance)
@@ -232,7 +231,9 @@ class _Search:
                 break
             if any(choice == [x.chosen for x in t.layers] for t in tried):
                 break
-            found = self._run(corrected.choosing(choice, objective, budget))
+            found = self._run(plan, corrected.choosing(choice, objective, budget))
+            if "latency" in limits:
+                found = self._timed(found)
             tried.append(found)
             assert found.measured is not None
             if self._keeps(found, limits):
@@ -240,8 +241,10 @@ class _Search:
             elif "latency" in limits:
                 over = found.measured.seconds / limits["latency"]
                 scale["latency"] *= max(over, 1.0)
-            scale["accuracy"] = self._learned(plan, found, scale["accuracy"])
+            scale["accuracy"] = found.correction
         best = min(kept or tried, key=lambda p: _measured_objective(p, objective))
+        if "latency" not in limits:
+            best = self._timed(best)
         notes = list(plan.notes)
         assert best.measured is not None
         if not kept:
@@ -260,14 +263,25 @@ class _Search:
             for pair in unit.pairs(unit.form_of(layer.choice.scheme))
         ]
 
-    def _run(self, plan: PrecisionPlan) -> PrecisionPlan:
-        """The plan with what it costs as a whole."""
-        pairs = self._pairs(plan)
-        times = self.watch.models({"float": [], "plan": pairs})
+    def _run(self, plan: PrecisionPlan, chosen: PrecisionPlan) -> PrecisionPlan:
+        """A choice with its accuracy as a whole, beside what its layers add up to."""
+        predicted = plan.cost_of([layer.chosen for layer in chosen.layers])
+        quality = self.answers.quality(self._pairs(chosen))
+        summed, damage = map(plan.measure.damage, (predicted.quality, quality))
+        known = summed > 0 and 0 < damage < math.inf
+        return replace(
+            chosen,
+            predicted=predicted,
+            measured=replace(predicted, quality=quality),
+            correction=damage / summed if known else chosen.correction,
+        )
+
+    def _timed(self, plan: PrecisionPlan) -> PrecisionPlan:
+        assert plan.measured is not None
+        times = self.watch.models({"float": [], "plan": self._pairs(plan)})
         # The machine may have become slower or faster since the float model was timed.
         seconds = plan.reference.seconds * times["plan"] / times["float"]
-        quality = self.answers.quality(pairs)
-        return replace(plan, measured=Cost(seconds, plan.predicted.bytes, quality))
+        return replace(plan, measured=replace(plan.measured, seconds=seconds))
 
     def _keeps(self, plan: PrecisionPlan, limits: Mapping[str, float]) -> bool:
         assert plan.measured is not None
@@ -279,15 +293,6 @@ class _Search:
             "accuracy": (plan.measure.damage(plan.measured.quality), 1e-6),
         }
         return all(is_kept(limit, *costs[quantity]) for quantity, limit in limits.items())
-
-    def _learned(self, plan: PrecisionPlan, found: PrecisionPlan, before: float) -> float:
-        """Measured damage over the sum of the layers' damages."""
-        assert found.measured is not None
-        summed = plan.problem().total("accuracy", [layer.chosen for layer in found.layers])
-        damage = plan.measure.damage(found.measured.quality)
-        if summed > 0 and 0 < damage < math.inf:
-            return damage / summed
-        return before
 
 
 def _measured_objective(plan: PrecisionPlan, objective: str) -> float:
@@ -302,7 +307,7 @@ def _measured_objective(plan: PrecisionPlan, objective: str) -> float:
 def _damages(
     units: Sequence[Unit],
     answers: Answers,
-    memory: _Memory,
+    memory: Memory,
     advance: Callable[[str, int], None],
 ) -> list[list[float]]:
     """The damage of every form of every unit, all others being float."""
@@ -320,52 +325,6 @@ def _damages(
             advance(unit.names[0], 1)
         found.append(row)
     return found
-
-
-class _Memory:
-    """Damages that are known, kept in a file if there is one."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, identity: Callable[[], str]) -> None:
-        self.damages: dict[str, dict[str, float]] = {}
-        self._path = path
-        if path is None:
-            return
-        self._identity = identity()
-        if not Path(path).exists():
-            return
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            same = values["identity"] == self._identity
-            damages = {
-                str(name): {str(k): float(v) for k, v in row.items()}
-                for name, row in values["damages"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"search: {str(path)!r} holds no state of a search ({error}); give another file"
-            ) from None
-        if not same:
-            raise ValueError(
-                f"search: {str(path)!r} holds the state of a search with another model, other "
-                "batches or other settings; give another file, or delete this one to start anew"
-            )
-        self.damages = damages
-
-    def save(self) -> None:
-        """Write what is known, complete or not at all."""
-        if self._path is not None:
-            damages = {
-                name: {k: v if math.isfinite(v) else str(v) for k, v in row.items()}
-                for name, row in self.damages.items()
-            }
-            text = json.dumps({"identity": self._identity, "damages": damages}, indent=1)
-            write_atomically(self._path, text + "\n")
-
-
-def _identity(model: nn.Module, settings: list[str], data: list[Any]) -> str:
-    from qkernels.ptq.checkpoint import identity_of
-
-    return identity_of({"search": settings}, (*model.parameters(), *model.buffers()), data)
 
 
 def _called(

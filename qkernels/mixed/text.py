@@ -28,7 +28,7 @@ def renderable(plan: PrecisionPlan) -> RenderableType:
     notes = [Text(f"· {note}") for note in plan.notes]
     machine = ", ".join(f"{key} {value}" for key, value in plan.machine.items())
     return Group(
-        _layers(plan), "", _totals(plan), *notes, Text(f"{plan.batch}; {machine}", style="dim")
+        _layers(plan), "", totals(plan), *notes, Text(f"{plan.batch}; {machine}", style="dim")
     )
 
 
@@ -56,16 +56,17 @@ def _layers(plan: PrecisionPlan) -> Table:
     return table
 
 
-def _totals(plan: PrecisionPlan) -> Table:
+def totals(plan: PrecisionPlan) -> Table:
+    """The whole model as it is, with one scheme for all layers, and as planned.
+
+    Args:
+        plan: what `search` returned.
+    """
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("whole model")
     for heading in ("latency", "", "size", "", plan.measure.title):
         table.add_column(heading, justify="right")
-    rows: list[tuple[str, Cost]] = [("as it is", plan.reference), *plan.uniform]
-    rows.append(("the plan, predicted", plan.predicted))
-    if plan.measured is not None:
-        rows.append(("the plan, measured", plan.measured))
-    for name, cost in rows:
+    for name, cost in rows_of(plan):
         table.add_row(
             escape(name),
             words.seconds(cost.seconds),
@@ -76,3 +77,13 @@ def _totals(plan: PrecisionPlan) -> Table:
             style="bold" if name.startswith("the plan") else None,
         )
     return table
+
+
+def rows_of(plan: PrecisionPlan) -> list[tuple[str, Cost]]:
+    """Whole models and what they cost: as it is, with one scheme for all layers, as planned.
+
+    Args:
+        plan: what `search` returned.
+    """
+    rows = [("as it is", plan.reference), *plan.uniform, ("the plan, predicted", plan.predicted)]
+    return rows if plan.measured is None else [*rows, ("the plan, measured", plan.measured)]
