@@ -372,7 +372,7 @@ def schemes_by_pattern(
                 f"{op}: scheme is {scheme!r}; expected a scheme like qk.W8A8(), or a dict "
                 "from patterns of module names to schemes"
             )
-    if not schemes:
+    if not schemes and not isinstance(scheme, PrecisionPlan):  # which may leave all as it is
         raise ValueError(f"{op}: scheme is an empty dict; expected at least one pattern")
     return schemes
 

@@ -251,7 +251,8 @@ def test_a_scheme_that_answers_nan_is_not_chosen():
     found = qk.search(model, data, {"sqnr": 1}, "size", (qk.W8A8(),), **FAST)
     assert found.layers[0].options[1].damage == math.inf
     assert len(found) == 0
-    assert qk.PrecisionPlan.from_dict(found.to_dict()) == found
+    assert qk.PrecisionPlan.from_dict(found.to_dict()).to_dict() == found.to_dict()
+    assert not qk.quantize_(model, found).converted
 
 
 def test_never_called_and_ignored_layers_stay(model, batches, plan):
