@@ -169,7 +169,8 @@ class Problem:
             integrality=np.append(np.ones(usable.size), [0] * excess),
             bounds=bounds_of(0, upper),
             constraints=constraints,
-            options={"mip_rel_gap": 0},
+            # HiGHS's presolve gains nothing here and talks to stdout when it repairs its result.
+            options={"mip_rel_gap": 0, "presolve": False},
         )
         if solved.x is None:
             return None
