@@ -63,7 +63,7 @@ class Problem:
         if choice is None or tie_break is None:
             return choice
         best = self.total(objective, choice) - self.rest.get(objective, 0)
-        room[objective] = min(room.get(objective, math.inf), best)
+        room[objective] = min(room.get(objective, math.inf), best * (1 + 1e-7))
         # The first choice, should rounding have cut off all that is as good.
         return self._minimise(tie_break, room) or choice
 
@@ -169,8 +169,7 @@ class Problem:
             integrality=np.append(np.ones(usable.size), [0] * excess),
             bounds=bounds_of(0, upper),
             constraints=constraints,
-            # HiGHS's presolve gains nothing here and talks to stdout when it repairs its result.
-            options={"mip_rel_gap": 0, "presolve": False},
+            options={"mip_rel_gap": 0},
         )
         if solved.x is None:
             return None
