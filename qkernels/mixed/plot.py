@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from qkernels.mixed.plan import Cost, PrecisionPlan
 
 FRONT, UNIFORM, PLAN = "#2f7ed8", "#98a2b3", "#e8833a"
-_AXES = (("latency", "latency, share of the float model's"), ("size", "size, share of the float"))
+_AXES = (
+    ("latency", "latency, share of the float model's"),
+    ("size", "size, share of the float model's"),
+)
 
 
 def save_front(plan: PrecisionPlan, path: str | PathLike[str]) -> None:
