@@ -111,7 +111,9 @@ class Times:
 
 @dataclass
 class Stopwatch:
-    """Times whole models and their layers, contenders taking turns.
+    """Times whole models and their layers, contenders taking turns; the fastest run counts.
+
+    Other programs make a run slower and never faster, and there is no time for many runs.
 
     Args:
         caller: calls the float model.
@@ -131,11 +133,11 @@ class Stopwatch:
     def models(
         self, contenders: Mapping[str, Pairs], clocked: Mapping[str, nn.Module] | None = None
     ) -> dict[str, float]:
-        """Median seconds for a batch.
+        """Seconds for a batch.
 
         Args:
             contenders: by name, float layers with what stands in for them.
-            clocked: modules to time as well, in runs of their own; `layer_median` has the result.
+            clocked: modules to time as well, in runs of their own; `layer_seconds` has the result.
         """
         self._layers = {}
         names = list(contenders)
@@ -158,20 +160,19 @@ class Stopwatch:
                         if clocked is not None:
                             self._clock_layers(clocked, (name, i), batch)
         return {
-            name: self._mean(statistics.median(totals[name, i]) for i in range(len(self.batches)))
+            name: self._mean(min(totals[name, i]) for i in range(len(self.batches)))
             for name in names
         }
 
-    def layer_median(self, contender: str, layer: str) -> float:
-        """Median seconds of a layer for a batch, from the last call of `models`.
+    def layer_seconds(self, contender: str, layer: str) -> float:
+        """Seconds of a layer for a batch, from the last call of `models`.
 
         Args:
             contender: which model it ran in.
             layer: name of the module.
         """
         return self._mean(
-            statistics.median(self._layers[contender, i].get(layer, [0.0]))
-            for i in range(len(self.batches))
+            min(self._layers[contender, i].get(layer, [0.0])) for i in range(len(self.batches))
         )
 
     def _clock_layers(
@@ -206,7 +207,7 @@ def time_layers(watch: Stopwatch, units: Sequence[Unit], schemes: Sequence[Any])
 
     def seconds(unit: Unit, form: Form) -> float:
         label = "float" if form.scheme is None else repr(form.scheme)
-        return sum(watch.layer_median(label, name) for name in unit.names)
+        return sum(watch.layer_seconds(label, name) for name in unit.names)
 
     alike: dict[object, list[int]] = {}
     shapes = _input_shapes(watch, modules)
@@ -220,7 +221,7 @@ def time_layers(watch: Stopwatch, units: Sequence[Unit], schemes: Sequence[Any])
                 layers[i].append(mean)
 
     def inside(label: str) -> float:
-        return sum(watch.layer_median(label, name) for name in modules)
+        return sum(watch.layer_seconds(label, name) for name in modules)
 
     rest = statistics.fmean(max(total - inside(label), 0.0) for label, total in models.items())
     return Times(layers, rest, models)
