@@ -226,7 +226,7 @@ def markdown(duels: list[Duel], budgets: list[Row], facts: dict[str, str]) -> st
     lines = ["# Mixed precision on all-MiniLM-L6-v2", ""]
     lines += ["Shares are of float32's, SQNR in dB of sentence embeddings that the search has not"]
     lines += [
-        "seen. A plan is the most accurate one that is no slower than the scheme, timed beside it.",
+        "seen. A plan is the most accurate one as fast as the scheme, timed beside it, within 2 %.",
         "",
     ]
     lines += [
