@@ -53,20 +53,25 @@ else:
 
 if TYPE_CHECKING:
     from qkernels import transfer
+    from qkernels.mixed.plan import PrecisionPlan
+    from qkernels.mixed.search import search
     from qkernels.ptq import quantize_calibrated_
     from qkernels.report import Report, compare
 
 # Imported when they are first used: most programs need none of them.
 _LAZY = {
+    "PrecisionPlan": "qkernels.mixed.plan",
     "Report": "qkernels.report",
     "compare": "qkernels.report",
     "quantize_calibrated_": "qkernels.ptq",
+    "search": "qkernels.mixed.search",
 }
 _LAZY_MODULES = ("transfer",)
 
 __all__ = [
     "Calibration",
     "NF4",
+    "PrecisionPlan",
     "Quantized",
     "Report",
     "Scheme",
@@ -97,6 +102,7 @@ __all__ = [
     "quantize_",
     "quantize_calibrated_",
     "save_model",
+    "search",
     "transfer",
 ]
 

@@ -16,6 +16,7 @@ from qkernels.calibration import OBSERVERS, Calibration, Int8Range, LayerRanges,
 from qkernels.calibration.observers import finite_values
 from qkernels.calibration.result import TensorRange
 from qkernels.nn import QModule
+from qkernels.nn.fastpath import plain_transformer_paths
 from qkernels.plan import check_model, check_patterns, matches
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -77,7 +78,7 @@ def calibrate(
         # Not inference_mode: a model that keeps tensors for later could not train with them.
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
-        stack.enter_context(_plain_transformer_paths())
+        stack.enter_context(plain_transformer_paths())
         for record in records.values():
             stack.enter_context(record.watching())
         for batch in stack.enter_context(_progress(batches, progress)):
@@ -158,8 +159,12 @@ def _watched(
     yield from found
 
 
-def _channel_dim(module: nn.Module) -> int | None:
-    """Which dimension of a layer's input and output holds its channels."""
+def channel_dim(module: nn.Module) -> int | None:
+    """Which dimension of a layer's input and output holds its channels; None if none does.
+
+    Args:
+        module: a float layer.
+    """
     if isinstance(module, nn.Linear):
         return -1
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -229,9 +234,9 @@ class _Record:
         self.module = module
         self.kind = type(module).__name__
         self.calls = 0
-        channel_dim = _channel_dim(module)
-        self.input = _Tensors(make(), channel_dim)
-        self.output = _Tensors(make(), channel_dim)
+        dim = channel_dim(module)
+        self.input = _Tensors(make(), dim)
+        self.output = _Tensors(make(), dim)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -273,22 +278,6 @@ def _floating(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from _floating(item)
-
-
-@contextmanager
-def _plain_transformer_paths() -> Iterator[None]:
-    """Keep torch's transformer layers off the fused path, on which they do not call their linears.
-
-    With padding, an encoder would pass nested tensors even to layers that are watched.
-
-    The switch is torch's own and holds for the process.
-    """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

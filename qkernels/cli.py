@@ -1,4 +1,4 @@
-"""The command `qkernels`: doctor, demo, quantize, inspect, compare, bench."""
+"""The command `qkernels`: doctor, demo, search, quantize, inspect, compare, bench."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
         "quantize", parents=[common], help="quantize the transformers model in a folder"
     )
     quantize.add_argument("model", metavar="MODEL_DIR", help="folder with config.json and weights")
-    quantize.add_argument(
-        "--scheme", required=True, help="w8a8, w8a16, w4a16, w4a8 or nf4, in either case"
-    )
+    how = quantize.add_mutually_exclusive_group(required=True)
+    how.add_argument("--scheme", help="w8a8, w8a16, w4a16, w4a8 or nf4, in either case")
+    how.add_argument("--plan", metavar="FILE", help="a scheme for each layer, as search wrote it")
     quantize.add_argument(
         "--group-size", type=int, metavar="N", help="weights per scale; -1 for a whole row"
     )
@@ -97,6 +97,32 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
     )
     quantize.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     quantize.set_defaults(run=_quantize)
+
+    search = commands.add_parser(
+        "search", parents=[common], help="choose a scheme for every layer, under a budget"
+    )
+    search.add_argument("model", metavar="MODEL_DIR", help="folder of the float model")
+    search.add_argument(
+        "--budget",
+        required=True,
+        nargs="+",
+        metavar="KEY=NUMBER",
+        help="sqnr (dB at least), latency or size (shares of the float model), seconds or bytes",
+    )
+    search.add_argument(
+        "--objective",
+        default="latency",
+        choices=("latency", "size", "accuracy"),
+        help="what is to be as good as possible (default: latency)",
+    )
+    search.add_argument("--out", required=True, metavar="FILE", help="the plan, a JSON file")
+    search.add_argument(
+        "--seconds", type=float, default=10.0, metavar="N", help="to time schemes for (default: 10)"
+    )
+    search.add_argument("--plot", metavar="FILE", help="draw the Pareto fronts")
+    search.add_argument("--checkpoint", metavar="FILE", help="to go on after an interruption")
+    _add_text_options(search)
+    search.set_defaults(run=_search)
 
     inspect = commands.add_parser(
         "inspect", parents=[common], help="show what a quantized file holds, without loading it"
@@ -110,18 +136,10 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
     )
     compare.add_argument("model", metavar="MODEL_DIR", help="folder of the float model")
     compare.add_argument("file", metavar="FILE", help="the quantized file")
-    compare.add_argument(
-        "--text", required=True, metavar="FILE", help="a text file; every line is one input"
-    )
     compare.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
     compare.add_argument("--json", metavar="FILE", help="write the report as JSON")
-    compare.add_argument("--batch-size", type=int, default=16, metavar="N", help="default: 16")
-    compare.add_argument(
-        "--max-length", type=int, default=128, metavar="N", help="tokens of a line (default: 128)"
-    )
-    compare.add_argument(
-        "--lines", type=int, default=512, metavar="N", help="read at most N lines (default: 512)"
-    )
+    compare.add_argument("--plan", metavar="FILE", help="the plan that the file was made by")
+    _add_text_options(compare)
     compare.set_defaults(run=_compare)
 
     bench = commands.add_parser(
@@ -133,6 +151,20 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
         bench_package.add_arguments(bench)
         bench.set_defaults(run=bench_package.run)
     return parser
+
+
+def _add_text_options(command: argparse.ArgumentParser) -> None:
+    """What inputs a model is called on."""
+    command.add_argument(
+        "--text", required=True, metavar="FILE", help="a text file; every line is one input"
+    )
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="default: 16")
+    command.add_argument(
+        "--max-length", type=int, default=128, metavar="N", help="tokens of a line (default: 128)"
+    )
+    command.add_argument(
+        "--lines", type=int, default=512, metavar="N", help="read at most N lines (default: 512)"
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -152,7 +184,25 @@ def _quantize(options: argparse.Namespace) -> int:
     from qkernels import commands
 
     return commands.quantize_folder(
-        options.model, options.scheme, options.group_size, options.ignore, options.out
+        options.model, options.scheme, options.group_size, options.ignore, options.out, options.plan
+    )
+
+
+def _search(options: argparse.Namespace) -> int:
+    from qkernels import commands
+
+    return commands.search_folder(
+        options.model,
+        options.text,
+        options.budget,
+        options.objective,
+        options.out,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        lines=options.lines,
+        seconds=options.seconds,
+        plot=options.plot,
+        checkpoint=options.checkpoint,
     )
 
 
@@ -174,4 +224,5 @@ def _compare(options: argparse.Namespace) -> int:
         lines=options.lines,
         html=options.html,
         json=options.json,
+        plan=options.plan,
     )

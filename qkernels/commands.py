@@ -1,4 +1,4 @@
-"""What the commands quantize, inspect and compare do."""
+"""What the commands search, quantize, inspect and compare do."""
 
 from __future__ import annotations
 
@@ -35,21 +35,36 @@ _ITEM_BYTES = {
 
 
 def quantize_folder(
-    folder: str, scheme_name: str, group_size: int | None, ignore: Sequence[str] | None, out: str
+    folder: str,
+    scheme_name: str | None,
+    group_size: int | None,
+    ignore: Sequence[str] | None,
+    out: str,
+    plan: str | None = None,
 ) -> int:
     """Quantize a transformers model and write it as one file, its config in the metadata.
 
     Args:
         folder: the float model's folder.
-        scheme_name: a scheme's name in either case.
+        scheme_name: a scheme's name in either case, None if there is a plan.
         group_size: weights per scale, None for the scheme's default.
         ignore: patterns of layers to leave in float, None for the default.
         out: the file to write.
+        plan: a file that `search` wrote, in place of the scheme.
 
     Returns:
         The exit code.
     """
-    scheme, source = parse_scheme(scheme_name, group_size), Path(folder)
+    scheme: Scheme | qk.PrecisionPlan
+    if scheme_name is not None:
+        scheme = parse_scheme(scheme_name, group_size)
+        label = str(scheme)
+    elif group_size is not None:
+        raise ValueError("--group-size goes with --scheme; a plan has the group size of each layer")
+    else:
+        assert plan is not None
+        scheme, label = qk.PrecisionPlan.load_json(plan), f"quantized as {plan} says"
+    source = Path(folder)
     check_folder(out)
     config = read_config(source)
     model = load_folder(source)
@@ -58,12 +73,85 @@ def quantize_folder(
     terminal = console()
     terminal.print(summary)
     terminal.print(
-        f"{len(summary.converted)} of {len(summary.rows)} modules are {scheme}: "
+        f"{len(summary.converted)} of {len(summary.rows)} modules are {escape(label)}: "
         f"{size_text(summary.bytes_before)} → {size_text(summary.bytes_after)} in memory. "
         f"{escape(out)} holds {size_text(Path(out).stat().st_size)}.",
         soft_wrap=True,
     )
     return 0
+
+
+def search_folder(
+    folder: str,
+    text: str,
+    budget: Sequence[str],
+    objective: str,
+    out: str,
+    *,
+    batch_size: int,
+    max_length: int,
+    lines: int,
+    seconds: float,
+    plot: str | None,
+    checkpoint: str | None,
+) -> int:
+    """Choose a scheme for every layer of a transformers model, on the lines of a text file.
+
+    Args:
+        folder: the float model's folder.
+        text: a UTF-8 file; every line that is not blank is one input.
+        budget: limits such as "sqnr=30".
+        objective: what is to be as good as possible.
+        out: where to write the plan, as JSON.
+        batch_size: lines per batch.
+        max_length: tokens per line.
+        lines: how many lines to read at most.
+        seconds: to spend on timing all schemes, and again on timing the plan.
+        plot: where to draw the Pareto fronts, or None.
+        checkpoint: where to keep what is measured, or None.
+
+    Returns:
+        The exit code.
+    """
+    _check_counts(batch_size, max_length, lines)
+    for path in (out, plot):
+        if path is not None:
+            check_folder(path)
+    inputs, limits = read_lines(text, lines), parse_budget(budget)
+    model, tokenizer = load_folder(Path(folder)), load_tokenizer(Path(folder))
+    batches = list(_batches(tokenizer, inputs, batch_size, max_length))
+    plan = qk.search(
+        model, batches, limits, objective, latency_seconds=seconds, checkpoint=checkpoint
+    )
+    plan.save_json(out)
+    console().print(plan)
+    print(f"\nThe plan: {out}; qkernels quantize {folder} --plan {out} --out FILE carries it out.")
+    if plot is not None:
+        plan.plot(plot)
+    return 0
+
+
+def parse_budget(parts: Sequence[str]) -> dict[str, float]:
+    """Limits as a user writes them on the command line.
+
+    Args:
+        parts: such as "sqnr=30".
+
+    Raises:
+        ValueError: something else.
+
+    Example:
+        >>> parse_budget(["latency=0.5", "size=0.3"])
+        {'latency': 0.5, 'size': 0.3}
+    """
+    limits = {}
+    for part in parts:
+        key, _, value = part.partition("=")
+        try:
+            limits[key] = float(value)
+        except ValueError:
+            raise ValueError(f"--budget {part} is no limit; write it as sqnr=30") from None
+    return limits
 
 
 def parse_scheme(name: str, group_size: int | None) -> Scheme:
@@ -163,6 +251,7 @@ def compare_with_folder(
     lines: int,
     html: str | None,
     json: str | None,
+    plan: str | None,
 ) -> int:
     """Compare a quantized file with the float model in a folder, on the lines of a text file.
 
@@ -175,13 +264,12 @@ def compare_with_folder(
         lines: how many lines to read at most.
         html: where to write the report as a page, or None.
         json: where to write the report as JSON, or None.
+        plan: a file that `search` wrote, to show its front in the report, or None.
 
     Returns:
         The exit code.
     """
-    for option, value in (("batch-size", batch_size), ("max-length", max_length), ("lines", lines)):
-        if value < 1:
-            raise ValueError(f"--{option} is {value}; expected at least 1")
+    _check_counts(batch_size, max_length, lines)
     for path in (html, json):
         if path is not None:
             check_folder(path)
@@ -194,6 +282,7 @@ def compare_with_folder(
         reference,
         _batches(tokenizer, inputs, batch_size, max_length),
         names=(header.path.stem, label_of(reference)),
+        plan=None if plan is None else qk.PrecisionPlan.load_json(plan),
     )
     report.print()
     if html is not None:
@@ -203,6 +292,12 @@ def compare_with_folder(
         report.save_json(json)
         print(f"The report as JSON: {json}")
     return 0
+
+
+def _check_counts(batch_size: int, max_length: int, lines: int) -> None:
+    for option, value in (("batch-size", batch_size), ("max-length", max_length), ("lines", lines)):
+        if value < 1:
+            raise ValueError(f"--{option} is {value}; expected at least 1")
 
 
 def read_lines(path: str, limit: int) -> list[str]:

@@ -120,10 +120,10 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a pattern names a module or one that contains it.
 
     Patterns are shell globs (`*`, `?`, `[…]`; `*` also crosses dots), case-sensitive. A pattern
-    without a dot may also match the last part of a name.
+    without a dot may also match the last part of a name. `=` before a name means that module alone.
 
     Args:
-        pattern: the glob.
+        pattern: the glob, or "=" and a name.
         name: qualified name of the module.
 
     Example:
@@ -131,7 +131,11 @@ def matches(pattern: str, name: str) -> bool:
         True
         >>> matches("lm_head", "model.lm_head"), matches("encoder", "encoder.layers.0")
         (True, True)
+        >>> matches("=0", "0"), matches("=0", "encoder.0")
+        (True, False)
     """
+    if pattern.startswith("="):
+        return name == pattern[1:]
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         if fnmatch.fnmatchcase(".".join(parts[:end]), pattern):

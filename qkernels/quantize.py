@@ -14,6 +14,7 @@ from torch import nn
 from qkernels.calibration import Calibration, Int8Range
 from qkernels.calibration.use import ranges_of
 from qkernels.fold import Fold, apply_folds, plan_folds
+from qkernels.mixed.plan import PrecisionPlan
 from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import share_hooks
 from qkernels.nn.conv import QConvNd
@@ -48,7 +49,7 @@ def quantize_(
     *,
     calibration: Calibration | None = None,
     fold_batchnorm: bool = False,
-    optimize: str = "minmax",
+    optimize: str | None = None,
     progress: bool | None = None,
 ) -> Summary:
     """Replace the Linear, Conv and Embedding layers of a model by quantized ones, in place.
@@ -57,12 +58,14 @@ def quantize_(
     that memory never exceeds the float model and one layer. Modules that share a weight share one
     packed weight, or stay float together. Patterns, in `scheme` and `ignore`, are shell globs on
     qualified names (`encoder.layers.0.linear1`); `*` crosses dots, a pattern that names a container
-    means everything in it, and one without a dot also matches the last part of a name.
+    means everything in it, and one without a dot also matches the last part of a name; "=" before
+    a name means that module alone.
 
     Args:
         model: float model on the CPU. It is changed.
-        scheme: one scheme for all layers, or schemes by pattern. Where several patterns match, the
-            last one counts, so put general ones first: `{"*": W4A16(), "*.linear2": W8A8()}`.
+        scheme: one scheme for all layers, a plan that `qk.search` made, or schemes by pattern.
+            Where several patterns match, the last one counts, so put general ones first:
+            `{"*": W4A16(), "*.linear2": W8A8()}`.
         ignore: patterns of modules that stay float, whatever `scheme` says. By default "lm_head",
             the output layer of language models, if there is one.
         calibration: what `qk.calibrate` returned for this model; static schemes need it.
@@ -71,7 +74,7 @@ def quantize_(
             state_dicts and files of one that has them.
         optimize: how scales are chosen: "minmax" from the extremes of each group, at once, or by a
             search, "mse" or "hqq", which takes seconds and makes 4 bits more accurate; see
-            `qk.optimize.search_scales`.
+            `qk.optimize.search_scales`. By default as a plan says, or else "minmax".
         progress: show a progress bar; by default only for large models on a terminal.
 
     Returns:
@@ -88,6 +91,8 @@ def quantize_(
         >>> len(summary.converted)
         1
     """
+    if optimize is None:
+        optimize = scheme.optimize if isinstance(scheme, PrecisionPlan) else "minmax"
     check_optimizer("quantize_", optimize)
     steps = plan_of("quantize_", model, scheme, ignore, calibration=calibration)
     folds = plan_folds(model, ignored_patterns(ignore)) if fold_batchnorm else []
@@ -96,7 +101,7 @@ def quantize_(
     def convert(step: Step) -> None:
         assert step.scheme is not None
         old = model.get_submodule(step.names[0])
-        x_range = _input_range(step, old, calibration)
+        x_range = input_range(step, old, calibration)
         twin = done.get(step.twin or "")
         new = quantized_like_float(old, step.scheme, twin, x_range, optimize)
         replace_everywhere(model, step.names, old, new)
@@ -314,8 +319,14 @@ def _check_calibration(calibration: object, schemes: Mapping[str, Scheme]) -> No
         )
 
 
-def _input_range(step: Step, old: nn.Module, calibration: Calibration | None) -> Int8Range | None:
-    """The calibrated range of a static layer's input, in the scheme's kind."""
+def input_range(step: Step, old: nn.Module, calibration: Calibration | None) -> Int8Range | None:
+    """The calibrated range of a static layer's input, in the scheme's kind.
+
+    Args:
+        step: the decision about the layer.
+        old: the float layer.
+        calibration: that the decision was made with.
+    """
     assert step.scheme is not None
     if calibration is None or not needs_range(old, step.scheme):
         return None
@@ -361,7 +372,7 @@ def schemes_by_pattern(
                 f"{op}: scheme is {scheme!r}; expected a scheme like qk.W8A8(), or a dict "
                 "from patterns of module names to schemes"
             )
-    if not schemes:
+    if not schemes and not isinstance(scheme, PrecisionPlan):  # which may leave all as it is
         raise ValueError(f"{op}: scheme is an empty dict; expected at least one pattern")
     return schemes
 

@@ -107,16 +107,16 @@ def interleave(
     return {name: Timing(tuple(sorted(times))) for name, times in samples.items()}
 
 
-def _time_once(call: Callable[[], object]) -> float:
-    _finish_device_work()
-    start = time.perf_counter()
-    result = call()
-    _finish_device_work()
-    elapsed = time.perf_counter() - start
-    del result  # freed outside the timed region: deallocation is not part of an answer's latency
-    return elapsed
-
-
-def _finish_device_work() -> None:
+def clock() -> float:
+    """Seconds of a clock that only goes forward, read when all work given to a device is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _time_once(call: Callable[[], object]) -> float:
+    start = clock()
+    result = call()
+    elapsed = clock() - start
+    del result  # freed outside the timed region: deallocation is not part of an answer's latency
+    return elapsed

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 # Module → the attribute that its forward asks before it takes the fused path, and its "no".
@@ -33,3 +36,19 @@ def settle_fast_paths(model: nn.Module) -> None:
                 setattr(module, switch, off)
             elif not hidden and _REMEMBERED in module.__dict__:
                 setattr(module, switch, module.__dict__.pop(_REMEMBERED))
+
+
+@contextmanager
+def plain_transformer_paths() -> Iterator[None]:
+    """Keep torch's transformer layers off the fused path, on which they do not call their linears.
+
+    With padding, an encoder would pass nested tensors even to layers that are watched.
+
+    The switch is torch's own and holds for the process.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
+from qkernels.nn import QModule
 from qkernels.report.accumulate import Noise, RowStatistics, looks_like_logits
+from qkernels.report.layer_costs import error_shares, layer_seconds
 from qkernels.report.layers import LayerProbe, LayerRecord
 from qkernels.report.machine import machine_facts
 from qkernels.report.modules import is_compiled, is_quantized, kind_of, label_of
+from qkernels.report.outliers import input_outlier, weight_outlier
 from qkernels.report.outputs import (
     Caller,
     evaluating,
@@ -25,6 +28,9 @@ from qkernels.report.outputs import (
 from qkernels.report.report import Latency, Layer, Metric, Report
 from qkernels.report.size import bytes_under, module_bytes
 from qkernels.timing import interleave
+
+if TYPE_CHECKING:
+    from qkernels.mixed.plan import PrecisionPlan
 
 T = TypeVar("T")
 
@@ -42,6 +48,8 @@ def compare(
     call: Callable[[nn.Module, Any], Any] | None = None,
     names: tuple[str, str] | None = None,
     latency_budget: float = 4.0,
+    share_budget: float = 30.0,
+    plan: PrecisionPlan | None = None,
 ) -> Report:
     """Compare a quantized model with the model it was made from, on the same batches.
 
@@ -72,6 +80,10 @@ def compare(
         call: `call(model, batch)` for models that are called in another way.
         names: what to call (model, reference) in the report.
         latency_budget: seconds to spend on timing.
+        share_budget: seconds to spend on what each layer adds to the error, for which the
+            reference runs the first batch once for each quantized layer, with that layer in it. If
+            they are not enough, it is left out, and a note says so.
+        plan: what `search` returned, if the model comes from it; its Pareto front is shown.
 
     Returns:
         A `Report`: print it, or `save_html`, `save_json`, `to_dict` it.
@@ -106,7 +118,9 @@ def compare(
                 float(evaluate(reference, batches)),
             )
         timing = run.time(latency_budget) if latency else None
-        return run.report(names, measured, timing)
+        if run.probe is not None:
+            run.measure_shares(share_budget)
+        return run.report(names, measured, timing, plan)
 
 
 def _check(model: Any, reference: Any, batches: Any, metric: Any, evaluate: Any) -> None:
@@ -155,6 +169,8 @@ class _Comparison:
         self.call_model = Caller(self.model, self.call)
         self.call_reference = Caller(self.reference, self.call)
         self.metric_sums = [0.0, 0.0]
+        self.seconds: dict[str, dict[str, float]] = {"model": {}, "reference": {}}
+        self.shares: dict[str, float] = {}
         self.samples = 0
 
     def probe_layers(self) -> None:
@@ -221,10 +237,37 @@ class _Comparison:
             },
             budget=budget,
         )
+        if self.probe is not None:
+            sides = {
+                "model": (self.probe.model_layers, lambda: self.call_model(self.first)),
+                "reference": (self.probe.reference_layers, lambda: self.call_reference(self.first)),
+            }
+            self.seconds = layer_seconds(sides, budget / 2)
         return Latency(shape_text(self.first), times["model"], times["reference"])
 
+    def measure_shares(self, budget: float) -> None:
+        """What each quantized layer alone adds to the error of the output."""
+        assert self.probe is not None
+        pairs = {
+            name: (self.probe.reference_layers[name], layer)
+            for name, layer in self.probe.model_layers.items()
+            if is_quantized(layer) and name in self.probe.records
+        }
+        shares = error_shares(self.call_reference, self.first, pairs, budget)
+        if shares is None:
+            self.notes.append(
+                f"What each layer adds to the error was not measured, because it takes more than "
+                f"share_budget={budget:g} seconds for {len(pairs)} layers."
+            )
+        else:
+            self.shares = shares
+
     def report(
-        self, names: tuple[str, str] | None, metric: Metric | None, latency: Latency | None
+        self,
+        names: tuple[str, str] | None,
+        metric: Metric | None,
+        latency: Latency | None,
+        plan: PrecisionPlan | None,
     ) -> Report:
         """Everything measured so far."""
         sizes, reference_sizes = module_bytes(self.model), module_bytes(self.reference)
@@ -250,6 +293,7 @@ class _Comparison:
             latency=latency,
             machine=machine_facts(),
             notes=tuple(self._all_notes()),
+            plan=plan,
         )
 
     def _layers(self, sizes: dict[str, int], reference_sizes: dict[str, int]) -> Iterator[Layer]:
@@ -259,6 +303,7 @@ class _Comparison:
         never_ran = [n for n in self.probe.reference_layers if n not in records]
         for record in (*records.values(), *map(LayerRecord, never_ran)):
             module = self.probe.model_layers[record.name]
+            before = self.probe.reference_layers[record.name]
             yield Layer(
                 name=record.name,
                 kind=kind_of(module),
@@ -270,6 +315,12 @@ class _Comparison:
                 nonfinite=record.total.nonfinite,
                 bytes=bytes_under(sizes, record.name),
                 reference_bytes=bytes_under(reference_sizes, record.name),
+                scheme=repr(module.scheme) if isinstance(module, QModule) else None,
+                seconds=self.seconds["model"].get(record.name),
+                reference_seconds=self.seconds["reference"].get(record.name),
+                share=self.shares.get(record.name),
+                input_outlier=input_outlier(record.channel_amax),
+                weight_outlier=weight_outlier(before),
             )
 
     def _all_notes(self) -> Iterator[str]:

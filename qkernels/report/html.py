@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from html import escape
 from importlib import resources
 from string import Template
 
+from qkernels.mixed.text import rows_of
 from qkernels.report import plots, words
+from qkernels.report.advice import error_start_text
 from qkernels.report.report import Layer, Report
-from qkernels.report.text import explanation, summary_rows
+from qkernels.report.text import LAYER_WORDS, explanation, summary_rows
 from qkernels.summary import size_text
 
 _WORST = 3  # that many of the lowest own SQNRs are marked
@@ -30,7 +33,9 @@ def render(report: Report) -> str:
         plots=_plots(report),
         summary=_summary(report),
         layers=_layers(report),
-        notes=_notes(report),
+        notes=_list("Notes", report.notes),
+        advice=_list("What to do", report.advice),
+        search=_search(report),
         machine=escape(" · ".join(f"{key} {value}" for key, value in report.machine.items())),
     )
 
@@ -103,6 +108,9 @@ def _plots(report: Report) -> str:
         ("Size", plots.sizes(report)),
         ("Latency", plots.latency(report)),
         ("Where the error starts", plots.layer_sqnr(report)),
+        ("Where the error comes from", plots.error_shares(report)),
+        ("Time of each layer", plots.layer_times(report)),
+        ("What a search found", plots.front(report)),
     ]
     return "\n".join(
         f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
@@ -134,12 +142,12 @@ def _layers(report: Report) -> str:
     )
     return (
         "<h2>Layers</h2>\n"
-        '<p class="hint">In the order they run. SQNR is measured inside the model, with the error '
-        "of every layer before; own SQNR is the layer alone, on the reference's input. The lowest "
-        "are marked.</p>\n"
+        f'<p class="hint">In the order they run. {escape(LAYER_WORDS)} The lowest own SQNRs are '
+        f"marked. {escape(error_start_text(report))}</p>\n"
         '<div class="scroll"><table><thead><tr><th>#</th><th class=name>layer</th>'
         "<th class=kind>kind</th><th>SQNR</th><th>own SQNR</th><th>largest error</th>"
-        "<th>before</th><th>bytes</th></tr></thead>\n"
+        "<th>of error</th><th>time</th><th>before</th><th>bytes</th><th>outliers</th>"
+        "</tr></thead>\n"
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
@@ -152,13 +160,33 @@ def _layer_row(position: int, layer: Layer, limit: float) -> str:
         f"<td class=name>{escape(layer.name).replace('.', '.<wbr>')}</td>"
         f"<td class=kind>{escape(layer.kind)}</td>"
         f"<td>{sqnr}</td><td{mark}>{words.decibel(layer.own_sqnr_db)}</td>"
-        f"<td>{words.number(layer.max_abs_error)}</td>"
-        f"<td>{size_text(layer.reference_bytes)}</td><td>{size_text(layer.bytes)}</td></tr>"
+        f"<td>{words.number(layer.max_abs_error)}</td><td>{words.percent(layer.share)}</td>"
+        f"<td>{words.change(layer.reference_seconds, layer.seconds)}</td>"
+        f"<td>{size_text(layer.reference_bytes)}</td><td>{size_text(layer.bytes)}</td>"
+        f"<td>{words.outliers(layer)}</td></tr>"
     )
 
 
-def _notes(report: Report) -> str:
-    if not report.notes:
+def _list(heading: str, sentences: Iterable[str]) -> str:
+    items = "\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<h2>{heading}</h2>\n<ul>\n{items}\n</ul>" if items else ""
+
+
+def _search(report: Report) -> str:
+    """The totals of the plan: as it is, with one scheme, as predicted and measured."""
+    if report.plan is None:
         return ""
-    items = "\n".join(f"<li>{escape(note)}</li>" for note in report.notes)
-    return f"<h2>Notes</h2>\n<ul>\n{items}\n</ul>"
+    reference, measure = report.plan.reference, report.plan.measure
+    body = "\n".join(
+        f"<tr><th>{escape(name)}</th><td>{words.seconds(cost.seconds)}</td>"
+        f"<td>{words.percent(cost.seconds / reference.seconds)}</td>"
+        f"<td>{size_text(cost.bytes)}</td><td>{words.percent(cost.bytes / reference.bytes)}</td>"
+        f"<td>{escape(measure.text(cost.quality))}</td></tr>"
+        for name, cost in rows_of(report.plan)
+    )
+    return (
+        "<h2>The search that the model comes from</h2>\n"
+        '<div class="scroll"><table><thead><tr><th></th><th>latency</th><th></th><th>size</th>'
+        f"<th></th><th>{escape(measure.title)}</th></tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkernels.report.accumulate import Noise
+from qkernels.report.outliers import channel_amax
 from qkernels.report.outputs import Tokens, to_device, without_padding
 
 
@@ -21,6 +23,7 @@ class LayerRecord:
     calls: int = 0
     total: Noise = field(default_factory=Noise)
     own: Noise | None = None
+    channel_amax: Tensor | None = None  # of the reference's input
 
 
 class LayerProbe:
@@ -79,6 +82,7 @@ class LayerProbe:
         # A clone, because a module behind (ReLU(inplace=True)) may overwrite the output.
         held = without_padding(tensor.detach(), self._tokens).clone()
         self._held.setdefault(name, []).append(held)
+        self._look_at_input(record, args, kwargs)
         layer = self.model_layers[name]
         if self._is_quantized(layer):
             device = next(layer.parameters()).device
@@ -90,6 +94,17 @@ class LayerProbe:
             if own is not None:
                 record.own = record.own or Noise()
                 _add(name, record.own, without_padding(own, self._tokens), held)
+
+    def _look_at_input(self, record: LayerRecord, args: Any, kwargs: Any) -> None:
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        layer = self.reference_layers[record.name]
+        if x is not None and isinstance(layer, nn.Linear):
+            x = without_padding(x, self._tokens)
+        amax = None if x is None else channel_amax(layer, x)
+        if amax is not None and record.channel_amax is not None:
+            same = amax.shape == record.channel_amax.shape
+            amax = torch.maximum(amax, record.channel_amax) if same else None
+        record.channel_amax = amax if amax is not None else record.channel_amax
 
     def _from_model(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
         tensor, held = _floating(output), self._held.get(name)

@@ -16,6 +16,7 @@ MODEL, REFERENCE, OWN = "#2f7ed8", "#98a2b3", "#e8833a"
 # Drawn as this colour, then renamed to currentColor, so that text and axes follow the page's theme.
 _INK = "#010203"
 _ROW_INCHES = 0.19
+_MOST_BARS = 24  # more bars than this are no picture any more
 _NAMED_ROWS = 80  # beyond this many layers only some get their name on the axis
 
 
@@ -75,7 +76,7 @@ def sizes(report: Report) -> str:
             axes.annotate(size_text(total), (total, row), (4, 0), va="center",
                           textcoords="offset points")  # fmt: skip
         axes.set_xticks([])  # every bar says what it is
-        _finish_bars(axes, [name for name, _, _ in parts])
+        _finish_bars(axes, [_literal(name) for name, _, _ in parts])
         if quantized:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         return _svg(figure, "Bytes of both models")
@@ -100,12 +101,65 @@ def latency(report: Report) -> str | None:
                           textcoords="offset points")  # fmt: skip
         axes.xaxis.set_major_formatter(lambda value, _: words.seconds(value))
         axes.set_xlabel("median, and the middle half of the samples")
-        _finish_bars(axes, [name for name, _, _ in bars])
+        _finish_bars(axes, [_literal(name) for name, _, _ in bars])
         return _svg(figure, "Latency of both models")
 
 
+def error_shares(report: Report) -> str | None:
+    """The layers that add most to the error of the output."""
+    measured = [layer for layer in report.layers if layer.share is not None]
+    layers = sorted(measured, key=lambda layer: -(layer.share or 0))[:_MOST_BARS]
+    if not layers:
+        return None
+    with _style():
+        figure, axes = _figure(height=0.9 + _ROW_INCHES * len(layers))
+        axes.barh(range(len(layers)), [100 * (x.share or 0) for x in layers], color=OWN)
+        axes.set_xlabel("share of the output's error in %, every layer quantized alone")
+        _finish_bars(axes, [_short(layer) for layer in layers])
+        return _svg(figure, "What each layer adds to the error")
+
+
+def layer_times(report: Report) -> str | None:
+    """The layers that take most time, before and now."""
+    timed = [
+        (layer, layer.reference_seconds, layer.seconds)
+        for layer in report.layers
+        if layer.seconds is not None and layer.reference_seconds is not None
+    ]
+    timed = sorted(timed, key=lambda row: -row[1])[:_MOST_BARS]
+    if not timed:
+        return None
+    with _style():
+        figure, axes = _figure(height=1.0 + 1.6 * _ROW_INCHES * len(timed))
+        rows = range(len(timed))
+        for side, offset, label, colour in (
+            (1, -0.2, report.reference, REFERENCE),
+            (2, 0.2, report.model, MODEL),
+        ):
+            places, widths = [row + offset for row in rows], [row[side] for row in timed]
+            axes.barh(places, widths, height=0.36, color=colour, label=_literal(label))
+        axes.xaxis.set_major_formatter(lambda value, _: words.seconds(value))
+        _finish_bars(axes, [_short(layer) for layer, _, _ in timed])
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+        return _svg(figure, "Time of each layer")
+
+
+def front(report: Report) -> str | None:
+    """Accuracy over latency and over size, as the plan's search found them."""
+    if report.plan is None:
+        return None
+    from matplotlib.figure import Figure
+
+    from qkernels.mixed.plot import draw_front
+
+    with _style():
+        figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+        draw_front(report.plan, figure)
+        return _svg(figure, "Pareto fronts")
+
+
 def _finish_bars(axes: Any, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), [_literal(name) for name in names])
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlim(left=0)

@@ -6,10 +6,13 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qkernels.report.files import write_atomically
 from qkernels.timing import Timing
+
+if TYPE_CHECKING:
+    from qkernels.mixed.plan import PrecisionPlan
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class Layer:
 
     `sqnr_db` is measured inside the model, so it holds the error of all layers before;
     `own_sqnr_db` on the reference's input to the layer (quantized layers only). None: never ran.
+    `scheme` is how it is quantized. `seconds` and `reference_seconds` are of all its calls for the
+    batch that latency is measured on. `share` is what it adds to the output's error on that batch:
+    the noise with this layer alone quantized, over the sum of all such. `input_outlier` is the
+    largest magnitude in a channel of the reference's input over the median channel's;
+    `weight_outlier` the largest weight over their root mean square. None: not measured.
     """
 
     name: str
@@ -30,6 +38,12 @@ class Layer:
     nonfinite: int
     bytes: int
     reference_bytes: int
+    scheme: str | None = None
+    seconds: float | None = None
+    reference_seconds: float | None = None
+    share: float | None = None
+    input_outlier: float | None = None
+    weight_outlier: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,7 @@ class Report:
         latency: None if it was not measured.
         machine: processor, ISA, threads, versions.
         notes: what a reader has to know about the measurement, as sentences.
+        plan: the search that the model comes from, if it was given.
     """
 
     model: str
@@ -97,6 +112,7 @@ class Report:
     latency: Latency | None
     machine: dict[str, str]
     notes: tuple[str, ...]
+    plan: PrecisionPlan | None = None
 
     @property
     def compression(self) -> float:
@@ -109,6 +125,21 @@ class Report:
         from qkernels.report.words import verdict
 
         return verdict(self)
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to do about accuracy, time and memory, as sentences; empty if nothing is wrong."""
+        from qkernels.report.advice import advice
+
+        return advice(self)
+
+    @property
+    def error_starts_at(self) -> str | None:
+        """The first layer whose noise inside the model is at least a tenth of the output's."""
+        from qkernels.report.advice import error_start
+
+        first = error_start(self)
+        return None if first is None else first.name
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON types.
@@ -125,6 +156,9 @@ class Report:
             }
         plain["compression"] = self.compression
         plain["verdict"] = self.verdict
+        plain["advice"] = self.advice
+        plain["error_starts_at"] = self.error_starts_at
+        plain["plan"] = None if self.plan is None else self.plan.to_dict()
         result: dict[str, Any] = _json_safe(plain)
         return result
 

@@ -7,10 +7,17 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from qkernels.mixed.text import totals
 from qkernels.report import words
+from qkernels.report.advice import error_start_text
 from qkernels.report.report import Layer, Report
 from qkernels.summary import size_text
 
+LAYER_WORDS = (
+    "SQNR: inside the model. Own SQNR: the layer alone, on the reference's input. Of error: the "
+    "noise of the output with this layer alone quantized, over the sum of all such. Outliers: the "
+    "largest channel of the input over the median one, and the largest weight over their RMS."
+)
 # More layers than this would push the summary off the screen.
 _LAYERS_SHOWN = 24
 
@@ -117,7 +124,13 @@ def renderable(report: Report) -> RenderableType:
     parts: list[RenderableType] = [Text(report.verdict, style="bold"), "", summary, ""]
     parts.append(Text(explanation(report), style="dim"))
     if report.layers:
-        parts += ["", _layer_table(report)]
+        parts += ["", _layer_table(report), Text(error_start_text(report), style="dim")]
+    if report.plan is not None:
+        parts += ["", Text("The search that the model comes from", style="bold")]
+        parts.append(totals(report.plan))
+    if report.advice:
+        parts += ["", Text("What to do", style="bold")]
+        parts += [Text(f"· {sentence}") for sentence in report.advice]
     parts += ["", *(Text(f"· {note}") for note in report.notes)]
     parts.append(Text(", ".join(f"{k} {v}" for k, v in report.machine.items()), style="dim"))
     return Group(*parts)
@@ -132,7 +145,7 @@ def _layer_table(report: Report) -> Table:
         title=title,
         title_justify="left",
         title_style="bold",
-        caption="SQNR: inside the model. Own SQNR: the layer alone, on the reference's input.",
+        caption=LAYER_WORDS,
         caption_justify="left",
         header_style="bold",
         show_edge=False,
@@ -141,7 +154,7 @@ def _layer_table(report: Report) -> Table:
     table.add_column("#", justify="right")
     table.add_column("layer", overflow="fold")
     table.add_column("kind", no_wrap=True)
-    for heading in ("SQNR", "own SQNR", "bytes"):
+    for heading in ("SQNR", "own SQNR", "of error", "time", "bytes", "outliers"):
         table.add_column(heading, justify="right", no_wrap=True)
     for position, layer in shown:
         table.add_row(
@@ -150,7 +163,10 @@ def _layer_table(report: Report) -> Table:
             escape(layer.kind),
             words.decibel(layer.sqnr_db) + (" (NaN/Inf)" if layer.nonfinite else ""),
             words.decibel(layer.own_sqnr_db),
+            words.percent(layer.share),
+            words.change(layer.reference_seconds, layer.seconds),
             size_text(layer.bytes),
+            words.outliers(layer),
             style=None if layer.quantized else "dim",
         )
     return table

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qkernels.report.report import Report
+    from qkernels.report.report import Layer, Report
 
 
 def seconds(value: float) -> str:
@@ -53,6 +53,21 @@ def times(ratio: float) -> str:
 def number(value: float) -> str:
     """A metric or an error, four significant digits."""
     return f"{value:.4g}"
+
+
+def change(before: float | None, now: float | None) -> str:
+    """A time before and now: `1.20 ms → 310 µs`."""
+    if before is None or now is None:
+        return "–"
+    return f"{seconds(before)} → {seconds(now)}"
+
+
+def outliers(layer: Layer) -> str:
+    """How far the largest values stand out: `12.0×, 6.1×` of input and weight."""
+    found = (layer.input_outlier, layer.weight_outlier)
+    return (
+        "–" if found == (None, None) else ", ".join("–" if x is None else times(x) for x in found)
+    )
 
 
 def verdict(report: Report) -> str:

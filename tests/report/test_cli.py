@@ -80,6 +80,29 @@ def test_quantize_says_what_it_did(capsys, folder, tmp_path):
     assert "bert.pooler.dense" not in qk.io.read_header(out).modules
 
 
+def test_search_quantize_compare(capsys, folder, lines, tmp_path):
+    plan, out, html = tmp_path / "plan.json", tmp_path / "mixed.safetensors", tmp_path / "r.html"
+    code, said, _ = run(
+        capsys, "search", folder, "--text", lines, "--budget", "sqnr=24", "--objective", "size",
+        "--out", plan, "--checkpoint", tmp_path / "state.json", "--seconds", 0.1,
+    )  # fmt: skip
+    assert code == 0
+    assert "least size with SQNR ≥ 24.0 dB" in said
+    found = qk.PrecisionPlan.load_json(plan)
+    code, said, _ = run(capsys, "quantize", folder, "--plan", plan, "--out", out)
+    assert code == 0
+    header = qk.io.read_header(out)
+    assert {name: m.scheme for name, m in header.modules.items()} == {
+        name: scheme for name, scheme in found.schemes.items() if scheme is not None
+    }
+    code, said, _ = run(
+        capsys, "compare", folder, out, "--text", lines, "--plan", plan, "--html", html
+    )
+    assert code == 0
+    assert "the plan, measured" in said
+    assert "The search that the model comes from" in html.read_text()
+
+
 def test_inspect(capsys, quantized):
     code, said, _ = run(capsys, "inspect", quantized)
     assert code == 0
@@ -180,6 +203,12 @@ def test_errors_are_one_sentence(capsys, folder, quantized, lines, tmp_path):
     assert "No such file" in error(capsys, *compare, tmp_path / "missing.txt")
     assert "not UTF-8" in error(capsys, *compare, quantized)
     assert "--batch-size is 0" in error(capsys, *compare, lines, "--batch-size", 0)
+    search = ("search", folder, "--text", lines, "--out", tmp_path / "p.json", "--budget")
+    assert "--budget fast is no limit; write it as sqnr=30" in error(capsys, *search, "fast")
+    assert "budget names 'speed'" in error(capsys, *search, "speed=2")
+    planned = ("quantize", folder, "--out", out, "--plan", lines)
+    assert "lines.txt: " in error(capsys, *planned)
+    assert "--group-size goes with --scheme" in error(capsys, *planned, "--group-size", 8)
     (tmp_path / "empty.txt").write_text("\n \n")
     assert "no line with text" in error(capsys, *compare, tmp_path / "empty.txt")
     assert not out.exists()

@@ -17,6 +17,7 @@ MODULES = (
     "qkernels.report.comparison",
     "qkernels.report.files",
     "qkernels.report.machine",
+    "qkernels.report.outliers",
     "qkernels.report.outputs",
     "qkernels.report.size",
     "qkernels.selftest",
