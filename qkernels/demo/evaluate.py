@@ -15,8 +15,9 @@ from torch import Tensor
 
 from qkernels.demo.contenders import REFERENCE
 from qkernels.demo.data import Example
+from qkernels.demo.loop import progress_bar
 from qkernels.demo.model import Batch, SentenceClassifier, Tokenizer
-from qkernels.demo.train import accuracy, embed_all, progress_bar
+from qkernels.demo.train import accuracy, embed_all
 from qkernels.report.size import model_bytes
 from qkernels.timing import interleave
 
