@@ -1,7 +1,7 @@
 """What int4 costs two fine-tuned models, and what training wins back, over several seeds.
 
     python benchmarks/recovery.py --work FOLDER                      # an hour or more on two cores
-    python benchmarks/recovery.py --work FOLDER --only vision        # minutes
+    python benchmarks/recovery.py --work FOLDER --only vision        # ten minutes
     python benchmarks/recovery.py --work FOLDER --output benchmarks/results
 
 Every step of a ladder (float, trained on, QAT, LoRA) leaves a file in the work folder, so an
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recovery_tasks import TASKS, Stage
 
 from qkernels.report.files import write_atomically
 from qkernels.report.machine import machine_facts
-from recovery_tasks import TASKS, Stage
 
 STAGES = ("float", "float, trained on", "int4 PTQ", "int4 QAT", "int4 LoRA")
 
@@ -94,8 +94,9 @@ def collect(work: Path, seeds: list[int]) -> dict[str, Any]:
 def markdown(found: dict[str, Any], seeds: list[int], facts: dict[str, str]) -> str:
     lines = ["# int4 after fine-tuning, before and after training", ""]
     lines += [
-        f"Test accuracy in percent, seeds {', '.join(map(str, seeds))}. *from float*: the difference "
-        "from the float fine-tuned model of the same seed in points, mean ± standard deviation.",
+        f"Test accuracy in percent, seeds {', '.join(map(str, seeds))}. *from float*: the "
+        "difference from the float fine-tuned model of the same seed in points, mean ± standard "
+        "deviation.",
     ]
     for entry in found.values():
         lines += ["", f"## {entry['title']}", ""]
@@ -131,7 +132,8 @@ def main() -> None:
         page = markdown(found, options.seeds, facts)
         document = {"seeds": options.seeds, "tasks": found, "machine": facts}
         write_atomically(
-            options.output / "recovery.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+            options.output / "recovery.json",
+            json.dumps(document, indent=2, ensure_ascii=False) + "\n",
         )
         write_atomically(options.output / "recovery.md", page)
         print(page)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+import copy
+from typing import Any, ClassVar, Protocol
 
 import torch
 from rich.console import Console
@@ -12,6 +13,9 @@ from qkernels.demo.contenders import EMBEDDINGS, IGNORE
 from qkernels.demo.data import docstring_dataset
 from qkernels.demo.model import Tokenizer, build_model
 from qkernels.demo.train import fit, test_accuracy, train_head
+from qkernels.demo.vision import model as vision_model
+from qkernels.demo.vision import train as vision_train
+from qkernels.demo.vision import transfer
 
 QUIET = Console(quiet=True)
 
@@ -84,4 +88,44 @@ class Text:
         return val, test
 
 
-TASKS: dict[str, type[Text]] = {"text": Text}
+class Vision:
+    """A small ResNet that knew digits 0 to 4 learns 5 to 9 from forty images of each."""
+
+    title = "Vision: ResNet, digits 5 to 9; W4A16(group_size=-1), the head float"
+    scheme = qk.W4A16(group_size=-1)
+    source_epochs, epochs = 20, 20
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.data = seed, transfer.target_digits(seed)
+        self.model = vision_model.build_model(len(self.data.classes), seed)
+
+    def fine_tune(self) -> None:
+        source = transfer.pretrained(
+            transfer.source_digits(self.seed), self.seed, self.source_epochs
+        )
+        way = transfer.WAYS[transfer.FULL]
+        self.model, _ = transfer.transferred(source, self.data, way, self.seed, self.epochs)
+
+    def train_on(self) -> None:
+        self.fit(lr=1e-3, moving_norms=True)
+
+    def fit(self, lr: float, **options: Any) -> None:
+        vision_train.fit(self.model, self.data, self.seed + 100, self.epochs, lr, **options)
+
+    def quantize(self) -> None:
+        qk.quantize_(self.model, self.scheme, ignore=IGNORE, fold_batchnorm=True)
+
+    def qat(self) -> None:
+        teacher = copy.deepcopy(self.model)
+        qk.prepare_qat_(self.model, self.scheme, ignore=IGNORE)
+        self.fit(lr=1e-3, moving_norms=False, teacher=teacher)
+        qk.convert_(self.model)
+
+    def accuracies(self) -> tuple[float, float]:
+        val, test = (
+            vision_train.accuracy(self.model, part) for part in (self.data.val, self.data.test)
+        )
+        return val, test
+
+
+TASKS: dict[str, type[Text] | type[Vision]] = {"text": Text, "vision": Vision}

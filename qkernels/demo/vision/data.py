@@ -1,4 +1,4 @@
-"""Handwritten digits (scikit-learn's bundled ones): 0 to 4 to pretrain on, 5 to 9 to transfer to."""
+"""Scikit-learn's handwritten digits: 0 to 4 to pretrain on, 5 to 9 to transfer to."""
 
 from __future__ import annotations
 
