@@ -122,7 +122,9 @@ def main() -> None:
         for seed in options.seeds:
             for stage in STAGES:
                 path = path_of(options.work, task, seed, stage)
-                if path.exists() or not f"{task}/{seed}/{stage}".startswith(options.only):
+                known = hasattr(TASKS[task], "lora") or stage != "int4 LoRA"
+                wanted = f"{task}/{seed}/{stage}".startswith(options.only)
+                if not known or not wanted or path.exists():
                     continue
                 result = run_stage(task, seed, stage, options.work)
                 write_atomically(path, json.dumps(result) + "\n")

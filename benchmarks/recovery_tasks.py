@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from rich.console import Console
@@ -77,7 +76,8 @@ class Text:
 
     def lora(self) -> None:
         self.quantize()
-        qk.transfer.add_lora_(self.model, 8, 16, modules_to_save="head")
+        last = [f"*.layer.{i}.*" for i in range(6 - self.layers, 6)]
+        qk.transfer.add_lora_(self.model, 8, 16, last, modules_to_save="head")
         self.fit(3e-4, self.seed + 100)
 
     def accuracies(self) -> tuple[float, float]:
@@ -107,18 +107,14 @@ class Vision:
         self.model, _ = transfer.transferred(source, self.data, way, self.seed, self.epochs)
 
     def train_on(self) -> None:
-        self.fit(lr=1e-3, moving_norms=True)
-
-    def fit(self, lr: float, **options: Any) -> None:
-        vision_train.fit(self.model, self.data, self.seed + 100, self.epochs, lr, **options)
+        vision_train.fit(self.model, self.data, self.seed + 100, self.epochs, lr=1e-3)
 
     def quantize(self) -> None:
         qk.quantize_(self.model, self.scheme, ignore=IGNORE, fold_batchnorm=True)
 
     def qat(self) -> None:
-        teacher = copy.deepcopy(self.model)
         qk.prepare_qat_(self.model, self.scheme, ignore=IGNORE)
-        self.fit(lr=1e-3, moving_norms=False, teacher=teacher)
+        self.train_on()
         qk.convert_(self.model)
 
     def accuracies(self) -> tuple[float, float]:
