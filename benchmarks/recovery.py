@@ -20,17 +20,23 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from recovery_tasks import TASKS, Stage
+from recovery_tasks import TASKS
 
 from qkernels.report.files import write_atomically
 from qkernels.report.machine import machine_facts
 
-STAGES = ("float", "float, trained on", "int4 PTQ", "int4 QAT", "int4 LoRA")
+# What the model of a task does for each step after the first; it may lack one.
+METHODS = {
+    "float, trained on": "train_on",
+    "int4 PTQ": "quantize",
+    "int4 QAT": "qat",
+    "int4 LoRA": "lora",
+}
+STAGES = ("float", *METHODS)
 
 
 def run_stage(task: str, seed: int, stage: str, work: Path) -> dict[str, Any]:
@@ -43,20 +49,14 @@ def run_stage(task: str, seed: int, stage: str, work: Path) -> dict[str, Any]:
         work: the folder that holds, or gets, the float model.
     """
     start = time.perf_counter()
-    made: Stage = TASKS[task](seed)
+    made = TASKS[task](seed)
     file = work / f"{task}-{seed}.pt"
     if stage == "float":
         made.fine_tune()
         torch.save(made.model.state_dict(), file)
     else:
         made.model.load_state_dict(torch.load(file))
-        steps: dict[str, Callable[[], None]] = {
-            "float, trained on": made.train_on,
-            "int4 PTQ": made.quantize,
-            "int4 QAT": made.qat,
-            "int4 LoRA": made.lora,
-        }
-        steps[stage]()
+        getattr(made, METHODS[stage])()
     val, test = made.accuracies()
     return {"val": val, "test": test, "seconds": time.perf_counter() - start}
 
@@ -122,7 +122,7 @@ def main() -> None:
         for seed in options.seeds:
             for stage in STAGES:
                 path = path_of(options.work, task, seed, stage)
-                known = hasattr(TASKS[task], "lora") or stage != "int4 LoRA"
+                known = stage == "float" or hasattr(TASKS[task], METHODS[stage])
                 wanted = f"{task}/{seed}/{stage}".startswith(options.only)
                 if not known or not wanted or path.exists():
                     continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from rich.console import Console
@@ -22,20 +22,6 @@ QUIET = Console(quiet=True)
 def autocast() -> torch.autocast:
     # The cache would keep the weights that a whole run began with.
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-
-
-class Stage(Protocol):
-    """A model, and what may become of it; each method is called once."""
-
-    title: ClassVar[str]
-    model: torch.nn.Module
-
-    def fine_tune(self) -> None: ...
-    def train_on(self) -> None: ...
-    def quantize(self) -> None: ...
-    def qat(self) -> None: ...
-    def lora(self) -> None: ...
-    def accuracies(self) -> tuple[float, float]: ...
 
 
 class Text:
@@ -93,7 +79,7 @@ class Vision:
 
     title = "Vision: ResNet, digits 5 to 9; W4A16(group_size=-1), the head float"
     scheme = qk.W4A16(group_size=-1)
-    source_epochs, epochs = 20, 20
+    source_epochs, epochs = 20, 40
 
     def __init__(self, seed: int) -> None:
         self.seed, self.data = seed, transfer.target_digits(seed)

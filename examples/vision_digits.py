@@ -43,7 +43,7 @@ class Plan:
 
     seeds: int = 3
     source_epochs: int = 20
-    epochs: int = 20
+    epochs: int = 40
 
 
 FAST = Plan(seeds=1, source_epochs=12, epochs=15)

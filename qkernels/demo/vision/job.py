@@ -54,7 +54,7 @@ class Plan:
     report_batches: int
 
 
-FULL = Plan(seeds=3, source_epochs=20, epochs=20, latency_budget=10, report_batches=8)
+FULL = Plan(seeds=3, source_epochs=20, epochs=40, latency_budget=10, report_batches=8)
 FAST = Plan(seeds=1, source_epochs=12, epochs=15, latency_budget=2, report_batches=2)
 
 
