@@ -10,7 +10,8 @@ what is there.
 
 The float model of a seed is fine-tuned on data drawn by that seed. What follows starts from it and
 trains for as many epochs: the float model itself (as a control, for more training alone may help),
-the model prepared for quantization (QAT), and adapters on its 4-bit weights (LoRA).
+the model prepared for quantization (QAT), and adapters on its 4-bit weights (LoRA; layers that are
+convolutions have none). Distilled: the target is what the float model answers, not the labels.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ METHODS = {
     "float, trained on": "train_on",
     "int4 PTQ": "quantize",
     "int4 QAT": "qat",
+    "int4 QAT, distilled": "qat_distilled",
     "int4 LoRA": "lora",
 }
 STAGES = ("float", *METHODS)
@@ -72,20 +74,21 @@ def collect(work: Path, seeds: list[int]) -> dict[str, Any]:
         rows: dict[str, Any] = {}
         for stage in STAGES:
             paths = [path_of(work, task, seed, stage) for seed in seeds]
-            if not all(path.exists() for path in paths):
-                continue
-            runs = [json.loads(path.read_text()) for path in paths]
-            tests = [100 * run["test"] for run in runs]
+            runs = [json.loads(p.read_text()) if p.exists() else None for p in paths]
+            tests = [None if run is None else 100 * run["test"] for run in runs]
             exact = rows["float"]["test"] if rows else tests
-            apart = [a - b for a, b in zip(tests, exact, strict=True)]
-            rows[stage] = {
-                "test": tests,
-                "mean": statistics.fmean(tests),
-                "apart": apart,
-                "apart_mean": statistics.fmean(apart),
-                "apart_spread": statistics.stdev(apart) if len(apart) > 1 else 0.0,
-                "runs": runs,
-            }
+            apart = [
+                None if a is None or b is None else a - b for a, b in zip(tests, exact, strict=True)
+            ]
+            there = [value for value in apart if value is not None]
+            if there:
+                rows[stage] = {
+                    "test": tests,
+                    "apart": apart,
+                    "apart_mean": statistics.fmean(there),
+                    "apart_spread": statistics.stdev(there) if len(there) > 1 else None,
+                    "runs": runs,
+                }
         if rows:
             found[task] = {"title": TASKS[task].title, "rows": rows}
     return found
@@ -96,17 +99,17 @@ def markdown(found: dict[str, Any], seeds: list[int], facts: dict[str, str]) -> 
     lines += [
         f"Test accuracy in percent, seeds {', '.join(map(str, seeds))}. *from float*: the "
         "difference from the float fine-tuned model of the same seed in points, mean ± standard "
-        "deviation.",
+        "deviation over the seeds that were run; a dash stands for one that was not.",
     ]
     for entry in found.values():
         lines += ["", f"## {entry['title']}", ""]
-        lines += [f"| model | {' | '.join(f'seed {s}' for s in seeds)} | mean | from float |"]
-        lines += ["| --- |" + " ---: |" * (len(seeds) + 2)]
+        lines += [f"| model | {' | '.join(f'seed {s}' for s in seeds)} | from float |"]
+        lines += ["| --- |" + " ---: |" * (len(seeds) + 1)]
         for stage, row in entry["rows"].items():
-            each = " | ".join(f"{value:.1f}" for value in row["test"])
-            apart = f"{row['apart_mean']:+.2f} ± {row['apart_spread']:.2f}"
-            apart = "–" if stage == "float" else apart
-            lines += [f"| {stage} | {each} | {row['mean']:.2f} | {apart} |"]
+            each = " | ".join("–" if v is None else f"{v:.1f}" for v in row["test"])
+            spread = row["apart_spread"]
+            apart = f"{row['apart_mean']:+.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+            lines += [f"| {stage} | {each} | {'' if stage == 'float' else apart} |"]
     return "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in facts.items()), ""])
 
 

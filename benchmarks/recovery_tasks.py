@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 import torch
@@ -92,8 +93,10 @@ class Vision:
         way = transfer.WAYS[transfer.FULL]
         self.model, _ = transfer.transferred(source, self.data, way, self.seed, self.epochs)
 
-    def train_on(self) -> None:
-        vision_train.fit(self.model, self.data, self.seed + 100, self.epochs, lr=1e-3)
+    def train_on(self, teacher: torch.nn.Module | None = None) -> None:
+        vision_train.fit(
+            self.model, self.data, self.seed + 100, self.epochs, lr=1e-3, teacher=teacher
+        )
 
     def quantize(self) -> None:
         qk.quantize_(self.model, self.scheme, ignore=IGNORE, fold_batchnorm=True)
@@ -101,6 +104,12 @@ class Vision:
     def qat(self) -> None:
         qk.prepare_qat_(self.model, self.scheme, ignore=IGNORE)
         self.train_on()
+        qk.convert_(self.model)
+
+    def qat_distilled(self) -> None:
+        teacher = copy.deepcopy(self.model)
+        qk.prepare_qat_(self.model, self.scheme, ignore=IGNORE)
+        self.train_on(teacher)
         qk.convert_(self.model)
 
     def accuracies(self) -> tuple[float, float]:
