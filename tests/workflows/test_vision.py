@@ -1,6 +1,7 @@
 """The vision demo and its example from start to end, with little training."""
 
 import argparse
+import doctest
 import itertools
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 import qkernels as qk
 from qkernels import demo
 from qkernels.demo import loop
-from qkernels.demo.vision import contenders, data, train, transfer
+from qkernels.demo.vision import contenders, data, model, train, transfer
 from qkernels.demo.vision.job import Plan, run_vision
 from qkernels.demo.vision.model import build_model
 from qkernels.demo.vision.train import QUIET, accuracy, fit
@@ -152,6 +153,12 @@ def test_options(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'qkernels\[demo\]'"):
         demo.run(parser.parse_args(["--vision"]))
+
+
+@pytest.mark.parametrize("module", [data, model])
+def test_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
 
 
 def test_accuracy_counts():

@@ -207,9 +207,9 @@ def _mean_quality(
             _quality(scores_of(models[name], d.test.x).float(), exact, d.test.labels)
             for models, d, exact in zip(by_seed, data, expected, strict=True)
         ]
-        mean = [statistics.fmean(q[i] for q in each) for i in range(3)]
+        right, agrees, cosine = (statistics.fmean(q[i] for q in each) for i in range(3))
         spread = statistics.stdev(q[0] for q in each) if len(each) > 1 else None
-        found[name] = evaluate.Quality(*mean, min(q[3] for q in each), spread)
+        found[name] = evaluate.Quality(right, agrees, cosine, min(q[3] for q in each), spread)
     return found
 
 
