@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkernels.demo.contenders import REFERENCE
 from qkernels.demo.data import Example
+from qkernels.demo.loop import progress_bar
 from qkernels.demo.model import Batch, SentenceClassifier, Tokenizer
-from qkernels.demo.train import accuracy, embed_all, progress_bar
+from qkernels.demo.train import accuracy, embed_all
 from qkernels.report.size import model_bytes
 from qkernels.timing import interleave
 
@@ -34,12 +35,15 @@ class Quality:
         accuracy: share of right answers.
         agreement: share of answers that are float32's.
         cosine_mean, cosine_min: of the sentence embeddings to float32's.
+        spread: standard deviation of the accuracy over several seeds, if there were several; the
+            other numbers are then means.
     """
 
     accuracy: float
     agreement: float
     cosine_mean: float
     cosine_min: float
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,22 +107,34 @@ def measure_quality(
     return found
 
 
+def token_inputs(vocabulary: int) -> dict[str, Batch]:
+    """Batches of random tokens by the name of their shape, to measure latency with.
+
+    Args:
+        vocabulary: number of token ids.
+    """
+    return {shape_name(shape): _tokens(shape, vocabulary) for shape in SHAPES}
+
+
 def measure_latency(
-    models: Mapping[str, SentenceClassifier], budget: float, console: Console
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Batch],
+    budget: float,
+    console: Console,
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds of every model on every shape, interleaved in this process.
+    """Median milliseconds of every model on every input, interleaved in this process.
 
     Args:
         models: by name.
+        inputs: keyword arguments by the name of their shape.
         budget: seconds for each shape, after a round of warm-up and three timed rounds.
         console: for a progress bar.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in models}
     with torch.inference_mode(), progress_bar(console) as bar:
-        task = bar.add_task("timing", total=len(SHAPES))
-        for shape in SHAPES:
-            calls = _CALLS_IN_A_ROW if shape[0] == 1 else 1
-            batch = _tokens(shape, models[REFERENCE].vocabulary)
+        task = bar.add_task("timing", total=len(inputs))
+        for shape, batch in inputs.items():
+            calls = _CALLS_IN_A_ROW if len(next(iter(batch.values()))) == 1 else 1
             timings = interleave(
                 {name: _calls(model, batch, calls) for name, model in models.items()},
                 warmup=1,
@@ -126,7 +142,7 @@ def measure_latency(
                 budget=budget,
             )
             for name, timing in timings.items():
-                found[name][shape_name(shape)] = timing.median * 1e3 / calls
+                found[name][shape] = timing.median * 1e3 / calls
             bar.advance(task)
     return found
 
@@ -142,7 +158,7 @@ def _tokens(shape: tuple[int, int], vocabulary: int) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _calls(model: SentenceClassifier, batch: Batch, count: int) -> Callable[[], None]:
+def _calls(model: nn.Module, batch: Batch, count: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(count):
             model(**batch)
@@ -151,7 +167,7 @@ def _calls(model: SentenceClassifier, batch: Batch, count: int) -> Callable[[], 
 
 
 def make_rows(
-    models: Mapping[str, SentenceClassifier],
+    models: Mapping[str, nn.Module],
     quality: Mapping[str, Quality],
     latency: Mapping[str, Mapping[str, float]],
 ) -> list[Row]:
@@ -176,15 +192,20 @@ def _cells(row: Row) -> list[str]:
     q = row.quality
     cells = [
         row.name,
-        f"{q.accuracy:.1%}",
+        f"{q.accuracy:.1%}" + ("" if q.spread is None else f" ± {q.spread:.1%}"),
         f"{q.agreement:.1%}",
         f"{q.cosine_mean:.4f}",
         f"{q.cosine_min:.4f}",
-        f"{row.bytes / (1 << 20):.1f}",
+        _megabytes(row.bytes),
     ]
     for shape, ms in row.milliseconds.items():
         cells += [_three_digits(ms), _three_digits(row.speedup[shape]) + "×"]
     return cells
+
+
+def _megabytes(count: int) -> str:
+    size = count / (1 << 20)
+    return f"{size:.{1 if size >= 10 else 3}f}"
 
 
 def _three_digits(value: float) -> str:

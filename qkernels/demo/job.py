@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +94,9 @@ def run_demo(
     if threads is not None:
         torch.set_num_threads(threads)
     console = make_console()
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder to write the results into")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_for_results(out)
 
-    _heading(console, 1, "The data")
+    heading(console, 1, "The data")
     data = (
         csv_dataset(Path(text), seed, plan.rows)
         if text
@@ -111,17 +109,20 @@ def run_demo(
     by_scheme = _quantize(console, model, folder / "modules.txt")
     rows, missing = _measure(console, plan, data, tokenizer, model, by_scheme)
 
-    _heading(console, 6, "Save, and reload in a fresh process")
+    heading(console, 6, "Save, and reload in a fresh process")
     batches = _first_batches(tokenizer, data, plan.report_batches)
     files = {name: folder / f"{name.lower().replace(' ', '-')}.safetensors" for name in by_scheme}
     identical = save_and_reload(
-        by_scheme, files, [batch for batch, _ in batches], {"classes": data.classes}
+        by_scheme,
+        files,
+        [batch for batch, _ in batches],
+        {"classes": data.classes},
+        build_model,
+        len(data.classes),
     )
-    for name, path in files.items():
-        verdict = "same outputs to the bit" if identical[name] else "[red]OUTPUTS DIFFER[/red]"
-        console.print(f"{name:10} {size_text(path.stat().st_size):>8} {path.name:26} {verdict}")
+    show_reloaded(console, files, identical)
 
-    _heading(console, 7, "Report")
+    heading(console, 7, "Report")
     page = folder / "report.html"
     _report(model, by_scheme[REPORTED], batches).save_html(page)
     machine = machine_facts()
@@ -152,6 +153,20 @@ def run_demo(
     return 0 if all(identical.values()) else 1
 
 
+def folder_for_results(out: str) -> Path:
+    """The folder that --out names, made if need be.
+
+    Raises:
+        ValueError: it is a file.
+        OSError: it cannot be made.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder to write the results into")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _train(
     console: Console,
     plan: Plan,
@@ -160,11 +175,11 @@ def _train(
     tokenizer: Tokenizer,
     model: SentenceClassifier,
 ) -> dict[str, dict[str, float]]:
-    _heading(console, 2, "Train a head on the frozen encoder")
+    heading(console, 2, "Train a head on the frozen encoder")
     train_head(model, tokenizer, data, console)
     head = _show_accuracy(console, model, tokenizer, data)
     layers = "layer" if plan.layers == 1 else f"{plan.layers} layers"
-    _heading(console, 3, f"Fine-tune the last {layers} of the encoder with it")
+    heading(console, 3, f"Fine-tune the last {layers} of the encoder with it")
     fine_tune(model, tokenizer, data, console, seed, plan.layers, plan.epochs, lr=plan.lr)
     return {"head": head, "fine-tuned": _show_accuracy(console, model, tokenizer, data)}
 
@@ -172,7 +187,7 @@ def _train(
 def _quantize(
     console: Console, model: SentenceClassifier, listing: Path
 ) -> dict[str, SentenceClassifier]:
-    _heading(console, 4, "Quantize")
+    heading(console, 4, "Quantize")
     found: dict[str, SentenceClassifier] = {}
     summaries = []
     for scheme in contenders.SCHEMES:
@@ -197,10 +212,11 @@ def _measure(
     model: SentenceClassifier,
     by_scheme: dict[str, SentenceClassifier],
 ) -> tuple[list[evaluate.Row], list[str]]:
-    _heading(console, 5, "Measure answers, size and speed")
+    heading(console, 5, "Measure answers, size and speed")
     models, missing = contenders.contenders(model, by_scheme)
     quality = evaluate.measure_quality(models, tokenizer, data.test, console)
-    latency = evaluate.measure_latency(models, plan.latency_budget, console)
+    inputs = evaluate.token_inputs(model.vocabulary)
+    latency = evaluate.measure_latency(models, inputs, plan.latency_budget, console)
     rows = evaluate.make_rows(models, quality, latency)
     console.print()
     console.print(evaluate.as_table(rows))
@@ -210,7 +226,16 @@ def _measure(
     return rows, missing
 
 
-def _heading(console: Console, number: int, text: str) -> None:
+def show_reloaded(
+    console: Console, files: Mapping[str, Path], identical: Mapping[str, bool]
+) -> None:
+    """Print each file's size, and whether it gave the same outputs again."""
+    for name, path in files.items():
+        verdict = "same outputs to the bit" if identical[name] else "[red]OUTPUTS DIFFER[/red]"
+        console.print(f"{name:12} {size_text(path.stat().st_size):>8} {path.name:26} {verdict}")
+
+
+def heading(console: Console, number: int, text: str) -> None:
     console.print()
     console.rule(f"[bold]{number}. {text}[/bold]", align="left")
 
@@ -271,7 +296,7 @@ def _first_batches(tokenizer: Tokenizer, data: Dataset, count: int) -> list[tupl
     return [(batch, target[positions]) for positions, batch in found]
 
 
-def accuracy(scores: Tensor, batch: dict[str, Tensor]) -> float:
+def accuracy(scores: Tensor, batch: Mapping[str, Tensor]) -> float:
     """Share of right answers in a batch: what the report calls accuracy."""
     return (scores.argmax(1) == batch["labels"]).float().mean().item()
 

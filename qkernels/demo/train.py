@@ -9,33 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 
+from qkernels.demo import loop
 from qkernels.demo.data import Dataset, Example
-from qkernels.demo.model import SentenceClassifier, Tokenizer
+from qkernels.demo.loop import progress_bar
+from qkernels.demo.model import Batch, SentenceClassifier, Tokenizer
 
 EVAL_BATCH = 64
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with a description, the count, the time passed and the time to go."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def labels(examples: Sequence[Example]) -> Tensor:
@@ -174,51 +155,20 @@ def fit(
         groups: the optimizer's parameter groups with rates of their own, instead of one for all.
         penalty: what to add to the loss.
     """
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    parameters = list(named.values())
-    optimizer = torch.optim.AdamW(groups or parameters, lr=lr, weight_decay=0.01)
     texts = [e.text for e in data.train]
     target = labels(data.train)
-    batches = list(tokenizer.batches(texts, batch_size))
-    total = epochs * len(batches)
-    warm = max(1, total // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (total - step) / max(1, total - warm))
-    )
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    best, kept = test_accuracy(model, tokenizer, data.val), _copies(named)
-    loss_shown = 0.0
-    with progress_bar(console) as bar:
-        task = bar.add_task("fine-tuning", total=total)
-        for epoch in range(epochs):
-            rng.shuffle(batches)
-            for module in trained:
-                module.train()
-            for chosen, batch in batches:
-                loss = F.cross_entropy(model(**batch), target[chosen], label_smoothing=0.05)
-                if penalty is not None:
-                    loss = loss + penalty()
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                schedule.step()
-                loss_shown = (
-                    loss.item() if not loss_shown else 0.95 * loss_shown + 0.05 * loss.item()
-                )
-                text = f"fine-tuning, epoch {epoch + 1} of {epochs}, loss {loss_shown:.3f}"
-                bar.update(task, advance=1, description=text)
-            model.eval()
-            score = test_accuracy(model, tokenizer, data.val)
-            console.print(f"epoch {epoch + 1}: validation accuracy {score:.1%}")
-            if score > best:
-                best, kept = score, _copies(named)
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(kept[name])
-    model.eval()
+    made = list(tokenizer.batches(texts, batch_size))
 
+    def batches(rng: random.Random) -> list[tuple[list[int], Batch]]:
+        rng.shuffle(made)
+        return made
 
-def _copies(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in named.items()}
+    def loss_of(batch: tuple[list[int], Batch]) -> Tensor:
+        chosen, inputs = batch
+        loss = F.cross_entropy(model(**inputs), target[chosen], label_smoothing=0.05)
+        return loss if penalty is None else loss + penalty()
+
+    def score() -> float:
+        return test_accuracy(model, tokenizer, data.val)
+
+    loop.train(model, trained, batches, loss_of, score, console, seed, epochs, lr, groups)
