@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from qkernels.bench.analysis import (
     peers_of,
     share,
 )
-from qkernels.bench.plan import Shape
+from qkernels.bench.plan import CONVS, Conv, Shape
 from qkernels.bench.results import Record, Result, Results
 
 Value = Callable[[Record, Result], "float | None"]
@@ -122,8 +123,13 @@ def _fp32(record: Record, result: Result) -> float | None:
 
 
 def _torch_ao(record: Record, result: Result) -> float | None:
-    rival = fastest([r for r in record.results if r.name.startswith("torch.ao ")])
+    rival = _rival_ao(record)
     return rival.median / result.median if rival else None
+
+
+def _rival_ao(record: Record) -> Result | None:
+    engines = [r for r in record.results if r.name.startswith("torch.ao ") and r.kind == "8 bits"]
+    return fastest(engines)
 
 
 def _gops(record: Record, result: Result) -> float:
@@ -148,6 +154,29 @@ def _few_rows(results: Results) -> Iterator[Outcome]:
             first, few = named(base, name), named(record, name)
             if first and few:
                 yield Outcome(case_name(record), name, few.median / first.median, 1.15, True)
+
+
+def _conv_ratios(results: Results) -> dict[Conv, float]:
+    found = {}
+    for record in _records(results, "conv"):
+        own, rival = named(record, "W8A8"), _rival_ao(record)
+        if own and rival:
+            found[Conv(**record.case)] = rival.median / own.median
+    return found
+
+
+def _conv_mean(results: Results) -> Iterator[Outcome]:
+    """The geometric mean over all of `CONVS`; that of some of them would mean something else."""
+    ratios = _conv_ratios(results)
+    if ratios.keys() >= set(CONVS):
+        mean = math.exp(math.fsum(math.log(ratios[c]) for c in CONVS) / len(CONVS))
+        yield Outcome("geometric mean", "W8A8", mean, 1.2, versus="torch.ao")
+
+
+def _conv_batch(results: Results) -> Iterator[Outcome]:
+    for conv, ratio in _conv_ratios(results).items():
+        if conv.batch > 1:
+            yield Outcome(str(conv), "W8A8", ratio, 1.0, versus="torch.ao")
 
 
 def _overhead(results: Results) -> Iterator[Outcome]:
@@ -302,6 +331,12 @@ TARGETS: tuple[Target, ...] = (
         "×",
         _each("linear", _ALL, _fp32, 1.0, m=_ONE, large=False),
     ),
+    Target(
+        "convolutions, int8 in and out: ≥ 1.2× the better engine of torch.ao, in the mean",
+        "×",
+        _conv_mean,
+    ),
+    Target("the same with batch 8: ≥ 1×", "×", _conv_batch),
     Target("a call of a layer: ≤ 5 µs over a bare op", "µs", _overhead),
     Target(
         "backward to the input, M ≥ 64: ≥ 0.9× torch's bf16",
