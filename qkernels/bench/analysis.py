@@ -37,7 +37,10 @@ def limit_seconds(record: Record, result: Result) -> float | None:
         return traffic(record, result) / copy if copy else None
     read, peak = record.limits.get("read"), record.limits.get(result.arithmetic)
     if record.group == "conv":
-        return operations(record) / peak if peak else None  # everything comes from a cache
+        # Everything comes from a cache. The instructions multiply several channels of an output,
+        # and a depthwise convolution has one.
+        conv = Conv(**record.case)
+        return conv.operations / peak if peak and conv.groups < conv.channels else None
     if record.group not in PRODUCTS or not read or not peak:
         return None
     reading, multiplying = traffic(record, result) / read, operations(record) / peak

@@ -99,7 +99,8 @@ def _about(results: Results) -> str:
             "Times are medians; ± is the interquartile range. Contenders were timed in turns in "
             "one process. The limit of a product is the longer of reading its weights and of its "
             "multiplications, at rates sampled between the turns; that of a convolution is its "
-            "multiplications, that of a codec a copy of as many bytes. A ratio above 1 (×) means that qkernels is faster.",
+            "multiplications, that of a codec a copy of as many bytes. A ratio above 1 (×) means "
+            "that qkernels is faster.",
         ]
     )
 
