@@ -35,7 +35,7 @@ except ImportError as failure:
     from qkernels.doctor import doctor
 else:
     _PROBLEM = ""
-    from qkernels import calibration, functional, io, nn, ops, optimize, qat
+    from qkernels import calibration, functional, int8, io, nn, ops, ops_int8, optimize, qat
     from qkernels.calibrate import calibrate
     from qkernels.calibration import Calibration
     from qkernels.doctor import doctor
@@ -84,10 +84,12 @@ __all__ = [
     "explain",
     "fold_batchnorm_",
     "functional",
+    "int8",
     "io",
     "load_model",
     "nn",
     "ops",
+    "ops_int8",
     "optimize",
     "prepare_qat_",
     "qat",
