@@ -44,9 +44,9 @@ def max_pool(
 
     Args:
         x: int8 codes [batch, channels, *spatial], one to three spatial dimensions.
-        kernel_size: of the windows; one number, or one for each spatial dimension, as the following.
+        kernel_size: of the windows; a number, or one for each spatial dimension, as what follows.
         stride: from a window to the next; kernel_size unless given.
-        padding: border around x, at most half a window. It is never the largest.
+        padding: border around x, at most half of kernel_size. It is never the largest.
         dilation: from an element of a window to the next.
         ceil_mode: whether a last window may reach past the border, as long as it begins in x or in
             front of it.
@@ -87,9 +87,9 @@ def avg_pool(
 
     Args:
         x: int8 codes [batch, channels, *spatial], one to three spatial dimensions.
-        kernel_size: of the windows; one number, or one for each spatial dimension, as the following.
+        kernel_size: of the windows; a number, or one for each spatial dimension, as what follows.
         stride: from a window to the next; kernel_size unless given.
-        padding: zeros around x, at most half a window.
+        padding: zeros around x, at most half of kernel_size.
         ceil_mode: whether a last window may reach past the border, as long as it begins in x or in
             front of it.
         count_include_pad: whether borders count in the number that sums are divided by.

@@ -73,12 +73,11 @@ void set_windows(const char* op, const Tensor& x, const std::vector<int64_t>& ke
     a->stride[i] = strides[i];
     a->before[i] = before[i];
     a->dilation[i] = dilations[i];
-    const int64_t extent = dilations[i] * (kernels[i] - 1) + 1;
-    if (before[i] > extent / 2) {
-      fail(op, "padding must be at most half of the kernel's extent, got padding ",
-           text_of(padding), " for kernel_size ", text_of(kernel), " with dilation ",
-           text_of(dilation));
+    if (before[i] > kernels[i] / 2) {
+      fail(op, "padding must be at most half of kernel_size, got padding ", text_of(padding),
+           " for kernel_size ", text_of(kernel));
     }
+    const int64_t extent = dilations[i] * (kernels[i] - 1) + 1;
     const int64_t room = a->in[i] + 2 * before[i] - extent + (ceil_mode ? strides[i] - 1 : 0);
     a->out[i] = room < 0 ? 0 : room / strides[i] + 1;
     if (ceil_mode && (a->out[i] - 1) * strides[i] >= a->in[i] + before[i]) --a->out[i];
