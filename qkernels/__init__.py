@@ -35,7 +35,7 @@ except ImportError as failure:
     from qkernels.doctor import doctor
 else:
     _PROBLEM = ""
-    from qkernels import calibration, functional, io, nn, ops, optimize, qat
+    from qkernels import calibration, functional, int8, io, nn, ops, ops_int8, optimize, qat
     from qkernels.calibrate import calibrate
     from qkernels.calibration import Calibration
     from qkernels.doctor import doctor
@@ -54,18 +54,23 @@ else:
 if TYPE_CHECKING:
     from qkernels import transfer
     from qkernels.ptq import quantize_calibrated_
+    from qkernels.lowering import LoweredModel, load_lowered, lower
     from qkernels.report import Report, compare
 
 # Imported when they are first used: most programs need none of them.
 _LAZY = {
+    "LoweredModel": "qkernels.lowering",
     "Report": "qkernels.report",
     "compare": "qkernels.report",
+    "load_lowered": "qkernels.lowering",
+    "lower": "qkernels.lowering",
     "quantize_calibrated_": "qkernels.ptq",
 }
 _LAZY_MODULES = ("transfer",)
 
 __all__ = [
     "Calibration",
+    "LoweredModel",
     "NF4",
     "Quantized",
     "Report",
@@ -84,10 +89,14 @@ __all__ = [
     "explain",
     "fold_batchnorm_",
     "functional",
+    "int8",
     "io",
+    "load_lowered",
     "load_model",
+    "lower",
     "nn",
     "ops",
+    "ops_int8",
     "optimize",
     "prepare_qat_",
     "qat",

@@ -38,7 +38,7 @@ def _scale_shape(shape: torch.Size, group_size: int | None) -> list[int]:
     return [*shape[:-1], groups]
 
 
-def _check_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+def check_device(op: str, first: Tensor, **others: Tensor | None) -> None:
     """A fake also runs for a mix of CPU and meta tensors, which no kernel can compute."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
@@ -70,14 +70,14 @@ def _quantize(
 
 @torch.library.register_fake("qkernels::quantize.out")
 def _quantize_out(x: Tensor, *args: Any, **outs: Tensor) -> None:
-    _check_device("quantize", x, **outs)
+    check_device("quantize", x, **outs)
 
 
 @torch.library.register_fake("qkernels::quantize_with")
 def _quantize_with(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, format: int, group_size: int | None = -1
 ) -> Tensor:
-    _check_device("quantize_with", x, scale=scale, zero_point=zero_point)
+    check_device("quantize_with", x, scale=scale, zero_point=zero_point)
     data = [*x.shape[:-1], _stored_size(format, x.shape[-1])]
     return x.new_empty(data, dtype=_storage(format))
 
@@ -86,7 +86,7 @@ def _quantize_with(
 def _quantize_with_out(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, *args: Any, **outs: Tensor
 ) -> None:
-    _check_device("quantize_with", x, scale=scale, zero_point=zero_point, **outs)
+    check_device("quantize_with", x, scale=scale, zero_point=zero_point, **outs)
 
 
 @torch.library.register_fake("qkernels::dequantize")
@@ -99,7 +99,7 @@ def _dequantize(
     features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check_device("dequantize", data, scale=scale, zero_point=zero_point)
+    check_device("dequantize", data, scale=scale, zero_point=zero_point)
     return data.new_empty([*data.shape[:-1], features], dtype=dtype)
 
 
@@ -107,7 +107,7 @@ def _dequantize(
 def _dequantize_out(
     data: Tensor, scale: Tensor, zero_point: Tensor | None, *args: Any, **outs: Tensor
 ) -> None:
-    _check_device("dequantize", data, scale=scale, zero_point=zero_point, **outs)
+    check_device("dequantize", data, scale=scale, zero_point=zero_point, **outs)
 
 
 # ---- fake_quantize -------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _fake_quantize(x: Tensor, *args: Any) -> Tensor:
 
 @torch.library.register_fake("qkernels::fake_quantize_with")
 def _fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor | None, *args: Any) -> Tensor:
-    _check_device("fake_quantize_with", x, scale=scale, zero_point=zero_point)
+    check_device("fake_quantize_with", x, scale=scale, zero_point=zero_point)
     return x.new_empty(x.shape)
 
 
@@ -128,7 +128,7 @@ def _fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor | None, *ar
 def _fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_device("fake_quantize_backward", grad, x=x, scale=scale, zero_point=zero_point)
+    check_device("fake_quantize_backward", grad, x=x, scale=scale, zero_point=zero_point)
     zero_shape = [0] if zero_point is None or zero_point.numel() == 0 else zero_point.shape
     wide = torch.float32
     return (
@@ -181,7 +181,7 @@ def _pack(
     in_features: int,
     group_size: int,
 ) -> Tensor:
-    _check_device("pack", data, scale=scale, zero_point=zero_point)
+    check_device("pack", data, scale=scale, zero_point=zero_point)
     blocks = (data.shape[0] + _C.BLOCK_ROWS - 1) // _C.BLOCK_ROWS
     row = _C.block_bytes(layout, in_features, group_size)
     return data.new_empty([blocks, row], dtype=torch.uint8)
@@ -212,7 +212,7 @@ def _embedding(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check_device("embedding", indices, packed=packed)
+    check_device("embedding", indices, packed=packed)
     return packed.new_empty([*indices.shape, embedding_dim], dtype=dtype)
 
 
@@ -221,7 +221,7 @@ def _embedding(
 
 @torch.library.register_fake("qkernels::int_mm")
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
-    _check_device("int_mm", a, b=b)
+    check_device("int_mm", a, b=b)
     return a.new_empty([a.shape[0], b.shape[1]], dtype=torch.int32)
 
 
@@ -242,7 +242,7 @@ def _linear(
     activation: int,
     epilogue: int,
 ) -> Tensor:
-    _check_device(
+    check_device(
         "linear",
         x,
         packed=packed,
@@ -271,7 +271,7 @@ def _linear_backward_input(
     out_features: int,
     group_size: int,
 ) -> Tensor:
-    _check_device("linear_backward_input", grad, packed=packed)
+    check_device("linear_backward_input", grad, packed=packed)
     return grad.new_empty([*grad.shape[:-1], in_features])
 
 
@@ -320,7 +320,7 @@ def _pack_conv(
     groups: int,
     group_size: int,
 ) -> Tensor:
-    _check_device("pack_conv", data, scale=scale, zero_point=zero_point)
+    check_device("pack_conv", data, scale=scale, zero_point=zero_point)
     sizes = (taps, group_channels, groups, data.shape[0], group_size)
     return data.new_empty(_C.conv_packed_shape(layout, *sizes), dtype=torch.uint8)
 
@@ -345,7 +345,7 @@ def _spatial_padding(padding: list[int], dims: int) -> tuple[list[int], list[int
     return padding[:dims], padding[-dims:]
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if x.dim() not in formats or x.is_contiguous() or x.shape[1] < 2:
         return False
@@ -378,7 +378,7 @@ def _conv(
     epilogue: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check_device("conv", x, packed=packed, bias=bias, residual=residual)
+    check_device("conv", x, packed=packed, bias=bias, residual=residual)
     dims = x.dim() - 2
     out = []
     for i, (before, after) in enumerate(zip(*_spatial_padding(padding, dims), strict=True)):
@@ -393,7 +393,7 @@ def _conv(
     elif dtype is None:
         dtype = x.dtype if x.is_floating_point() else torch.float32
     order = torch.contiguous_format
-    if _is_channels_last(x):
+    if is_channels_last(x):
         order = torch.channels_last if dims == 2 else torch.channels_last_3d
     shape = (x.shape[0], out_channels, *out)
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=order)

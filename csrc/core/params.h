@@ -168,6 +168,49 @@ struct ConvArgs {
   int64_t pixels() const { return out[0] * out[1] * out[2]; }  // of an image of y
 };
 
+// The largest or the mean code of every window of an image of int8 codes. Spatial dimensions that x
+// lacks come first and have size 1.
+struct PoolArgs {
+  const int8_t* x;  // [batch, channels, in]
+  void* y;          // [batch, channels, out]
+  DType y_type;     // i8: codes
+  bool channels_last;
+  int64_t batch, channels;
+  int64_t in[3], out[3];
+  bool adaptive;  // windows follow from `in` and `out`, not from what is next
+  int64_t kernel[3], stride[3], before[3], dilation[3];
+
+  // Of means alone.
+  int x_zero, y_zero;
+  double scale;        // of x over that of y
+  bool count_padding;  // a window's size counts what lies in the borders
+  int64_t divisor;     // of every sum; 0: the size of its window
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  // Lines of y along its last spatial dimension.
+  int64_t lines() const { return batch * (channels_last ? 1 : channels) * out[0] * out[1]; }
+};
+
+// y = epilogue(a + b), element by element.
+struct AddArgs {
+  const int8_t* a;
+  const int8_t* b;
+  float a_scale, b_scale;
+  int a_zero, b_zero;
+  Epilogue epilogue;
+  void* y;
+  DType y_type;  // i8: codes
+  float y_inverse;
+  int y_zero;
+};
+
+// y = table[x + 128], code by code.
+struct LookupArgs {
+  const int8_t* x;
+  int8_t* y;
+  const int8_t* table;  // [256]
+};
+
 struct EmbeddingArgs {
   const int64_t* indices;
   const uint8_t* packed;

@@ -29,6 +29,7 @@ namespace {
 #include "cpu/matmul_avx2.inl"
 #include "cpu/matmul.inl"
 #include "cpu/conv.inl"
+#include "cpu/int8.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -60,6 +61,10 @@ const Kernels* avx2_kernels() {
     t.conv_prepare = avx2::conv_prepare;
     t.conv = avx2::conv;
     t.conv_name = avx2::conv_name;
+    t.max_pool = avx2::max_pool;
+    t.avg_pool = avx2::avg_pool;
+    t.add = avx2::add;
+    t.lookup = avx2::lookup;
     return t;
   }();
   return &table;

@@ -33,6 +33,7 @@ namespace {
 #include "cpu/matmul_avx512.inl"
 #include "cpu/matmul.inl"
 #include "cpu/conv.inl"
+#include "cpu/int8.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -64,6 +65,10 @@ const Kernels* avx512_kernels() {
     t.conv_prepare = avx512::conv_prepare;
     t.conv = avx512::conv;
     t.conv_name = avx512::conv_name;
+    t.max_pool = avx512::max_pool;
+    t.avg_pool = avx512::avg_pool;
+    t.add = avx512::add;
+    t.lookup = avx512::lookup;
     return t;
   }();
   return &table;

@@ -56,6 +56,13 @@ struct Kernels {
   void (*conv)(const ConvArgs&, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
                int64_t pixel_end);
   const char* (*conv_name)(bool depthwise);
+
+  // Lines [begin, end) of y, which has lines() of them.
+  void (*max_pool)(const PoolArgs&, int64_t begin, int64_t end);
+  void (*avg_pool)(const PoolArgs&, int64_t begin, int64_t end);
+  // Elements [begin, end).
+  void (*add)(const AddArgs&, int64_t begin, int64_t end);
+  void (*lookup)(const LookupArgs&, int64_t begin, int64_t end);
 };
 
 // Floats of scratch that `backward` uses, and the widest k range that it takes in one call.

@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "cpu/scalar_int8.h"
 
 namespace qkernels {
 namespace scalar {
@@ -389,6 +390,10 @@ const Kernels kTable = {
     conv_prepare,
     conv,
     conv_name,
+    max_pool,
+    avg_pool,
+    add,
+    lookup,
 };
 
 }  // namespace scalar

@@ -246,13 +246,60 @@ SIMD I clamp_bytes(I x, int low, int high) {
   return _mm256_min_epi8(_mm256_max_epi8(x, _mm256_set1_epi8(static_cast<char>(low))),
                          _mm256_set1_epi8(static_cast<char>(high)));
 }
+SIMD I max_bytes(I a, I b) { return _mm256_max_epi8(a, b); }
+SIMD I load_all(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+// The first `count` < 4 * kWidth of them, 0 in the other lanes.
+SIMD I load_all(const void* p, int count) {
+  alignas(32) uint8_t buffer[32] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count));
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(buffer));
+}
 SIMD void store_all(void* p, I bytes) { _mm256_storeu_si256(static_cast<__m256i*>(p), bytes); }
+SIMD void store_all(void* p, I bytes, int count) {
+  alignas(32) uint8_t buffer[32];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(buffer), bytes);
+  std::memcpy(p, buffer, static_cast<size_t>(count));
+}
 SIMD void stream_all(void* p, I bytes) { _mm256_stream_si256(static_cast<__m256i*>(p), bytes); }
 SIMD void store_all_nibbles(void* p, I bytes) {
   const I pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(_mm256_castsi256_si128(pairs),
                                                               _mm256_extracti128_si256(pairs, 1)));
 }
+
+// 256 bytes; an index is a byte.
+struct Table256 {
+  const uint8_t* entries;
+};
+SIMD Table256 table256(const uint8_t* entries) { return {entries}; }
+// Rows of 16 entries: the low nibble picks from each of `Count` rows, the bits of the high nibble
+// from pairs of candidates. `bits[i]` has bit 4 + i of the index in its sign.
+template <int Count>
+SIMD I lookup_rows(const uint8_t* rows, I low, const I (&bits)[4]) {
+  if constexpr (Count == 1) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), low);
+  } else {
+    constexpr int kHalf = Count / 2;
+    constexpr int kBit = Count == 2 ? 0 : Count == 4 ? 1 : Count == 8 ? 2 : 3;
+    return _mm256_blendv_epi8(lookup_rows<kHalf>(rows, low, bits),
+                              lookup_rows<kHalf>(rows + kHalf * 16, low, bits), bits[kBit]);
+  }
+}
+SIMD I lookup(const Table256& t, I index) {
+  const I twice = _mm256_add_epi8(index, index), four = _mm256_add_epi8(twice, twice);
+  const I bits[4] = {_mm256_add_epi8(four, four), four, twice, index};
+  return lookup_rows<16>(t.entries, _mm256_and_si256(index, _mm256_set1_epi8(0xf)), bits);
+}
+
+// ---- 2 * kWidth int16 ---------------------------------------------------------------------------
+
+SIMD I load_words(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+SIMD I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
+SIMD I first_words(I x) { return _mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)); }
+SIMD I last_words(I x) { return _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1)); }
 
 // ---- One lane of packed lines: kWidth codes in ascending k, from 4 bytes of each 64-byte line ---
 

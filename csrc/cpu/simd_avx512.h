@@ -201,12 +201,55 @@ SIMD I clamp_bytes(I x, int low, int high) {
   return _mm512_min_epi8(_mm512_max_epi8(x, _mm512_set1_epi8(static_cast<char>(low))),
                          _mm512_set1_epi8(static_cast<char>(high)));
 }
+SIMD I max_bytes(I a, I b) { return _mm512_max_epi8(a, b); }
+SIMD I load_all(const void* p) { return _mm512_loadu_si512(p); }
+// The first `count` < 4 * kWidth of them, 0 in the other lanes.
+SIMD I load_all(const void* p, int count) {
+  return _mm512_maskz_loadu_epi8((uint64_t{1} << count) - 1, p);
+}
 SIMD void store_all(void* p, I bytes) { _mm512_storeu_si512(p, bytes); }
+SIMD void store_all(void* p, I bytes, int count) {
+  _mm512_mask_storeu_epi8(p, (uint64_t{1} << count) - 1, bytes);
+}
 SIMD void stream_all(void* p, I bytes) { _mm512_stream_si512(static_cast<__m512i*>(p), bytes); }
 SIMD void store_all_nibbles(void* p, I bytes) {
   const I pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x1001));
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi16_epi8(pairs));
 }
+
+// 256 bytes; an index is a byte.
+struct Table256 {
+  I words[4];
+};
+SIMD Table256 table256(const uint8_t* entries) {
+  return {{load_all(entries), load_all(entries + 64), load_all(entries + 128),
+           load_all(entries + 192)}};
+}
+// The instruction takes words by 6 bits: here the pair of entries for each word of `at`.
+SIMD I entry_pairs(const Table256& t, I at, __mmask32 upper_half) {
+  return _mm512_mask_blend_epi16(upper_half, _mm512_permutex2var_epi16(t.words[0], at, t.words[1]),
+                                 _mm512_permutex2var_epi16(t.words[2], at, t.words[3]));
+}
+SIMD __mmask32 test_words(I x, int bit) {
+  return _mm512_test_epi16_mask(x, _mm512_set1_epi16(static_cast<int16_t>(1 << bit)));
+}
+SIMD I lookup(const Table256& t, I index) {
+  // Even and odd bytes one after the other; each ends where it began.
+  const I even = entry_pairs(t, _mm512_srli_epi16(index, 1), test_words(index, 7));
+  const I odd = entry_pairs(t, _mm512_srli_epi16(index, 9), _mm512_movepi16_mask(index));
+  return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa,
+                                _mm512_mask_srli_epi16(even, test_words(index, 0), even, 8),
+                                _mm512_mask_slli_epi16(odd, ~test_words(index, 8), odd, 8));
+}
+
+// ---- 2 * kWidth int16 ---------------------------------------------------------------------------
+
+SIMD I load_words(const int8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+SIMD I add_words(I a, I b) { return _mm512_add_epi16(a, b); }
+SIMD I first_words(I x) { return _mm512_cvtepi16_epi32(_mm512_castsi512_si256(x)); }
+SIMD I last_words(I x) { return _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(x, 1)); }
 
 // ---- One lane of packed lines: kWidth codes in ascending k, from 4 bytes of each 64-byte line ---
 

@@ -1,9 +1,8 @@
 // conv and the packing of its weight on the CPU: checks, workspace, threads.
 #include <algorithm>
-#include <array>
 
 #include "cpu/kernels.h"
-#include "ops/checks.h"
+#include "ops/geometry.h"
 #include "ops/linear.h"
 #include "ops/workspace.h"
 
@@ -173,26 +172,6 @@ std::tuple<Tensor, Tensor, Tensor> unpack_conv(const Tensor& packed_any, int64_t
 
 // ---- Geometry -----------------------------------------------------------------------------------
 
-constexpr int64_t kLongest = 1 << 24;  // stride, dilation and padding
-constexpr double kMostElements = 0x1p44;
-
-// A list with an entry for each spatial dimension, as the last entries of three.
-std::array<int64_t, 3> spatial(const char* op, const char* name, const std::vector<int64_t>& given,
-                               int64_t dims, int64_t most) {
-  if (static_cast<int64_t>(given.size()) != dims) {
-    fail(op, name, " must have ", dims, " entries, one for each spatial dimension, got ",
-         given.size());
-  }
-  std::array<int64_t, 3> result{1, 1, 1};
-  for (int64_t i = 0; i < dims; ++i) {
-    if (given[i] < 1 || given[i] > most) {
-      fail(op, name, " must be from 1 to ", most, ", got ", given[i]);
-    }
-    result[3 - dims + i] = given[i];
-  }
-  return result;
-}
-
 struct Geometry {
   std::vector<int64_t> kernel, stride, padding, dilation;
   bool transposed;
@@ -208,9 +187,9 @@ void set_geometry(const char* op, const Tensor& x, const Geometry& g, int64_t ou
   a->channels = x.size(1);
   a->out_channels = out_channels;
   a->groups = groups;
-  const auto kernel = spatial(op, "kernel_size", g.kernel, dims, kConvTaps);
-  const auto stride = spatial(op, "stride", g.stride, dims, kLongest);
-  const auto dilation = spatial(op, "dilation", g.dilation, dims, kLongest);
+  const auto kernel = spatial(op, "kernel_size", g.kernel, dims, 1, kConvTaps);
+  const auto stride = spatial(op, "stride", g.stride, dims, 1, kLongest);
+  const auto dilation = spatial(op, "dilation", g.dilation, dims, 1, kLongest);
   const int64_t given = static_cast<int64_t>(g.padding.size());
   if (given != dims && given != 2 * dims) {
     fail(op, "padding must have ", dims, " entries, or ", 2 * dims,
@@ -247,37 +226,11 @@ void set_geometry(const char* op, const Tensor& x, const Geometry& g, int64_t ou
     }
     a->grid[i] = (a->out[i] - 1) * a->stride[i] + reach + 1;
   }
-  // Far more than memory holds, and what sizes are computed from below must not overflow.
   double elements = static_cast<double>(std::max(a->channels, a->out_channels)) + kLanes;
   for (const int64_t size : a->grid) elements *= static_cast<double>(size);
   if (elements > kMostElements) {
     fail(op, "x with its padding would have ", elements, " elements, more than fit into memory");
   }
-}
-
-// Whether the channels of x lie innermost; x must be dense in one of the two orders.
-bool is_channels_last(const Tensor& x) {
-  if (x.dim() < 4 || x.is_contiguous() || x.size(1) < 2) return false;
-  int64_t expected = x.size(1);
-  if (x.stride(1) != 1) return false;
-  for (int64_t dim = x.dim() - 1; dim >= 2; --dim) {
-    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
-    expected *= x.size(dim);
-  }
-  return x.size(0) == 1 || x.stride(0) == expected;
-}
-
-Tensor empty_channels_last(const Shape& shape, ScalarType type) {
-  Shape strides(shape.size());
-  int64_t stride = 1;
-  const auto take = [&](size_t dim) {
-    strides[dim] = stride;
-    stride *= shape[dim];
-  };
-  take(1);
-  for (size_t dim = shape.size() - 1; dim >= 2; --dim) take(dim);
-  take(0);
-  return empty_cpu(shape, strides, type);
 }
 
 // ---- Integer path -------------------------------------------------------------------------------
@@ -533,7 +486,7 @@ Tensor conv(const Tensor& x_any, const Tensor& packed_any, const std::optional<T
   Shape shape{a.batch, out_channels};
   for (int64_t i = 5 - x.dim(); i < 3; ++i) shape.push_back(a.out[i]);
   a.y_channels_last = a.x_channels_last;
-  Tensor y = a.y_channels_last ? empty_channels_last(shape, y_type) : empty_cpu(shape, y_type);
+  Tensor y = empty_in_order(shape, y_type, a.y_channels_last);
 
   std::optional<Tensor> residual;
   if (residual_any) {
@@ -550,13 +503,7 @@ Tensor conv(const Tensor& x_any, const Tensor& packed_any, const std::optional<T
                             ? read_zero_point(op, "residual_zero_point", *residual_zero_point)
                             : 0;
     }
-    residual = *residual_any;
-    if (a.y_channels_last && !is_channels_last(*residual)) {
-      Tensor copy = empty_channels_last(shape, residual->scalar_type());
-      residual = torch::stable::copy_(copy, *residual);
-    } else if (!a.y_channels_last) {
-      residual = dense(*residual);
-    }
+    residual = in_order(*residual_any, a.y_channels_last);
     a.residual = residual->const_data_ptr();
   } else if (residual_scale || residual_zero_point) {
     fail(op, "residual_scale and residual_zero_point need residual");

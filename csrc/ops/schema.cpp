@@ -1,4 +1,4 @@
-// Every op's schema. The fakes and gradients are in qkernels/ops.py.
+// Every op's schema. The fakes and gradients are in qkernels/ops.py and qkernels/ops_int8.py.
 #include "ops/torch_api.h"
 
 STABLE_TORCH_LIBRARY(qkernels, m) {
@@ -69,4 +69,22 @@ STABLE_TORCH_LIBRARY(qkernels, m) {
       "Tensor? y_zero_point, int layout, int out_channels, int groups, int group_size, "
       "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool transposed, "
       "int activation, int epilogue, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "max_pool(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "bool ceil_mode) -> Tensor");
+  m.def(
+      "avg_pool(Tensor x, Tensor x_scale, Tensor? x_zero_point, Tensor? y_scale, "
+      "Tensor? y_zero_point, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode, "
+      "bool count_include_pad, int? divisor_override, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "adaptive_avg_pool(Tensor x, Tensor x_scale, Tensor? x_zero_point, Tensor? y_scale, "
+      "Tensor? y_zero_point, int[] output_size, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "add(Tensor a, Tensor b, Tensor a_scale, Tensor? a_zero_point, Tensor b_scale, "
+      "Tensor? b_zero_point, Tensor? y_scale, Tensor? y_zero_point, int epilogue, "
+      "ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "concat(Tensor[] xs, Tensor scales, Tensor? zero_points, Tensor y_scale, "
+      "Tensor? y_zero_point, int dim) -> Tensor");
+  m.def("lookup(Tensor x, Tensor table) -> Tensor");
 }

@@ -18,6 +18,7 @@ MODULES = (
     "qkernels.fold",
     "qkernels.formats",
     "qkernels.functional",
+    "qkernels.int8",
     "qkernels.io.file",
     "qkernels.io.load",
     "qkernels.io.save",
