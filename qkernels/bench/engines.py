@@ -144,6 +144,27 @@ class CodecEngine:
     own: bool = False
 
 
+def by_shape(prepare: Callable[[Tensor], Call]) -> Call:
+    """A function for any x, by functions that are each made for one shape of x.
+
+    Args:
+        prepare: makes the function for the shape of its argument; called once for each.
+
+    Example:
+        >>> size = by_shape(lambda first: lambda x: torch.tensor(first.numel()))
+        >>> size(torch.ones(2)), size(torch.ones(3))
+        (tensor(2), tensor(3))
+    """
+    made: dict[torch.Size, Call] = {}
+
+    def call(x: Tensor) -> Tensor:
+        if x.shape not in made:
+            made[x.shape] = prepare(x)
+        return made[x.shape](x)
+
+    return call
+
+
 class WrongResultError(RuntimeError):
     """An engine computed something else than was asked for, so its time means nothing."""
 

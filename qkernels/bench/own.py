@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qkernels import functional
 from qkernels.bench.engines import (
     Call,
+    CnnEngine,
     CodecEngine,
     ConvEngine,
     ConvTask,
@@ -19,6 +20,7 @@ from qkernels.bench.engines import (
     ModelEngine,
 )
 from qkernels.formats import format_of
+from qkernels.lowering import lower
 from qkernels.nn import QConv2d, QLinear
 from qkernels.quantize import quantize_
 from qkernels.schemes import NF4, W4A8, W4A16, W8A8, W8A16, Scheme
@@ -202,6 +204,15 @@ def _conv(task: ConvTask, from_float: bool) -> tuple[Callable[[], Tensor], Calla
         lambda: functional.conv(codes, packed, bias, **arguments),
         lambda result: (result.float() - y_zero) * y_scale,
     )
+
+
+def cnn_engines() -> list[CnnEngine]:
+    """Image classifiers lowered to W8A8, whose layers hand each other codes."""
+
+    def convert(model: nn.Module, batches: Sequence[Tensor]) -> Call:
+        return lower(model, batches[0], batches=batches, progress=False)
+
+    return [CnnEngine("W8A8 lowered", "8 bits", convert, own=True)]
 
 
 # What a codec is measured with: format, group size, symmetric.

@@ -274,7 +274,7 @@ def _codecs(records: list[Record]) -> str:
 
 def _models(records: list[Record]) -> str:
     header = ["model", "contender", "ms", "±", "to torch fp32"]
-    header += ["cosine to fp32, mean", "lowest", "faults"]
+    header += ["SQNR, dB", "cosine to fp32, mean", "lowest", "faults"]
     rows = []
     for record in records:
         reference = next((r for r in record.results if r.name == "torch fp32"), None)
@@ -286,6 +286,7 @@ def _models(records: list[Record]) -> str:
                     f"{seconds_of_one(record, r) * 1e3:.2f}",
                     f"{r.iqr / float(record.case.get('steps', 1)) * 1e3:.2f}",
                     f"{reference.median / r.median:.2f}×" if reference else "",
+                    f"{r.sqnr:.1f}" if r.sqnr is not None else "",
                     f"{r.extra['cosine']:.5f}",
                     f"{r.extra['cosine_min']:.5f}",
                     f"{r.faults:.0f}",

@@ -229,6 +229,20 @@ def _minilm_cosine(contender: str, goal: float) -> Callable[[Results], Iterator[
     return find
 
 
+def _resnet_50(
+    rival: str, value: Callable[[Result, Result], tuple[float, float]]
+) -> Callable[[Results], Iterator[Outcome]]:
+    """`value` makes what should be reached, and the goal, of our result and the rival's."""
+
+    def find(results: Results) -> Iterator[Outcome]:
+        for record in _records(results, "cnn"):
+            own, other = named(record, "W8A8 lowered"), named(record, rival)
+            if record.case["model"] == "resnet-50" and own and other:
+                yield Outcome(case_name(record), own.name, *value(own, other), versus=rival)
+
+    return find
+
+
 def _memory(results: Results) -> Iterator[Outcome]:
     for record in _records(results, "memory"):
         for r in record.results:
@@ -337,6 +351,18 @@ TARGETS: tuple[Target, ...] = (
         _conv_mean,
     ),
     Target("the same with batch 8: ≥ 1×", "×", _conv_batch),
+    Target(
+        "ResNet-50, static int8: ≥ 1× OpenVINO",
+        "×",
+        _resnet_50("openvino static int8", lambda own, other: (other.median / own.median, 1.0)),
+    ),
+    Target(
+        "ResNet-50, static int8: SQNR ≥ onnxruntime's",
+        "dB",
+        _resnet_50(
+            "onnxruntime static int8", lambda own, other: (own.sqnr or 0.0, other.sqnr or 0.0)
+        ),
+    ),
     Target("a call of a layer: ≤ 5 µs over a bare op", "µs", _overhead),
     Target(
         "backward to the input, M ≥ 64: ≥ 0.9× torch's bf16",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from qkernels.bench.bench import Bench, Unit
-from qkernels.bench.groups import capped, codecs, convs, memory, models, overhead, products
+from qkernels.bench.groups import capped, cnns, codecs, convs, memory, models, overhead, products
 
 UNITS: dict[str, Callable[[Bench], Iterator[Unit]]] = {
     "linear": products.linear_units,
@@ -15,6 +15,7 @@ UNITS: dict[str, Callable[[Bench], Iterator[Unit]]] = {
     "backward": products.backward_units,
     "quantize": codecs.units,
     "models": models.units,
+    "cnn": cnns.units,
     "memory": memory.units,
     "capped": capped.units,
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qkernels.bench.engines import (
     Call,
+    CnnEngine,
     CodecEngine,
     ConvEngine,
     ConvTask,
@@ -70,6 +71,20 @@ def conv_engines() -> list[ConvEngine]:
     return [
         ConvEngine("torch fp32", "float", 32, "fp32", build(torch.float32)),
         ConvEngine("torch bf16", "float", 16, "bf16", build(torch.bfloat16)),
+    ]
+
+
+def cnn_engines() -> list[CnnEngine]:
+    def converter(dtype: torch.dtype) -> Callable[[nn.Module, Sequence[Tensor]], Call]:
+        def convert(model: nn.Module, batches: Sequence[Tensor]) -> Call:
+            model = model.to(dtype, memory_format=torch.channels_last)
+            return lambda x: model(x.to(dtype)).float()
+
+        return convert
+
+    return [
+        CnnEngine("torch fp32", "float", converter(torch.float32)),
+        CnnEngine("torch bf16", "float", converter(torch.bfloat16)),
     ]
 
 
