@@ -71,8 +71,7 @@ class Quantize(Int8Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _channels_inside(
-            x,
-            lambda t: torch.ops.qkernels.quantize_with(t, self.y_scale, self.y_zero_point, 0, None),
+            x, lambda t: torch.ops.qkernels.quantize_with(t, self.y_scale, self.y_zero_point, 0, None)
         )
 
 
