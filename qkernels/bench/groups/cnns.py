@@ -43,7 +43,7 @@ def units(bench: Bench) -> Iterator[Unit]:
             yield f"cnn {name}", lambda name=name, make=make: _cnn(bench, name, make)  # type: ignore[misc]
 
 
-def images(count: int, seed: int, size: int = _SIZE) -> Tensor:
+def images(count: int, seed: int, size: int) -> Tensor:
     """Noise of several scales, float32 [count, 3, size, size]: as images, it is no white noise.
 
     Args:
@@ -118,10 +118,10 @@ def settled(model: nn.Module, batch: Tensor) -> nn.Module:
 def _cnn(bench: Bench, name: str, make: Callable[[], nn.Module]) -> list[Record]:
     def settled_model() -> nn.Module:
         torch.manual_seed(0)
-        return settled(make(), images(8, seed=0))
+        return settled(make(), images(8, 0, _SIZE))
 
-    calibration = list(images(_CALIBRATION, seed=1).split(8))
-    test = images(max(_BATCHES), seed=2)
+    calibration = list(images(_CALIBRATION, 1, _SIZE).split(8))
+    test = images(max(_BATCHES), 2, _SIZE)
     subject = Subject(
         name,
         settled_model,
