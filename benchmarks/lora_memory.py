@@ -5,9 +5,9 @@
 
 Every way loads the same bfloat16 folder in a process of its own, quantizes to NF4 in blocks of 64,
 puts adapters of rank 16 on all linear layers but the head, and takes two AdamW steps. Adapters
-are float32 everywhere. The other way is the QLoRA recipe (Dettmers et al., 2023) as transformers and
-PEFT have it: double quantization, and `prepare_model_for_kbit_training`, which turns all that is not
-quantized into float32. "without float32" leaves that step out.
+are float32 everywhere. The other way is the QLoRA recipe (Dettmers et al., 2023) as transformers
+and PEFT have it: double quantization, and `prepare_model_for_kbit_training`, which turns all that
+is not quantized into float32. "without float32" leaves that step out.
 """
 
 from __future__ import annotations

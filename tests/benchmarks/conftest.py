@@ -1,8 +1,8 @@
 """A run made up of round numbers, so that what is derived from it can be checked by hand."""
 
 import pytest
-from helpers.bench import result
 
+from helpers.bench import result
 from qkernels.bench.results import Record, Results
 
 

@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from helpers.bench import convolution, result
 
+from helpers.bench import convolution, result
 from qkernels.bench import analysis
 from qkernels.bench.compare import comparison
 from qkernels.bench.plan import CONVS
