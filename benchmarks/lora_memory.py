@@ -267,9 +267,8 @@ def main() -> None:
     page = markdown(rows, facts)
     print(page)
     if arguments.output is not None:
-        found = {"rows": rows, "machine": facts}
         path = arguments.output / "lora_memory.json"
-        write_atomically(path, json.dumps(found, indent=2) + "\n")
+        write_atomically(path, json.dumps({"rows": rows, "machine": facts}, indent=2) + "\n")
         write_atomically(path.with_suffix(".md"), page)
 
 

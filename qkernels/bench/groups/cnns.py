@@ -15,7 +15,8 @@ from qkernels.bench.engines import CnnEngine, ModelEngine
 from qkernels.bench.groups.models import Subject, Task, measure_subject
 from qkernels.bench.results import Record
 
-_SIZE, _CLASSES = 224, 1000
+_SIZE = 224
+_HEAD: dict[str, Any] = {"num_labels": 1000}
 _BATCHES = (1, 8)
 # Images for calibration, in batches of 8; the norms and the measured quality have others.
 _CALIBRATION = 16
@@ -65,21 +66,20 @@ def images(count: int, seed: int, size: int) -> Tensor:
 def _resnet_50() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    return ResNetForImageClassification(ResNetConfig(num_labels=_CLASSES))
+    return ResNetForImageClassification(ResNetConfig(**_HEAD))
 
 
 def _mobilenet_v2() -> nn.Module:
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
-    return MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=_CLASSES))
+    return MobileNetV2ForImageClassification(MobileNetV2Config(**_HEAD))
 
 
 def _convnext_tiny() -> nn.Module:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
     # Blocks start as nearly nothing (1e-6), which no trained model's are.
-    config = ConvNextConfig(num_labels=_CLASSES, layer_scale_init_value=0.2)
-    return ConvNextForImageClassification(config)
+    return ConvNextForImageClassification(ConvNextConfig(layer_scale_init_value=0.2, **_HEAD))
 
 
 _MODELS: dict[str, Callable[[], nn.Module]] = {

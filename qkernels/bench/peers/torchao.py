@@ -96,7 +96,10 @@ def _pt2e(model: nn.Module, batches: Sequence[Tensor]) -> Call:
                     prepared(part)
             converted = convert_pt2e(prepared)
             lowered = lower_pt2e_quantized_to_x86(converted, (batches[0][: len(x)],))
-        compiled: Call = torch.compile(lowered, options={"freezing": True})
+        compiled: Call = torch.compile(lowered)
+        # Where the graph is traced has to know, too; `options` would reach the compiler only.
+        with torch._inductor.config.patch(freezing=True), torch.no_grad():
+            compiled(x)
         return compiled
 
     return by_shape(prepare)
