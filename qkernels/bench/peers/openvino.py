@@ -29,12 +29,12 @@ def _compile(weight: ov.Node, n: int, k: int, group: int, copies: int) -> Sequen
 
 
 def _request(model: ov.Model, **settings: int) -> Call:
-    settings = {
+    options: dict[str, int | str] = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
         **settings,
     }
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
     # The result stays in the request's memory, where the next layer would read it.
     return lambda x: torch.from_numpy(
         request.infer([x.numpy()], share_inputs=True, share_outputs=True)[0]

@@ -45,7 +45,7 @@ def write_static_int8(model: nn.Module, batches: Sequence[Tensor], folder: Path)
         quantize_static(
             str(prepared),
             str(quantized),
-            _Reader(batches),  # type: ignore[arg-type]
+            _Reader(batches),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,

@@ -77,7 +77,7 @@ def conv_engines() -> list[ConvEngine]:
 def cnn_engines() -> list[CnnEngine]:
     def converter(dtype: torch.dtype) -> Callable[[nn.Module, Sequence[Tensor]], Call]:
         def convert(model: nn.Module, batches: Sequence[Tensor]) -> Call:
-            model = model.to(dtype, memory_format=torch.channels_last)
+            model = model.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             return lambda x: model(x.to(dtype)).float()
 
         return convert
