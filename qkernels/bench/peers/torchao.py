@@ -80,8 +80,7 @@ def linear_engines() -> list[LinearEngine]:
 
 
 def _pt2e(model: nn.Module, batches: Sequence[Tensor]) -> Call:
-    """Export, calibrate, lower and compile, as its tutorial for x86 and Inductor has it."""
-    from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
+    """Export, calibrate and compile, as its tutorial for x86 and Inductor has it."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -94,11 +93,9 @@ def _pt2e(model: nn.Module, batches: Sequence[Tensor]) -> Call:
             for batch in batches:
                 for part in batch.split(len(x)):
                     prepared(part)
-            converted = convert_pt2e(prepared)
-            lowered = lower_pt2e_quantized_to_x86(converted, (batches[0][: len(x)],))
-        compiled: Call = torch.compile(lowered)
-        # Where the graph is traced has to know, too; `options` would reach the compiler only.
-        with torch._inductor.config.patch(freezing=True), torch.no_grad():
+            compiled: Call = torch.compile(convert_pt2e(prepared))
+        # Compiled in the mode that it is timed in; with frozen weights, or nothing is in int8.
+        with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
             compiled(x)
         return compiled
 
