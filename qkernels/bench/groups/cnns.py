@@ -40,7 +40,7 @@ class Classifier(nn.Module):
 
 def units(bench: Bench) -> Iterator[Unit]:
     for name, make in _MODELS.items():
-        if bench.only.has_model(name) and not (bench.quick and name != "resnet-50"):
+        if bench.only.has_model(name) and not bench.quick:
             yield f"cnn {name}", lambda name=name, make=make: _cnn(bench, name, make)  # type: ignore[misc]
 
 
