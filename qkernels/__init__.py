@@ -56,13 +56,17 @@ if TYPE_CHECKING:
     from qkernels.mixed.plan import PrecisionPlan
     from qkernels.mixed.search import search
     from qkernels.ptq import quantize_calibrated_
+    from qkernels.lowering import LoweredModel, load_lowered, lower
     from qkernels.report import Report, compare
 
 # Imported when they are first used: most programs need none of them.
 _LAZY = {
     "PrecisionPlan": "qkernels.mixed.plan",
+    "LoweredModel": "qkernels.lowering",
     "Report": "qkernels.report",
     "compare": "qkernels.report",
+    "load_lowered": "qkernels.lowering",
+    "lower": "qkernels.lowering",
     "quantize_calibrated_": "qkernels.ptq",
     "search": "qkernels.mixed.search",
 }
@@ -70,6 +74,7 @@ _LAZY_MODULES = ("transfer",)
 
 __all__ = [
     "Calibration",
+    "LoweredModel",
     "NF4",
     "PrecisionPlan",
     "Quantized",
@@ -91,7 +96,9 @@ __all__ = [
     "functional",
     "int8",
     "io",
+    "load_lowered",
     "load_model",
+    "lower",
     "nn",
     "ops",
     "ops_int8",

@@ -69,7 +69,7 @@ def calibrate(
     # Imported here because it is not needed by programs that only run quantized models.
     from qkernels.report.outputs import Caller, evaluating
 
-    make = _observer_factory(observer)
+    make = observer_factory(observer)
     _check(model, batches, forward)
     records = {name: _Record(name, module, make) for name, module in _watched(model, modules)}
     call = Caller(model, forward, op="calibrate", argument="forward")
@@ -81,7 +81,7 @@ def calibrate(
         stack.enter_context(plain_transformer_paths())
         for record in records.values():
             stack.enter_context(record.watching())
-        for batch in stack.enter_context(_progress(batches, progress)):
+        for batch in stack.enter_context(progress_bar(batches, progress)):
             call(batch)
             count += 1
     if count == 0:
@@ -98,7 +98,7 @@ def calibrate(
     return result
 
 
-def _observer_factory(observer: object) -> Callable[[], Observer]:
+def observer_factory(observer: object, op: str = "calibrate") -> Callable[[], Observer]:
     if isinstance(observer, str):
         if observer not in OBSERVERS:
             raise ValueError(
@@ -281,7 +281,7 @@ def _floating(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _progress(batches: Iterable[Any], wanted: bool | None) -> Iterator[Iterable[Any]]:
+def progress_bar(batches: Iterable[Any], wanted: bool | None) -> Iterator[Iterable[Any]]:
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield batches
         return

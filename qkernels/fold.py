@@ -228,25 +228,61 @@ def _folded(layer: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     assert norm.running_mean is not None and norm.running_var is not None
-    factor = (norm.running_var.double() + norm.eps).sqrt().reciprocal()
-    shift = -norm.running_mean.double()
-    if isinstance(bias, Tensor):
-        shift = shift + bias.double()
-    if norm.affine:
-        factor = factor * norm.weight.double()
-    shift = shift * factor
-    if norm.affine:
-        shift = shift + norm.bias.double()
+    factor, shift = affine_of(
+        norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    groups = layer.groups if isinstance(layer, _ConvTransposeNd) else None
+    wide, moved = fold_tensors(
+        weight, bias if isinstance(bias, Tensor) else None, factor, shift, transposed_groups=groups
+    )
+    return wide.to(weight.dtype), moved.to(weight.dtype)
+
+
+def affine_of(
+    mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What a normalization in eval mode multiplies each channel by and adds to it, in float64.
+
+    Args:
+        mean: running mean of each channel.
+        var: running variance of each channel.
+        eps: added to the variance.
+        weight: factor of each channel, or None.
+        bias: summand of each channel, or None.
+    """
+    factor = (var.double() + eps).sqrt().reciprocal()
+    if weight is not None:
+        factor = factor * weight.double()
+    shift = -mean.double() * factor
+    return factor, shift if bias is None else shift + bias.double()
+
+
+def fold_tensors(
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    shift: Tensor,
+    *,
+    transposed_groups: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in float64, of a layer whose outputs are multiplied and shifted.
+
+    Args:
+        weight: [out, ...]; of a transposed convolution [in, out / groups, ...].
+        bias: [out], or None.
+        factor: float64 [out].
+        shift: float64 [out], added after the multiplication.
+        transposed_groups: groups of a transposed convolution, None for other layers.
+    """
+    if bias is not None:
+        shift = shift + bias.double() * factor
     wide = weight.double()
-    if isinstance(layer, _ConvTransposeNd):
-        # [in, out / groups, ...]: each group of inputs has outputs of its own.
-        groups = layer.groups
-        grouped = wide.reshape(groups, wide.shape[0] // groups, *wide.shape[1:])
-        by_group = factor.reshape(groups, 1, -1, *(1 for _ in layer.kernel_size))
-        wide = (grouped * by_group).reshape(wide.shape)
-    else:
-        wide = wide * factor.reshape(-1, *(1 for _ in weight.shape[1:]))
-    return wide.to(weight.dtype), shift.to(weight.dtype)
+    if transposed_groups is None:
+        return wide * factor.reshape(-1, *(1 for _ in weight.shape[1:])), shift
+    # Each group of inputs has outputs of its own.
+    grouped = wide.unflatten(0, (transposed_groups, -1))
+    by_group = factor.reshape(transposed_groups, 1, -1, *(1 for _ in weight.shape[2:]))
+    return (grouped * by_group).reshape(wide.shape), shift
 
 
 @torch.inference_mode(False)  # what is made must be usable outside of it

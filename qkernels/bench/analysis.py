@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qkernels.bench.plan import Shape
+from qkernels.bench.plan import Conv, Shape
 from qkernels.bench.results import Record, Result
 
 # Groups whose cases are products of x [m, k] with a weight [n, k].
@@ -10,7 +10,9 @@ PRODUCTS = ("linear", "capped", "backward", "int_mm")
 
 
 def operations(record: Record) -> float:
-    """Multiplications and additions of a product; 0 for other cases."""
+    """Multiplications and additions of a product or a convolution; 0 for other cases."""
+    if record.group == "conv":
+        return Conv(**record.case).operations
     if record.group not in PRODUCTS:
         return 0.0
     return 2.0 * float(record.case["m"] * record.case["k"] * record.case["n"])
@@ -27,12 +29,18 @@ def limit_seconds(record: Record, result: Result) -> float | None:
     """The shortest time that the machine's limits, sampled in the same rounds, allow.
 
     A product takes at least as long as reading its weights and as its multiplications (the
-    roofline model, Williams et al., 2009); a codec as long as copying as many bytes.
+    roofline model, Williams et al., 2009), a convolution as long as its multiplications; a codec as
+    long as copying as many bytes.
     """
     if record.group == "quantize":
         copy = record.limits.get("copy")
         return traffic(record, result) / copy if copy else None
     read, peak = record.limits.get("read"), record.limits.get(result.arithmetic)
+    if record.group == "conv":
+        # Everything comes from a cache. The instructions multiply several channels of an output,
+        # and a depthwise convolution has one.
+        conv = Conv(**record.case)
+        return conv.operations / peak if peak and conv.groups < conv.channels else None
     if record.group not in PRODUCTS or not read or not peak:
         return None
     reading, multiplying = traffic(record, result) / read, operations(record) / peak
@@ -79,6 +87,10 @@ def case_name(record: Record) -> str:
         return f"{case['k']}x{case['n']} M={case['m']}"
     if record.group == "quantize":
         return f"{case['task']} {case['rows']}x{case['k']}"
+    if record.group == "conv":
+        return str(Conv(**case))
+    if record.group == "cnn":
+        return f"{case['model']}, batch {case['batch']}"
     if record.group == "models":
         steps = " per token" if "steps" in case else ""
         return f"{case['model']} {case['batch']}x{case['tokens']}{steps}"

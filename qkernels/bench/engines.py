@@ -1,4 +1,4 @@
-"""What is compared: engines that compute a product with a prepared weight, and whole models."""
+"""What is compared: products with a prepared weight, convolutions, codecs and whole models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.bench.plan import Conv
+
 Call = Callable[[Tensor], Tensor]
 
 # Signal to quantization noise that a correct result reaches on normal weights and activations,
 # less a margin. A wrong sign, scale or order of nibbles gives about 0 dB.
-WORST_SQNR = {"float": 35.0, "8 bits": 28.0, "4 bits": 15.0}
+WORST_SQNR = {"float": 35.0, "8 bits": 28.0, "8 bits from float": 28.0, "4 bits": 15.0}
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,72 @@ class ModelEngine:
 
 
 @dataclass(frozen=True)
+class ConvTask:
+    """A convolution with bias and ReLU, and the ranges for those who compute it in int8.
+
+    Args:
+        shape: of the convolution.
+        x: float32, channels_last, on a grid of 256 values.
+        weight: float32 [out, channels / groups, kernel, kernel].
+        bias: float32 [out].
+        x_scale: distance of neighbouring values of x.
+        x_zero_point: code of zero in x, 0 to 255.
+        y_scale: the same of the result.
+        y_zero_point: 0, as nothing is negative after a ReLU.
+    """
+
+    shape: Conv
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    x_scale: float
+    x_zero_point: int
+    y_scale: float
+    y_zero_point: int = 0
+
+
+@dataclass(frozen=True)
+class ConvEngine:
+    """A way to compute `relu(conv(x) + bias)`.
+
+    Args:
+        name: as results name it.
+        kind: "float"; "8 bits" takes and gives int8 codes, "8 bits from float" takes and gives
+            float32 and computes with int8.
+        bits: stored bits per weight.
+        arithmetic: as for `LinearEngine`.
+        build: prepares; gives the timed call, and a function that turns its result into the float
+            tensor that it stands for.
+    """
+
+    name: str
+    kind: str
+    bits: float
+    arithmetic: str
+    build: Callable[[ConvTask], tuple[Callable[[], Any], Callable[[Any], Tensor]]]
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class CnnEngine:
+    """A way to run an image classifier faster.
+
+    Args:
+        name: as results name it.
+        kind: "float" or "8 bits".
+        convert: takes its own float32 copy of the model and batches to calibrate with; returns a
+            function of images that gives logits.
+        compiled: whether `convert` compiles, which takes a while.
+    """
+
+    name: str
+    kind: str
+    convert: Callable[[nn.Module, Sequence[Tensor]], Call]
+    own: bool = False
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
 class CodecEngine:
     """A way to quantize or dequantize a tensor.
 
@@ -74,6 +142,27 @@ class CodecEngine:
     task: str
     build: Callable[[Tensor], tuple[Callable[[], Any], Callable[[Any], Tensor]]]
     own: bool = False
+
+
+def by_shape(prepare: Callable[[Tensor], Call]) -> Call:
+    """A function for any x, by functions that are each made for one shape of x.
+
+    Args:
+        prepare: makes the function for the shape of its argument; called once for each.
+
+    Example:
+        >>> size = by_shape(lambda first: lambda x: torch.tensor(first.numel()))
+        >>> size(torch.ones(2)), size(torch.ones(3))
+        (tensor(2), tensor(3))
+    """
+    made: dict[torch.Size, Call] = {}
+
+    def call(x: Tensor) -> Tensor:
+        if x.shape not in made:
+            made[x.shape] = prepare(x)
+        return made[x.shape](x)
+
+    return call
 
 
 class WrongResultError(RuntimeError):

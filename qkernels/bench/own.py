@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import functional
-from qkernels.bench.engines import Call, CodecEngine, LinearEngine, ModelEngine
+from qkernels.bench.engines import (
+    Call,
+    CnnEngine,
+    CodecEngine,
+    ConvEngine,
+    ConvTask,
+    LinearEngine,
+    ModelEngine,
+)
 from qkernels.formats import format_of
-from qkernels.nn import QLinear
+from qkernels.lowering import lower
+from qkernels.nn import QConv2d, QLinear
 from qkernels.quantize import quantize_
 from qkernels.schemes import NF4, W4A8, W4A16, W8A8, W8A16, Scheme
 
@@ -137,6 +146,73 @@ def model_engines() -> list[ModelEngine]:
     for name, dtype in (("fp32", float32), ("bf16", bfloat16)):
         engines.append(engine(f"W8A8 {name} compiled", SCHEMES["W8A8"], dtype, compiled=True))
     return engines
+
+
+def conv_engines() -> list[ConvEngine]:
+    """Static W8A8 with codes in and out, and with float in and out."""
+
+    def builder(from_float: bool) -> Callable[[ConvTask], Any]:
+        return lambda task: _conv(task, from_float)
+
+    return [
+        ConvEngine("W8A8", "8 bits", 8, "int8", builder(False), own=True),
+        ConvEngine("W8A8 from float", "8 bits from float", 8, "int8", builder(True), own=True),
+    ]
+
+
+def _conv(task: ConvTask, from_float: bool) -> tuple[Callable[[], Tensor], Callable[[Any], Tensor]]:
+    shape = task.shape
+    layer = nn.Conv2d(
+        shape.channels,
+        shape.out,
+        shape.kernel,
+        stride=shape.stride,
+        padding=shape.padding,
+        groups=shape.groups,
+        device="meta",
+    )
+    layer.weight = nn.Parameter(task.weight, requires_grad=False)
+    layer.bias = nn.Parameter(task.bias, requires_grad=False)
+    # The codes 0 to 255 of the task are -128 to 127 here.
+    x_scale = torch.tensor([task.x_scale])
+    x_zero, y_zero = (
+        torch.tensor([zero - 128], dtype=torch.int8)
+        for zero in (task.x_zero_point, task.y_zero_point)
+    )
+    scheme = W8A8(static=True, activation="asymmetric")
+    quantized = QConv2d.from_float(layer, scheme, x_scale=x_scale, x_zero_point=x_zero)
+    y_scale = torch.tensor([task.y_scale])
+    codes = (task.x / task.x_scale).round_().add_(x_zero).to(torch.int8)
+    arguments: dict[str, Any] = {
+        "layout": scheme.layout,
+        "out_channels": shape.out,
+        "kernel_size": [shape.kernel] * 2,
+        "stride": [shape.stride] * 2,
+        "padding": [shape.padding] * 2,
+        "dilation": [1, 1],
+        "groups": shape.groups,
+        "activation": scheme.activation,
+        "epilogue": "relu",
+        "x_scale": x_scale,
+        "x_zero_point": x_zero,
+    }
+    packed, bias = quantized.packed, quantized.bias
+    if from_float:
+        return lambda: functional.conv(task.x, packed, bias, **arguments), lambda result: result
+    arguments |= {"y_scale": y_scale, "y_zero_point": y_zero}
+    return (
+        lambda: functional.conv(codes, packed, bias, **arguments),
+        lambda result: (result.float() - y_zero) * y_scale,
+    )
+
+
+def cnn_engines() -> list[CnnEngine]:
+    """Image classifiers lowered to W8A8, whose layers hand each other codes."""
+
+    def convert(model: nn.Module, batches: Sequence[Tensor]) -> Call:
+        return lower(model, batches[0], batches=batches, progress=False)
+
+    return [CnnEngine("W8A8 lowered", "8 bits", convert, own=True)]
 
 
 # What a codec is measured with: format, group size, symmetric.

@@ -7,7 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GROUPS = ("linear", "overhead", "int_mm", "backward", "quantize", "models", "memory", "capped")
+GROUPS = (
+    "linear",
+    "conv",
+    "overhead",
+    "int_mm",
+    "backward",
+    "quantize",
+    "models",
+    "cnn",
+    "memory",
+    "capped",
+)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_ROWS = (1, 16, 128)
@@ -59,7 +70,67 @@ INT_MM_SHAPES = (Shape(4096, 4096, (16, 128, 512)),)
 # Measured again with the instruction set capped; all with the same rows.
 CAPPED_SHAPES = (Shape(4096, 4096, (1, 16, 64, 512)), Shape(768, 3072, (1, 16, 64, 512)))
 
-_KEYS = ("group", "shape", "m", "scheme", "peer", "model")
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution with a square kernel, padded so that a stride of 1 keeps the size.
+
+    Args:
+        channels: of x [batch, channels, size, size].
+        out: channels of the result.
+        size: height and width of x.
+        kernel: height and width of the kernel.
+        stride: of the kernel.
+        groups: groups of channels; as many as channels for a depthwise convolution.
+        batch: images.
+    """
+
+    channels: int
+    out: int
+    size: int
+    kernel: int
+    stride: int = 1
+    groups: int = 1
+    batch: int = 1
+
+    def __str__(self) -> str:
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        groups = "" if self.groups == 1 else f" in {self.groups} groups"
+        batch = f" batch {self.batch}" if self.batch > 1 else ""
+        return (
+            f"{self.kernel}x{self.kernel}{stride} {self.channels}-{self.out} "
+            f"{self.size}x{self.size}{groups}{batch}"
+        )
+
+    @property
+    def padding(self) -> int:
+        """Zeros on each side of x."""
+        return self.kernel // 2
+
+    @property
+    def operations(self) -> float:
+        """Multiplications and additions, those with the zeros of the border included."""
+        size = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        taps = self.kernel**2 * self.channels // self.groups
+        return 2.0 * self.batch * size**2 * self.out * taps
+
+
+# Layers of ResNet-50, its first one and one with a stride; a depthwise one of MobileNetV2.
+CONVS = (
+    Conv(64, 64, 56, 3),
+    Conv(128, 128, 28, 3),
+    Conv(256, 256, 14, 3),
+    Conv(512, 512, 7, 3),
+    Conv(64, 256, 56, 1),
+    Conv(1024, 256, 14, 1),
+    Conv(3, 64, 224, 7, stride=2),
+    Conv(128, 128, 56, 3, stride=2),
+    Conv(96, 96, 56, 3, groups=96),
+    Conv(256, 256, 14, 3, batch=8),
+)
+QUICK_CONVS = (CONVS[2], CONVS[4], CONVS[8])
+
+_KEYS = ("group", "shape", "m", "conv", "scheme", "peer", "model")
 
 
 @dataclass(frozen=True)
@@ -70,6 +141,7 @@ class Only:
         group: names of `GROUPS`.
         shape: KxN. Of the group "linear" any shape may be asked for.
         m: numbers of rows.
+        conv: patterns of convolutions, such as "3x3 *" or "*batch 8".
         scheme: patterns of own engines' names, such as "W4A8*".
         peer: patterns of peers' names, such as "onnxruntime*".
         model: patterns of models' names, such as "minilm*".
@@ -78,6 +150,7 @@ class Only:
     group: tuple[str, ...] = ()
     shape: tuple[str, ...] = ()
     m: tuple[int, ...] = ()
+    conv: tuple[str, ...] = ()
     scheme: tuple[str, ...] = ()
     peer: tuple[str, ...] = ()
     model: tuple[str, ...] = ()
@@ -137,9 +210,15 @@ class Only:
     def _rows(self, shape: Shape) -> tuple[int, ...]:
         return tuple(m for m in shape.rows if not self.m or m in self.m)
 
+    def convs(self, available: Sequence[Conv]) -> list[Conv]:
+        return [c for c in available if _matches(str(c), self.conv)]
+
     def engine(self, name: str, own: bool) -> bool:
-        patterns = self.scheme if own else self.peer
-        return not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)
+        return _matches(name, self.scheme if own else self.peer)
 
     def has_model(self, name: str) -> bool:
-        return not self.model or any(fnmatch.fnmatchcase(name, p) for p in self.model)
+        return _matches(name, self.model)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns)

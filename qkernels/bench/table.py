@@ -23,12 +23,14 @@ from qkernels.bench.targets import TARGETS, Outcome, Target
 
 _TITLES = {
     "linear": "Linear layers",
+    "conv": "Convolutions with ReLU",
     "capped": "Linear layers with the instruction set capped",
     "int_mm": "int8 products with exact int32 results",
     "backward": "Backward to the input through frozen weights",
     "quantize": "Quantize and dequantize",
     "overhead": "Cost of a call",
     "models": "Models",
+    "cnn": "Image classifiers",
     "memory": "Memory",
 }
 
@@ -96,8 +98,9 @@ def _about(results: Results) -> str:
             "",
             "Times are medians; ± is the interquartile range. Contenders were timed in turns in "
             "one process. The limit of a product is the longer of reading its weights and of its "
-            "multiplications, at rates sampled between the turns; that of a codec is a copy of as "
-            "many bytes. A ratio above 1 (×) means that qkernels is faster.",
+            "multiplications, at rates sampled between the turns; that of a convolution is its "
+            "multiplications, that of a codec a copy of as many bytes. A ratio above 1 (×) means "
+            "that qkernels is faster.",
         ]
     )
 
@@ -148,8 +151,10 @@ def _target(target: Target, outcomes: list[Outcome]) -> list[str]:
 def _group(group: str, records: list[Record]) -> str:
     if group == "memory":
         return _memory(records)
-    if group == "models":
+    if group in ("models", "cnn"):
         return _models(records)
+    if group == "conv":
+        return _convs(records)
     if group == "overhead":
         return table(
             ["call", "µs", "±", "samples"],
@@ -230,6 +235,24 @@ def _gops(record: Record, result: Result) -> str:
     return f"{operations(record) / result.median / 1e9:.0f}"
 
 
+def _convs(records: list[Record]) -> str:
+    """A table: convolutions down, contenders across; ours with ratio and share."""
+    names = {r.name: r.own for record in records for r in _sorted(record)}
+    header = ["µs (± interquartile range)"]
+    for name, own in names.items():
+        header += [f"**{name}**", "best peer", "of the limit"] if own else [name]
+    rows = []
+    for record in records:
+        row = [case_name(record)]
+        for name, own in names.items():
+            result = named(record, name)
+            row.append(_time(result))
+            if own:
+                row += [_rival(record, result), _share(record, result)] if result else ["", ""]
+        rows.append(row)
+    return table(header, rows)
+
+
 def _codecs(records: list[Record]) -> str:
     header = ["task", "contender", "µs", "±", "GB/s", "of the limit", "best peer", "faults"]
     rows = [
@@ -250,8 +273,8 @@ def _codecs(records: list[Record]) -> str:
 
 
 def _models(records: list[Record]) -> str:
-    header = ["model, batch × tokens", "contender", "ms", "±", "to torch fp32"]
-    header += ["cosine to fp32, mean", "lowest", "faults"]
+    header = ["model", "contender", "ms", "±", "to torch fp32"]
+    header += ["SQNR, dB", "cosine to fp32, mean", "lowest", "faults"]
     rows = []
     for record in records:
         reference = next((r for r in record.results if r.name == "torch fp32"), None)
@@ -263,6 +286,7 @@ def _models(records: list[Record]) -> str:
                     f"{seconds_of_one(record, r) * 1e3:.2f}",
                     f"{r.iqr / float(record.case.get('steps', 1)) * 1e3:.2f}",
                     f"{reference.median / r.median:.2f}×" if reference else "",
+                    f"{r.sqnr:.1f}" if r.sqnr is not None else "",
                     f"{r.extra['cosine']:.5f}",
                     f"{r.extra['cosine_min']:.5f}",
                     f"{r.faults:.0f}",

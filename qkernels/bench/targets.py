@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from qkernels.bench.analysis import (
     peers_of,
     share,
 )
-from qkernels.bench.plan import Shape
+from qkernels.bench.plan import CONVS, Conv, Shape
 from qkernels.bench.results import Record, Result, Results
 
 Value = Callable[[Record, Result], "float | None"]
@@ -122,8 +123,13 @@ def _fp32(record: Record, result: Result) -> float | None:
 
 
 def _torch_ao(record: Record, result: Result) -> float | None:
-    rival = fastest([r for r in record.results if r.name.startswith("torch.ao ")])
+    rival = _rival_ao(record)
     return rival.median / result.median if rival else None
+
+
+def _rival_ao(record: Record) -> Result | None:
+    engines = [r for r in record.results if r.name.startswith("torch.ao ") and r.kind == "8 bits"]
+    return fastest(engines)
 
 
 def _gops(record: Record, result: Result) -> float:
@@ -148,6 +154,29 @@ def _few_rows(results: Results) -> Iterator[Outcome]:
             first, few = named(base, name), named(record, name)
             if first and few:
                 yield Outcome(case_name(record), name, few.median / first.median, 1.15, True)
+
+
+def _conv_ratios(results: Results) -> dict[Conv, float]:
+    found = {}
+    for record in _records(results, "conv"):
+        own, rival = named(record, "W8A8"), _rival_ao(record)
+        if own and rival:
+            found[Conv(**record.case)] = rival.median / own.median
+    return found
+
+
+def _conv_mean(results: Results) -> Iterator[Outcome]:
+    """The geometric mean over all of `CONVS`; that of some of them would mean something else."""
+    ratios = _conv_ratios(results)
+    if ratios.keys() >= set(CONVS):
+        mean = math.exp(math.fsum(math.log(ratios[c]) for c in CONVS) / len(CONVS))
+        yield Outcome("geometric mean", "W8A8", mean, 1.2, versus="torch.ao")
+
+
+def _conv_batch(results: Results) -> Iterator[Outcome]:
+    for conv, ratio in _conv_ratios(results).items():
+        if conv.batch > 1:
+            yield Outcome(str(conv), "W8A8", ratio, 1.0, versus="torch.ao")
 
 
 def _overhead(results: Results) -> Iterator[Outcome]:
@@ -196,6 +225,20 @@ def _minilm_cosine(contender: str, goal: float) -> Callable[[Results], Iterator[
             result = named(record, contender)
             if record.case["model"] == "minilm" and record.case["batch"] == 1 and result:
                 yield Outcome("minilm", contender, result.extra["cosine"], goal)
+
+    return find
+
+
+def _resnet_50(
+    rival: str, value: Callable[[Result, Result], tuple[float, float]]
+) -> Callable[[Results], Iterator[Outcome]]:
+    """`value` makes what should be reached, and the goal, of our result and the rival's."""
+
+    def find(results: Results) -> Iterator[Outcome]:
+        for record in _records(results, "cnn"):
+            own, other = named(record, "W8A8 lowered"), named(record, rival)
+            if record.case["model"] == "resnet-50" and own and other:
+                yield Outcome(case_name(record), own.name, *value(own, other), versus=rival)
 
     return find
 
@@ -301,6 +344,24 @@ TARGETS: tuple[Target, ...] = (
         "small layers at M=1: ≥ 1× torch's fp32 nn.Linear",
         "×",
         _each("linear", _ALL, _fp32, 1.0, m=_ONE, large=False),
+    ),
+    Target(
+        "convolutions, int8 in and out: ≥ 1.2× the better engine of torch.ao, in the mean",
+        "×",
+        _conv_mean,
+    ),
+    Target("the same with batch 8: ≥ 1×", "×", _conv_batch),
+    Target(
+        "ResNet-50, static int8: ≥ 1× OpenVINO",
+        "×",
+        _resnet_50("openvino static int8", lambda own, other: (other.median / own.median, 1.0)),
+    ),
+    Target(
+        "ResNet-50, static int8: SQNR ≥ onnxruntime's",
+        "dB",
+        _resnet_50(
+            "onnxruntime static int8", lambda own, other: (own.sqnr or 0.0, other.sqnr or 0.0)
+        ),
     ),
     Target("a call of a layer: ≤ 5 µs over a bare op", "µs", _overhead),
     Target(

@@ -19,7 +19,7 @@ from torch import Tensor
 from qkernels.nn.kinds import BY_NAME
 from qkernels.schemes import Scheme
 
-VERSION = 1
+VERSION = 2  # of files that hold a lowered model's graph; all others are written as version 1
 METADATA_KEY = "qkernels"
 # The header of a model with a million tensors is about this long; a longer one is an attack.
 MAX_HEADER_BYTES = 100_000_000
@@ -72,6 +72,7 @@ class ModelFile:
         tied: tensors that are stored under another name, which it maps to.
         checksums: CRC-32 of each stored tensor's bytes.
         metadata: what the user gave to save_model.
+        program: structure of a lowered model, as JSON values; None for others.
     """
 
     path: Path
@@ -81,20 +82,21 @@ class ModelFile:
     tied: Mapping[str, str]
     checksums: Mapping[str, int]
     metadata: Mapping[str, Any]
+    program: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """The document that goes into the file."""
-        return json.dumps(
-            {
-                "version": self.version,
-                "written_by": self.written_by,
-                "modules": {name: entry.to_dict() for name, entry in self.modules.items()},
-                "tied": dict(self.tied),
-                "crc32": dict(self.checksums),
-                "metadata": dict(self.metadata),
-            },
-            allow_nan=False,
-        )
+        document = {
+            "version": self.version,
+            "written_by": self.written_by,
+            "modules": {name: entry.to_dict() for name, entry in self.modules.items()},
+            "tied": dict(self.tied),
+            "crc32": dict(self.checksums),
+            "metadata": dict(self.metadata),
+        }
+        if self.program is not None:
+            document["program"] = self.program
+        return json.dumps(document, allow_nan=False)
 
 
 def read_header(path: str | os.PathLike[str]) -> ModelFile:
@@ -215,7 +217,11 @@ def _parse(file: Path, document: dict[str, Any]) -> ModelFile:
     metadata = document["metadata"]
     if not isinstance(metadata, dict):
         raise TypeError(f"metadata is a {type(metadata).__name__}")
-    return ModelFile(file, version, str(document["written_by"]), modules, tied, checksums, metadata)
+    program = document.get("program")
+    if program is not None and not isinstance(program, dict):
+        raise TypeError(f"program is a {type(program).__name__}")
+    written_by = str(document["written_by"])
+    return ModelFile(file, version, written_by, modules, tied, checksums, metadata, program)
 
 
 def _parse_module(entry: dict[str, Any]) -> ModuleEntry:

@@ -62,6 +62,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise TypeError(f"load_model: model is {type(model).__name__}; expected a torch.nn.Module")
     model = uncompiled(model)
     header = read_header(path)
+    _check_program(model, header)
     targets = _targets(model, header)
     with open_tensors(header.path) as tensors:
         values = _checked_values(model, header, targets, tensors)
@@ -71,6 +72,28 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     _commit(model, header, targets, packed, floats)
     settle_fast_paths(model)
     return model
+
+
+def _check_program(model: nn.Module, header: ModelFile) -> None:
+    """A lowered model is its graph, so file and model must have the same."""
+    from qkernels.lowering.model import LoweredModel
+
+    if not isinstance(model, LoweredModel):
+        if header.program is not None:
+            raise ModelFileError(
+                f"{header.path} holds a lowered model, which needs no model to be loaded into; use "
+                "qk.load_lowered(path)"
+            )
+    elif header.program is None:
+        raise ModelFileError(
+            f"{header.path} holds no lowered model but the model is one; load it into the float "
+            "model and lower that"
+        )
+    elif header.program != model.program.to_dict():
+        raise ModelFileError(
+            f"{header.path} holds a model that was lowered in another way than this one; use "
+            "qk.load_lowered(path)"
+        )
 
 
 @dataclass

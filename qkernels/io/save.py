@@ -33,7 +33,7 @@ def save_model(
     beside its place and then moved there, so that an older file survives a failure.
 
     Args:
-        model: on the CPU. One that is sharded over processes is gathered: then all of them must
+        model: on the CPU, also one that `lower` made. One that is sharded over processes is gathered: then all of them must
             call this, and the first one writes.
         path: of the file, by custom ending in `.safetensors`.
         metadata: anything JSON can hold, to be read back with `qk.io.read_header(path).metadata`.
@@ -50,6 +50,9 @@ def save_model(
         >>> qk.io.read_header(folder / "model.safetensors").metadata["trained_on"]
         'cats'
     """
+    # Imported here because programs that lower no model need none of it.
+    from qkernels.lowering.model import LoweredModel
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_model: model is {type(model).__name__}; expected a torch.nn.Module")
     model = uncompiled(model)
@@ -72,14 +75,16 @@ def save_model(
             tensors[key] = plain("save_model", key, tensor, used_storages)
     if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
         return  # the first process has gathered the same and writes it
+    program = model.program.to_dict() if isinstance(model, LoweredModel) else None
     header = ModelFile(
         path=Path(path),
-        version=VERSION,
+        version=1 if program is None else VERSION,
         written_by=qkernels.__version__,
         modules=modules,
         tied=tied,
         checksums={key: checksum(tensor) for key, tensor in tensors.items()},
         metadata=user,
+        program=program,
     )
     write_tensors("save_model", path, tensors, {METADATA_KEY: header.to_json()})
 

@@ -162,13 +162,7 @@ class QConvNd(QModule):
             module: of the kind that this class replaces.
         """
         assert isinstance(module, nn.modules.conv._ConvNd)
-        weight = module.weight
-        if module.transposed:
-            # [in, out / groups, *kernel] to [out, in / groups, *kernel], seen from the result.
-            dims = tuple(range(2, weight.dim()))
-            grouped = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)
-            weight = grouped.flatten(0, 1).flip(dims)
-        return weight.movedim(1, -1).flatten(1)
+        return weight_matrix(module.weight, module.transposed, module.groups)
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as torch does, and quantize the weight."""
@@ -454,6 +448,22 @@ class QConvTranspose2d(_QConvTranspose):
     """
 
     float_type = nn.ConvTranspose2d
+
+
+def weight_matrix(weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    """A convolution's weight as the matrix that is quantized.
+
+    Args:
+        weight: [out, in / groups, *kernel], or transposed [in, out / groups, *kernel].
+        transposed: whether it is that of a transposed convolution.
+        groups: of channels.
+    """
+    if transposed:
+        # [in, out / groups, *kernel] to [out, in / groups, *kernel], seen from the result.
+        dims = tuple(range(2, weight.dim()))
+        grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+        weight = grouped.flatten(0, 1).flip(dims)
+    return weight.movedim(1, -1).flatten(1)
 
 
 def why_no_conv(columns: int, scheme: Scheme) -> str | None:

@@ -14,6 +14,7 @@ from qkernels.nn.conv import (
     why_no_conv,
 )
 from qkernels.nn.embedding import QEmbedding
+from qkernels.nn.int8 import Int8Conv
 from qkernels.nn.linear import QLinear, why_too_long
 from qkernels.nn.module import QModule
 from qkernels.schemes import Scheme
@@ -27,7 +28,10 @@ QUANTIZED: dict[type[nn.Module], type[QLinear] | type[QEmbedding] | type[QConvNd
         for kind in (QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d)
     },
 }
-BY_NAME = {kind.__name__: kind for kind in QUANTIZED.values()}
+# What a file may hold; layers of lowered models take no single module's place.
+BY_NAME: dict[str, type[QModule]] = {
+    kind.__name__: kind for kind in (*QUANTIZED.values(), Int8Conv)
+}
 
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:

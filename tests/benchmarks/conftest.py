@@ -1,15 +1,9 @@
 """A run made up of round numbers, so that what is derived from it can be checked by hand."""
 
-from typing import Any
-
 import pytest
 
-from qkernels.bench.results import Record, Result, Results
-
-
-def result(name: str, kind: str, own: bool, median: float, **more: Any) -> Result:
-    fields = {"min": median, "iqr": median / 10, "samples": 5, "faults": 0.0, **more}
-    return Result(name, kind, own, median, **fields)
+from helpers.bench import result
+from qkernels.bench.results import Record, Results
 
 
 def product(m: int, own: float, peer: float, fp32: float) -> Record:

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from helpers.bench import convolution, result
 from qkernels.bench import analysis
 from qkernels.bench.compare import comparison
-from qkernels.bench.results import Results
+from qkernels.bench.plan import CONVS
+from qkernels.bench.results import Record, Results
 from qkernels.bench.table import markdown, microseconds, table
 from qkernels.bench.targets import TARGETS, Outcome
 
@@ -24,6 +26,42 @@ def test_weights_in_the_cache_are_not_limited_by_memory(results: Results) -> Non
     record.case["m"] = 512
     expected = 2 * 512 * 384 * 384 / 800e9
     assert analysis.limit_seconds(record, record.results[0]) == pytest.approx(expected)
+
+
+def test_a_convolution_is_limited_by_its_multiplications() -> None:
+    dense, depthwise = convolution(CONVS[0]), convolution(CONVS[8])
+    expected = CONVS[0].operations / 800e9 / 1e-3
+    assert analysis.share(dense, dense.results[0]) == pytest.approx(expected)
+    assert analysis.share(depthwise, depthwise.results[0]) is None
+
+
+def test_the_mean_over_convolutions_needs_all_of_them(results: Results) -> None:
+    def found(text: str) -> str:
+        return next((x for x in markdown(results).splitlines() if x.startswith(f"| {text}")), "")
+
+    results.records = [convolution(c) for c in CONVS[:-1]]
+    assert not found("convolutions, int8 in and out") and not found("the same with batch 8")
+    # Twice as fast nine times, half as fast once: 2 ** 0.8 in the geometric mean.
+    results.records.append(convolution(CONVS[-1], peer=0.5e-3))
+    mean = found("convolutions, int8 in and out: ≥ 1.2× the better engine of torch.ao")
+    assert "**met** 1/1" in mean and f"{2**0.8:.2f} ×" in mean
+    batch = found("the same with batch 8: ≥ 1×")
+    assert "**short** 0/1" in batch and "0.50 ×" in batch
+
+
+def test_targets_of_resnet_50(results: Results) -> None:
+    record = Record("cnn resnet-50", "cnn", {"model": "resnet-50", "batch": 1}, "avx512", 2)
+    quality = {"cosine": 0.999, "cosine_min": 0.99}
+    record.results = [
+        result("W8A8 lowered", "8 bits", True, 10e-3, sqnr=30.5, extra=quality),
+        result("openvino static int8", "8 bits", False, 8e-3, sqnr=28.0, extra=quality),
+        result("onnxruntime static int8", "8 bits", False, 12e-3, sqnr=28.0, extra=quality),
+    ]
+    results.records = [record]
+    page = markdown(results)
+    assert "| ResNet-50, static int8: ≥ 1× OpenVINO | **short** 0/1 | 0.80 × |" in page
+    assert "| ResNet-50, static int8: SQNR ≥ onnxruntime's | **met** 1/1 | 30.50 dB |" in page
+    assert "| resnet-50, batch 1 | **W8A8 lowered** | 10.00 |" in page
 
 
 def test_no_limit_without_a_measurement(results: Results) -> None:

@@ -7,7 +7,9 @@ import pytest
 
 from qkernels.bench import add_arguments, command
 from qkernels.bench import run as run_bench
+from qkernels.bench.groups import cnns
 from qkernels.bench.limits import NoCompilerError
+from qkernels.bench.plan import Conv
 from qkernels.bench.results import Record, Results
 
 ONLY = ["--only", "group=linear", "shape=64x32", "m=1,2", "scheme=W8A8", "peer=torch fp32"]
@@ -42,6 +44,36 @@ def test_a_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     page = (tmp_path / command.TABLE).read_text()
     assert "### 64 → 32, weights in the cache" in page and "**W8A8**" in page
     assert "linear k=64 n=32 m=1" in capsys.readouterr().out
+
+
+def test_a_run_of_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Conv(8, 8, 6, 3)
+    monkeypatch.setattr("qkernels.bench.plan.QUICK_CONVS", (small, Conv(8, 8, 6, 1)))
+    only = ["--only", "group=conv", "conv=3x3*", "peer=torch.ao onednn,torch fp32"]
+    assert bench("--quick", *only, "--no-plots", "--output", str(tmp_path)) == 0
+    (record,) = Results.load(tmp_path / command.RESULTS).records
+    assert Conv(**record.case) == small
+    names = {"W8A8", "W8A8 from float", "torch.ao onednn", "torch fp32"}
+    assert {r.name for r in record.results} == names
+    page = (tmp_path / command.TABLE).read_text()
+    assert "| 3x3 8-8 6x6 |" in page and "× torch.ao onednn" in page
+
+
+def test_a_run_of_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers", reason="classifiers are transformers'")
+    config = transformers.ResNetConfig(
+        num_labels=7, embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1]
+    )
+    make = {"small": lambda: transformers.ResNetForImageClassification(config)}
+    monkeypatch.setattr(cnns, "_MODELS", make)
+    monkeypatch.setattr(cnns, "_SIZE", 64)
+    only = ["--only", "group=cnn", "model=small", "peer=torch fp32"]
+    assert bench(*only, "--no-plots", "--output", str(tmp_path)) == 0
+    records = Results.load(tmp_path / command.RESULTS).records
+    assert [r.case for r in records] == [{"model": "small", "batch": n} for n in (1, 8)]
+    own = next(r for r in records[0].results if r.own)
+    assert own.sqnr is not None and own.sqnr > 20 and own.extra["cosine"] > 0.99
+    assert "| small, batch 1 |" in (tmp_path / command.TABLE).read_text()
 
 
 def test_a_resumed_run_measures_what_it_lacks(

@@ -1,25 +1,31 @@
 """Peers that are not there are left out with a reason; those that are compute what they should."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from qkernels import _C
 from qkernels.bench import own
-from qkernels.bench.engines import CodecEngine, LinearEngine, verified
+from qkernels.bench.engines import CnnEngine, CodecEngine, ConvEngine, LinearEngine, verified
+from qkernels.bench.groups import convs
 from qkernels.bench.groups.capped import environment
+from qkernels.bench.groups.cnns import images, settled
 from qkernels.bench.peers import PEERS, load_peers, torch_float
-from qkernels.bench.plan import Shape
+from qkernels.bench.plan import Conv, Shape
 
 LOADED = load_peers()
 LINEAR = [*own.linear_engines(), *LOADED.linear()]
 # Compiling takes longer than a test may; the suite checks what it times.
 CODECS = [e for e in (*own.codec_engines(), *LOADED.codecs()) if not e.name.endswith("compiled")]
+CONVS = [*own.conv_engines(), *LOADED.convs()]
+CNNS = [e for e in (*own.cnn_engines(), *LOADED.cnns()) if not e.compiled]
 BACKWARD = [*own.backward_engines(), *torch_float.backward_engines()]
 
 
-def ids(engine: LinearEngine | CodecEngine) -> str:
+def ids(engine: LinearEngine | CodecEngine | ConvEngine | CnnEngine) -> str:
     return engine.name
 
 
@@ -64,6 +70,55 @@ def test_codec_engines_are_right(engine: CodecEngine) -> None:
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     call, decode = engine.build(x)
     verified(engine.name, "8 bits" if engine.task.endswith("8") else "4 bits", x, decode(call()))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [Conv(8, 12, 7, 3), Conv(3, 16, 11, 5, stride=2), Conv(16, 16, 6, 3, groups=16, batch=2)],
+    ids=str,
+)
+@pytest.mark.parametrize("engine", CONVS, ids=ids)
+def test_conv_engines_are_right(engine: ConvEngine, shape: Conv) -> None:
+    task, reference = convs.data(shape)
+    with torch.inference_mode():
+        call, decode = engine.build(task)
+        verified(engine.name, engine.kind, reference, decode(call()))
+
+
+class Small(nn.Module):
+    """A residual block between two layers, with an output like those of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        x = self.first(x)
+        return SimpleNamespace(logits=self.head((x + self.block(x)).relu()))
+
+
+@pytest.mark.parametrize("engine", CNNS, ids=ids)
+def test_cnn_engines_are_right(engine: CnnEngine) -> None:
+    torch.manual_seed(0)
+    model = settled(Small(), images(8, seed=0, size=32))
+    x = images(4, seed=2, size=32)
+    reference = model(x).detach()
+    converted = engine.convert(model, list(images(8, seed=1, size=32).split(4)))
+    with torch.inference_mode():
+        for batch in (1, 4):
+            verified(engine.name, engine.kind, reference[:batch], converted(x[:batch]))
+
+
+def test_norms_fit_the_images() -> None:
+    x = images(8, seed=0, size=32)
+    model = settled(Small(), x)
+    assert not model.training
+    with torch.no_grad():
+        normed = model.get_submodule("model.first.1")(model.get_submodule("model.first.0")(x))
+    assert normed.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (normed.var((0, 2, 3)) - 1).abs().max() < 1e-2
 
 
 def test_own_engines_cover_every_scheme() -> None:

@@ -1,10 +1,11 @@
 """Picking cases, and how many copies of a weight are rotated."""
 
 import pytest
+import torch
 
 from qkernels.bench import plan
 from qkernels.bench.groups.products import copies
-from qkernels.bench.plan import Only, Shape
+from qkernels.bench.plan import CONVS, Conv, Only, Shape
 from qkernels.bench.results import last_level_cache
 
 
@@ -40,6 +41,28 @@ def test_a_shape_of_ones_own() -> None:
 
 def test_rows_are_picked_from_those_of_the_shape() -> None:
     assert Only.parse(["m=1,64"]).shapes([Shape(8, 8, (1, 2))]) == [Shape(8, 8, (1,))]
+
+
+def test_convolutions_are_picked_by_name() -> None:
+    assert Only.parse([]).convs(CONVS) == list(CONVS)
+    assert Only.parse(["conv=*groups,*batch 8"]).convs(CONVS) == list(CONVS[-2:])
+    assert len({str(conv) for conv in CONVS}) == len(CONVS) == 10
+    assert str(Conv(3, 64, 224, 7, stride=2)) == "7x7/2 3-64 224x224"
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+def test_operations_of_a_convolution(conv: Conv) -> None:
+    layer = torch.nn.Conv2d(
+        conv.channels,
+        conv.out,
+        conv.kernel,
+        conv.stride,
+        conv.padding,
+        groups=conv.groups,
+        device="meta",
+    )
+    x = torch.empty(conv.batch, conv.channels, conv.size, conv.size, device="meta")
+    assert conv.operations == 2 * layer(x).numel() * layer.weight[0].numel()
 
 
 def test_large_weights_are_rotated_past_the_cache() -> None:

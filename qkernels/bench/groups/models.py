@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qkernels.bench import own
 from qkernels.bench.bench import Bench, Unit
-from qkernels.bench.engines import ModelEngine
+from qkernels.bench.engines import ModelEngine, sqnr
 from qkernels.bench.results import Record
 
 # A quantized model that is right has at least this cosine to the float one, in the mean.
@@ -205,18 +205,31 @@ def llama() -> Subject:
 
 
 def _measure(bench: Bench, subject: Subject) -> list[Record]:
-    unit = f"model {subject.name}"
-    engines: Sequence[ModelEngine] = bench.chosen([*own.model_engines(), *bench.peers.models()])
     engines = [
         e
-        for e in engines
+        for e in bench.chosen([*own.model_engines(), *bench.peers.models()])
         if (not e.compiled or subject.compiled)
         and not (bench.quick and e.own and e.name not in _QUICK)
     ]
+    return measure_subject(bench, "models", subject, engines)
+
+
+def measure_subject(
+    bench: Bench, group: str, subject: Subject, engines: Sequence[ModelEngine]
+) -> list[Record]:
+    """Convert a model with each engine, and time what they made of it in turns.
+
+    Args:
+        bench: the run; a quick one takes the first task.
+        group: "models" or "cnn".
+        subject: the model.
+        engines: those that take part.
+    """
+    unit = f"{'model' if group == 'models' else group} {subject.name}"
     if bench.quick:
         subject = dataclasses.replace(subject, tasks=subject.tasks[:1])
     model = subject.make()
-    built: list[tuple[ModelEngine, Any, dict[str, float]]] = []
+    built: list[tuple[ModelEngine, Any, dict[str, Any]]] = []
     for engine in engines:
         try:
             built.append((engine, *converted(engine, model, subject)))
@@ -225,10 +238,8 @@ def _measure(bench: Bench, subject: Subject) -> list[Record]:
     records = []
     for task in subject.tasks:
         contenders = {e.name: lambda m=m, task=task: task.run(m) for e, m, _ in built}
-        describe = {
-            e.name: {"kind": e.kind, "own": e.own, "extra": quality} for e, _, quality in built
-        }
-        record = bench.record(unit, "models", task.case)
+        describe = {e.name: {"kind": e.kind, "own": e.own, **quality} for e, _, quality in built}
+        record = bench.record(unit, group, task.case)
         with torch.inference_mode():
             records.append(bench.compare(record, contenders, describe))
     built.clear()
@@ -238,7 +249,7 @@ def _measure(bench: Bench, subject: Subject) -> list[Record]:
 
 def converted(
     engine: ModelEngine, model: nn.Module, subject: Subject
-) -> tuple[Any, dict[str, float]]:
+) -> tuple[Any, dict[str, Any]]:
     """A copy of a model that an engine converted, ready to be timed, and how well it agrees.
 
     Args:
@@ -258,9 +269,11 @@ def converted(
     return made, quality
 
 
-def _agreement(reference: Tensor, got: Tensor) -> dict[str, float]:
+def _agreement(reference: Tensor, got: Tensor) -> dict[str, Any]:
+    """Fields of a `Result`."""
     cosines = F.cosine_similarity(reference.double(), got.double(), dim=-1)
     mean, lowest = cosines.mean().item(), cosines.min().item()
     if not mean > WORST_COSINE:
         raise ValueError(f"its outputs have a mean cosine of {mean:.3f} to the float model's")
-    return {"cosine": mean, "cosine_min": lowest}
+    extra = {"cosine": mean, "cosine_min": lowest}
+    return {"sqnr": sqnr(reference, got), "extra": extra}

@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from qkernels.bench.engines import CodecEngine, LinearEngine, ModelEngine
+from qkernels.bench.engines import CnnEngine, CodecEngine, ConvEngine, LinearEngine, ModelEngine
 
 # Module of this package: the distributions that it needs beyond torch, any one of them.
 PEERS: dict[str, tuple[str, ...]] = {
@@ -45,6 +45,12 @@ class Peers:
 
     def codecs(self) -> list[CodecEngine]:
         return [e for m in self.modules.values() for e in _engines(m, "codec_engines")]
+
+    def convs(self) -> list[ConvEngine]:
+        return [e for m in self.modules.values() for e in _engines(m, "conv_engines")]
+
+    def cnns(self) -> list[CnnEngine]:
+        return [e for m in self.modules.values() for e in _engines(m, "cnn_engines")]
 
     def versions(self) -> dict[str, str]:
         """Version of every distribution that a loaded peer uses."""

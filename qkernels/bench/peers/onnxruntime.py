@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from qkernels.bench.engines import Call, LinearEngine, ModelEngine
+from qkernels.bench.engines import Call, CnnEngine, LinearEngine, ModelEngine
+from qkernels.bench.peers.qdq import write_static_int8
 
 onnxruntime.set_default_logger_severity(3)
 
@@ -167,6 +169,20 @@ def _encoder(model: Any) -> _Encoder:
                 quantized, session_options(), providers=["CPUExecutionProvider"]
             )
         )
+
+
+def _classifier(model: nn.Module, batches: Sequence[Tensor]) -> Call:
+    with tempfile.TemporaryDirectory() as folder:
+        session = onnxruntime.InferenceSession(
+            write_static_int8(model, batches, Path(folder)),
+            session_options(),
+            providers=["CPUExecutionProvider"],
+        )
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def cnn_engines() -> list[CnnEngine]:
+    return [CnnEngine("onnxruntime static int8", "8 bits", _classifier)]
 
 
 def model_engines() -> list[ModelEngine]:

@@ -1,16 +1,22 @@
-"""OpenVINO: a MatMul with a compressed int8 or int4 weight, activations quantized dynamically."""
+"""OpenVINO: a MatMul with a compressed int8 or int4 weight, activations quantized dynamically.
+
+Classifiers are those that onnxruntime's tools quantized, which OpenVINO runs with its own kernels.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import openvino as ov
 import torch
 from openvino import opset13 as op
-from torch import Tensor
+from torch import Tensor, nn
 
-from qkernels.bench.engines import Call, LinearEngine
+from qkernels.bench.engines import Call, CnnEngine, LinearEngine, by_shape
+from qkernels.bench.peers.qdq import write_static_int8
 
 _GROUP = 128
 
@@ -19,20 +25,20 @@ def _compile(weight: ov.Node, n: int, k: int, group: int, copies: int) -> Sequen
     x = op.parameter([-1, k], ov.Type.f32, name="x")
     matrix = op.convert(op.reshape(weight, np.array([n, k]), False), "f32")
     model = ov.Model([op.matmul(x, matrix, False, True)], [x], "linear")
-    settings = {
+    return [_request(model, DYNAMIC_QUANTIZATION_GROUP_SIZE=group) for _ in range(copies)]
+
+
+def _request(model: ov.Model, **settings: int) -> Call:
+    options: dict[str, int | str] = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
+        **settings,
     }
-
-    def one() -> Call:
-        request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-        # The result stays in the request's memory, where the next layer would read it.
-        return lambda x: torch.from_numpy(
-            request.infer([x.numpy()], share_inputs=True, share_outputs=True)[0]
-        )
-
-    return [one() for _ in range(copies)]
+    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
+    # The result stays in the request's memory, where the next layer would read it.
+    return lambda x: torch.from_numpy(
+        request.infer([x.numpy()], share_inputs=True, share_outputs=True)[0]
+    )
 
 
 def _scaled(codes: Tensor, kind: ov.Type, shape: list[int], scale: Tensor) -> ov.Node:
@@ -58,6 +64,22 @@ def _int8(weight: Tensor, copies: int) -> Sequence[Call]:
     scale = weight.abs().amax(1, keepdim=True) / 127
     codes = (weight / scale).round().to(torch.int8)
     return _compile(_scaled(codes, ov.Type.i8, [n, k], scale), n, k, _GROUP, copies)
+
+
+def _classifier(model: nn.Module, batches: Sequence[Tensor]) -> Call:
+    def prepare(x: Tensor) -> Call:
+        # A model for each batch size: with an open one it plans worse.
+        fixed = read.clone()
+        fixed.reshape(list(x.shape))
+        return _request(fixed)
+
+    with tempfile.TemporaryDirectory() as folder:
+        read = ov.Core().read_model(write_static_int8(model, batches, Path(folder)))
+    return by_shape(prepare)
+
+
+def cnn_engines() -> list[CnnEngine]:
+    return [CnnEngine("openvino static int8", "8 bits", _classifier)]
 
 
 def linear_engines() -> list[LinearEngine]:

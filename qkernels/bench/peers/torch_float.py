@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkernels.bench.engines import Call, CodecEngine, LinearEngine, ModelEngine
+from qkernels.bench.engines import (
+    Call,
+    CnnEngine,
+    CodecEngine,
+    ConvEngine,
+    ConvTask,
+    LinearEngine,
+    ModelEngine,
+)
 
 
 def _linear(dtype: torch.dtype) -> Callable[[Tensor, int], Sequence[Call]]:
@@ -43,6 +51,40 @@ def model_engines() -> list[ModelEngine]:
             lambda model: torch.compile(model.to(torch.bfloat16)),
             compiled=True,
         ),
+    ]
+
+
+def conv_engines() -> list[ConvEngine]:
+    def build(dtype: torch.dtype) -> Callable[[ConvTask], Any]:
+        def prepare(task: ConvTask) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+            weight = task.weight.to(dtype, memory_format=torch.channels_last)
+            x, bias, shape = task.x.to(dtype), task.bias.to(dtype), task.shape
+
+            def call() -> Tensor:
+                y = F.conv2d(x, weight, bias, shape.stride, shape.padding, groups=shape.groups)
+                return y.relu_()
+
+            return call, lambda result: result
+
+        return prepare
+
+    return [
+        ConvEngine("torch fp32", "float", 32, "fp32", build(torch.float32)),
+        ConvEngine("torch bf16", "float", 16, "bf16", build(torch.bfloat16)),
+    ]
+
+
+def cnn_engines() -> list[CnnEngine]:
+    def converter(dtype: torch.dtype) -> Callable[[nn.Module, Sequence[Tensor]], Call]:
+        def convert(model: nn.Module, batches: Sequence[Tensor]) -> Call:
+            model = model.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return lambda x: model(x.to(dtype)).float()
+
+        return convert
+
+    return [
+        CnnEngine("torch fp32", "float", converter(torch.float32)),
+        CnnEngine("torch bf16", "float", converter(torch.bfloat16)),
     ]
 
 

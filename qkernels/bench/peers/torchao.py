@@ -1,4 +1,4 @@
-"""torchao: int8 dynamic and int8 weight-only layers, eager and compiled; its int4 for CPUs."""
+"""torchao: int8 layers, dynamic and weight-only, eager and compiled; its int4 for CPUs; PT2E."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchao.quantization import (
     quantize_,
 )
 
-from qkernels.bench.engines import Call, LinearEngine, ModelEngine
+from qkernels.bench.engines import Call, CnnEngine, LinearEngine, ModelEngine, by_shape
 
 _GROUP = 128
 
@@ -77,6 +77,33 @@ def linear_engines() -> list[LinearEngine]:
         *engines,
         *engine(f"int4 g{_GROUP}", "4 bits", bits, _int4_config, torch.bfloat16, "bf16")[:1],
     ]
+
+
+def _pt2e(model: nn.Module, batches: Sequence[Tensor]) -> Call:
+    """Export, calibrate and compile, as its tutorial for x86 and Inductor has it."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    def prepare(x: Tensor) -> Call:
+        with torch.inference_mode(False), torch.no_grad():
+            exported = torch.export.export(model, (batches[0][: len(x)],)).module()
+            quantizer = x86.X86InductorQuantizer()
+            quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+            prepared = prepare_pt2e(exported, quantizer)
+            for batch in batches:
+                for part in batch.split(len(x)):
+                    prepared(part)
+            compiled: Call = torch.compile(convert_pt2e(prepared))
+        # Compiled in the mode that it is timed in; with frozen weights, or nothing is in int8.
+        with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
+            compiled(x)
+        return compiled
+
+    return by_shape(prepare)
+
+
+def cnn_engines() -> list[CnnEngine]:
+    return [CnnEngine("torchao PT2E compiled", "8 bits", _pt2e, compiled=True)]
 
 
 def model_engines() -> list[ModelEngine]:
