@@ -164,9 +164,7 @@ def accuracy(model: nn.Module, folder: Path) -> list[dict[str, Any]]:
     for activation in ("asymmetric", "symmetric"):
         for observer in OBSERVERS:
             scheme = qk.W8A8(static=True, activation=activation)
-            lowered = qk.lower(
-                model, batches[0], batches=batches, observer=observer, scheme=scheme
-            )
+            lowered = qk.lower(model, batches[0], batches=batches, observer=observer, scheme=scheme)
             row(f"qkernels {activation}", observer, answers(lowered, test))
     ready = export_onnx(model, folder)
     for method in ORT_METHODS:
@@ -231,7 +229,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--output", type=Path, help="folder for lowering.json and lowering.md")
     parser.add_argument("--latency", action="store_true", help="only measure times")
     parser.add_argument("--accuracy", action="store_true", help="only measure SQNR")

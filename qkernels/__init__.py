@@ -53,8 +53,8 @@ else:
 
 if TYPE_CHECKING:
     from qkernels import transfer
-    from qkernels.ptq import quantize_calibrated_
     from qkernels.lowering import LoweredModel, load_lowered, lower
+    from qkernels.ptq import quantize_calibrated_
     from qkernels.report import Report, compare
 
 # Imported when they are first used: most programs need none of them.
