@@ -1,8 +1,8 @@
 """What `qk.lower` keeps of ResNet-50, and how fast it is, beside ONNX Runtime's static int8.
 
-    python benchmarks/lowering.py                       # prints; about ten minutes on two cores
+    python benchmarks/lowering.py                       # prints; about fifteen minutes on two cores
     python benchmarks/lowering.py --output FOLDER       # also writes lowering.json and lowering.md
-    python benchmarks/lowering.py --latency             # only the times; on a quiet machine
+    python benchmarks/lowering.py --parts latency       # only the times; on a quiet machine
 
 The network is ResNet-50 as transformers configures it, with weights as they are initialized and
 BatchNorm statistics from forward passes in training mode. Images are smoothed noise. Everyone
@@ -141,54 +141,60 @@ def onnx_session(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(np.asarray(session.run(None, {"x": x.numpy()})[0]))
 
 
-# ---- The two measurements ------------------------------------------------------------------------
+# ---- The measurements ----------------------------------------------------------------------------
 
 
-def accuracy(model: nn.Module, folder: Path) -> list[dict[str, Any]]:
-    batches, test = images(CALIBRATION, 1).split(BATCH), images(TEST, 2)
-    expected = answers(model, test)
-    rows = []
+class Accuracy:
+    """Rows of SQNR, each printed as it comes."""
 
-    def row(what: str, observer: str, got: Tensor) -> None:
-        agrees = float((got.argmax(1) == expected.argmax(1)).float().mean())
-        rows.append(
-            {
-                "what": what,
-                "ranges": observer,
-                "sqnr_db": sqnr(expected, got),
-                "agrees": agrees,
-            }
-        )
-        print(rows[-1], flush=True)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.batches, self.test = images(CALIBRATION, 1).split(BATCH), images(TEST, 2)
+        self.expected = answers(model, self.test)
+        self.rows: list[dict[str, Any]] = []
 
-    for activation in ("asymmetric", "symmetric"):
-        for observer in OBSERVERS:
-            scheme = qk.W8A8(static=True, activation=activation)
-            lowered = qk.lower(model, batches[0], batches=batches, observer=observer, scheme=scheme)
-            row(f"qkernels {activation}", observer, answers(lowered, test))
+    def add(self, what: str, ranges: str, quantized: Callable[[Tensor], Tensor]) -> None:
+        got = answers(quantized, self.test)
+        agrees = float((got.argmax(1) == self.expected.argmax(1)).float().mean())
+        row = {"what": what, "ranges": ranges, "sqnr_db": sqnr(self.expected, got)}
+        self.rows.append({**row, "agrees": agrees})
+        print(self.rows[-1], flush=True)
+
+
+def own_accuracy(model: nn.Module, activation: str) -> list[dict[str, Any]]:
+    accuracy = Accuracy(model)
+    scheme = qk.W8A8(static=True, activation=activation)
+    batches = accuracy.batches
+    for observer in OBSERVERS:
+        lowered = qk.lower(model, batches[0], batches=batches, observer=observer, scheme=scheme)
+        accuracy.add(f"qkernels {activation}", observer, lowered)
+    return accuracy.rows
+
+
+def onnx_accuracy(model: nn.Module, folder: Path) -> list[dict[str, Any]]:
+    accuracy = Accuracy(model)
     ready = export_onnx(model, folder)
     for method in ORT_METHODS:
-        quantized = onnx_session(quantize_onnx(ready, method, batches))
-        row("ONNX Runtime", method.lower(), answers(quantized, test))
-    return rows
+        quantized = onnx_session(quantize_onnx(ready, method, accuracy.batches))
+        accuracy.add("ONNX Runtime", method.lower(), quantized)
+    return accuracy.rows
 
 
 def latency(model: nn.Module, folder: Path, seconds: float) -> list[dict[str, Any]]:
-    batches = images(CALIBRATION, 1).split(BATCH)
+    batches = images(CALIBRATION, 1).split(BATCH)[:1]
     ready = export_onnx(model, folder)
-    lowered = qk.lower(model, batches[0], batches=batches[:1], observer="minmax")
-    path = folder / "lowered.safetensors"
-    qk.save_model(lowered, path)
-    half = copy.deepcopy(model).bfloat16()
-    peer = onnx_session(quantize_onnx(ready, "MinMax", batches[:1]))
+    lowered = qk.lower(model, batches[0], batches=batches, observer="minmax")
+    half = copy.deepcopy(model).bfloat16().to(memory_format=torch.channels_last)
+    wide = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    peer = onnx_session(quantize_onnx(ready, "MinMax", batches))
     peer_float = onnx_session(ready)
     rows = []
     for count in (1, 8):
         x = images(count, 3)
         last = x.contiguous(memory_format=torch.channels_last)
         contenders: dict[str, Callable[[], object]] = {
-            "torch float32": lambda last=last: model(last),
-            "torch bfloat16": lambda last=last: half(last.bfloat16()),
+            "torch float32": lambda x=last: wide(x),
+            "torch bfloat16": lambda x=last: half(x.bfloat16()),
             "qkernels int8": lambda x=x: lowered(x),
             "ONNX Runtime float32": lambda x=x: peer_float(x),
             "ONNX Runtime int8": lambda x=x: peer(x),
@@ -201,29 +207,38 @@ def latency(model: nn.Module, folder: Path, seconds: float) -> list[dict[str, An
     return rows
 
 
+PARTS: dict[str, Callable[[nn.Module, Path, float], list[dict[str, Any]]]] = {
+    "asymmetric": lambda model, folder, seconds: own_accuracy(model, "asymmetric"),
+    "symmetric": lambda model, folder, seconds: own_accuracy(model, "symmetric"),
+    "onnx": lambda model, folder, seconds: onnx_accuracy(model, folder),
+    "latency": latency,
+}
+
+
 # ---- Output --------------------------------------------------------------------------------------
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = ["# ResNet-50 in int8", ""]
-    if "accuracy" in result:
-        lines += [
-            "SQNR of the logits against the float model, in dB, and test images with the same "
-            "first class:",
-            "",
-            "| | ranges | SQNR | agrees |",
-            "| --- | --- | ---: | ---: |",
-        ]
+    parts = result["parts"]
+    lines = [
+        "# ResNet-50 in int8",
+        "",
+        "SQNR of the logits against the float model, in dB, and test images with the same first "
+        "class:",
+        "",
+        "| | ranges | SQNR | agrees |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for part in ("asymmetric", "symmetric", "onnx"):
         lines += [
             f"| {r['what']} | {r['ranges']} | {r['sqnr_db']:.1f} | {r['agrees']:.0%} |"
-            for r in result["accuracy"]
+            for r in parts.get(part, ())
         ]
-    if "latency" in result:
-        lines += ["", "Latency, median ms:", "", "| | batch | ms |", "| --- | ---: | ---: |"]
-        lines += [
-            f"| {r['what']} | {r['batch']} | {1000 * r['median_s']:.1f} |"
-            for r in result["latency"]
-        ]
+    lines += ["", "Latency, median ms:", "", "| | batch | ms |", "| --- | ---: | ---: |"]
+    lines += [
+        f"| {r['what']} | {r['batch']} | {1000 * r['median_s']:.1f} |"
+        for r in parts.get("latency", ())
+    ]
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     return "\n".join([*lines, "", f"Measured on {machine}.", ""])
 
@@ -233,21 +248,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="folder for lowering.json and lowering.md")
-    parser.add_argument("--latency", action="store_true", help="only measure times")
-    parser.add_argument("--accuracy", action="store_true", help="only measure SQNR")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=10.0, help="per batch size, for times")
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)
     model = resnet50()
     kept = args.output / "lowering.json" if args.output else None
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"parts": {}}
     if kept is not None and kept.exists():
         result = json.loads(kept.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        if not args.latency:
-            result["accuracy"] = accuracy(model, Path(folder))
-        if not args.accuracy:
-            result["latency"] = latency(model, Path(folder), args.seconds)
+        for part in args.parts:
+            result["parts"][part] = PARTS[part](model, Path(folder), args.seconds)
     result["machine"] = machine_facts()
     print(markdown(result))
     if args.output:

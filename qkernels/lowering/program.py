@@ -79,6 +79,12 @@ class Program:
             {name: _tensor_to_dict(tensor) for name, tensor in tensors.items()},
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self  # nothing changes it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Program.from_dict, (self.to_dict(),)
+
     def graph(self) -> fx.Graph:
         """The graph that `of` was given.
 

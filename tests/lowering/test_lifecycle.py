@@ -55,7 +55,7 @@ def test_compiled_and_exported(made, x):
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=True)
     assert torch.equal(compiled(x), expected)
     assert torch.equal(compiled(x[:2]), expected[:2])
-    exported = torch.export.export(made, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    exported = torch.export.export(made, (x,), dynamic_shapes=(({0: torch.export.Dim.AUTO},),))
     assert torch.equal(exported.module()(x), expected)
 
 

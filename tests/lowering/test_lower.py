@@ -42,7 +42,7 @@ FLOAT = {
 }
 
 
-@pytest.mark.parametrize("index, name", enumerate(cnns.NETS))
+@pytest.mark.parametrize("index, name", list(enumerate(cnns.NETS)))
 def test_networks(index, name):
     model, made, x = lowered(name, ("symmetric", "asymmetric")[index % 2])
     with torch.no_grad():
@@ -58,7 +58,6 @@ def test_networks(index, name):
     kinds = [type(module) for module in made.modules()]
     assert kinds.count(Dequantize) == conversions
     assert kinds.count(Quantize) == 0  # the convolutions quantize what is float
-    assert made.summary.bytes_after < 0.6 * made.summary.bytes_before
     for size in (1, 3):
         assert tree_leaves(made(*(t[:size] for t in x)))[0].shape[0] == size
 
@@ -74,6 +73,7 @@ def test_nothing_is_float_between_the_layers_of_a_resnet():
         if isinstance(module, Int8Conv | Int8Module):
             module.register_forward_hook(look)
     made(*x)
+    assert made.summary.bytes_after < 0.3 * made.summary.bytes_before
     assert len(seen) == 9  # seven layers, two poolings; additions and activations are inside
     assert [args[0].dtype for _, args, _ in seen] == [torch.float32] + 8 * [torch.int8]
     assert [output.dtype for _, _, output in seen] == 8 * [torch.int8] + [torch.float32]
@@ -200,7 +200,8 @@ def test_a_calibration_of_layers_is_enough():
     made = qk.lower(model, batches[0], calibration=calibration)
     with torch.no_grad():
         assert sqnr(model(*batches[0]), made(*batches[0])) > 35
-    assert not made.summary.left
+    # No layer reads the last sum, so that has no range.
+    assert [row.name for row in made.summary.left] == ["pool", "view"]
     # No layer reads what this one gives, and the layer's own output is before its BatchNorm.
     down = made.get_submodule("layer2.down.0")
     assert down.y_scale is None
