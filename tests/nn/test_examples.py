@@ -22,6 +22,8 @@ MODULES = (
     "qkernels.io.file",
     "qkernels.io.load",
     "qkernels.io.save",
+    "qkernels.lowering.model",
+    "qkernels.lowering.run",
     "qkernels.nn.embedding",
     "qkernels.nn.linear",
     "qkernels.nn.qat",
