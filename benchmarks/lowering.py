@@ -34,7 +34,7 @@ from qkernels.report.machine import machine_facts
 from qkernels.timing import interleave
 
 CALIBRATION, TEST, BATCH, SIZE = 32, 16, 8, 224
-OBSERVERS = ("mse", "minmax", "moving_average", "histogram", "percentile")
+OBSERVERS = ("mse", "minmax", "histogram", "percentile")
 ORT_METHODS = ("MinMax", "Percentile", "Entropy")
 
 
@@ -102,6 +102,8 @@ def export_onnx(model: nn.Module, folder: Path) -> Path:
     from onnxruntime.quantization import shape_inference
 
     plain, ready = folder / "float.onnx", folder / "ready.onnx"
+    if ready.exists():
+        return ready
     torch.onnx.export(
         copy.deepcopy(model),
         (images(2, 0),),
@@ -118,6 +120,8 @@ def quantize_onnx(ready: Path, method: str, batches: tuple[Tensor, ...]) -> Path
     from onnxruntime import quantization as ort
 
     target = ready.with_name(f"{method}.onnx")
+    if target.exists():
+        return target
     reader: Any = _Reader(batches)
     ort.quantize_static(
         ready,
@@ -181,9 +185,13 @@ def onnx_accuracy(model: nn.Module, folder: Path) -> list[dict[str, Any]]:
 
 
 def latency(model: nn.Module, folder: Path, seconds: float) -> list[dict[str, Any]]:
-    batches = images(CALIBRATION, 1).split(BATCH)[:1]
+    batches = images(CALIBRATION, 1).split(BATCH)
     ready = export_onnx(model, folder)
-    lowered = qk.lower(model, batches[0], batches=batches, observer="minmax")
+    stored = folder / "lowered.safetensors"
+    if not stored.exists():
+        made = qk.lower(model, batches[0], batches=batches, observer="minmax")
+        qk.save_model(made, stored)
+    lowered = qk.load_lowered(stored)
     half = copy.deepcopy(model).bfloat16().to(memory_format=torch.channels_last)
     wide = copy.deepcopy(model).to(memory_format=torch.channels_last)
     peer = onnx_session(quantize_onnx(ready, "MinMax", batches))
@@ -249,6 +257,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="folder for lowering.json and lowering.md")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--cache", type=Path, help="folder to keep and reuse quantized models in")
     parser.add_argument("--seconds", type=float, default=10.0, help="per batch size, for times")
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)
@@ -257,9 +266,10 @@ def main() -> None:
     result: dict[str, Any] = {"parts": {}}
     if kept is not None and kept.exists():
         result = json.loads(kept.read_text())
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.cache or Path(temporary)
         for part in args.parts:
-            result["parts"][part] = PARTS[part](model, Path(folder), args.seconds)
+            result["parts"][part] = PARTS[part](model, folder, args.seconds)
     result["machine"] = machine_facts()
     print(markdown(result))
     if args.output:

@@ -128,7 +128,9 @@ def test_python_blocks_parse(document: Path) -> None:
         ast.parse(block)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/CALIBRATION.md", "docs/LOWERING.md", "docs/QAT.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/CALIBRATION.md", "docs/LOWERING.md", "docs/QAT.md"]
+)
 def test_guides_run(document: str, tmp_path: Path) -> None:
     """Their Python blocks, one after the other, as a reader would type them."""
     blocks = python_blocks(ROOT / document)
