@@ -29,6 +29,7 @@ namespace {
 #include "cpu/matmul_avx2.inl"
 #include "cpu/matmul.inl"
 #include "cpu/conv.inl"
+#include "cpu/pool.inl"
 #include "cpu/int8.inl"
 
 }  // namespace

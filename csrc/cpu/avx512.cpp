@@ -33,6 +33,7 @@ namespace {
 #include "cpu/matmul_avx512.inl"
 #include "cpu/matmul.inl"
 #include "cpu/conv.inl"
+#include "cpu/pool.inl"
 #include "cpu/int8.inl"
 
 }  // namespace

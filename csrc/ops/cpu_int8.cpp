@@ -93,7 +93,7 @@ using PoolKernel = void (*)(const PoolArgs&, int64_t, int64_t);
 
 // Allocates y and runs the kernel; `taps` of x make an element of y.
 Tensor run_pool(const char* op, PoolKernel kernel, const Tensor& x_any, const Result& result,
-                int64_t taps, PoolArgs* a) {
+                double taps, PoolArgs* a) {
   double elements = static_cast<double>(a->batch) * static_cast<double>(a->channels);
   for (const int64_t size : a->out) elements *= static_cast<double>(size);
   if (elements > kMostElements) {
@@ -109,7 +109,8 @@ Tensor run_pool(const char* op, PoolKernel kernel, const Tensor& x_any, const Re
   a->y = y.mutable_data_ptr();
   a->y_type = result.kernel_type;
   const int64_t line = a->out[2] * (a->channels_last ? a->channels : 1);
-  parallel(a->lines(), grain_for(kPoolGrain, line * std::min(taps, kPoolGrain)),
+  const int64_t work = static_cast<int64_t>(std::min<double>(taps, kPoolGrain));
+  parallel(a->lines(), grain_for(kPoolGrain, line * work),
            [&](int64_t begin, int64_t end) { kernel(*a, begin, end); });
   return y;
 }
@@ -120,8 +121,8 @@ Tensor max_pool(const Tensor& x, const std::vector<int64_t>& kernel_size,
   const char* op = "max_pool";
   PoolArgs a{};
   set_windows(op, x, kernel_size, stride, padding, dilation, ceil_mode, &a);
-  int64_t taps = 1;
-  for (int64_t i = 0; i < 3; ++i) taps *= std::min(a.kernel[i], a.in[i]);
+  double taps = 1;
+  for (int64_t i = 0; i < 3; ++i) taps *= static_cast<double>(std::min(a.kernel[i], a.in[i]));
   return run_pool(op, kernels().max_pool, x, Result{}, taps, &a);
 }
 
@@ -140,7 +141,7 @@ Tensor run_means(const char* op, const Tensor& x, const Tensor& x_scale,
   a->scale = static_cast<double>(read_scale(op, "x_scale", x_scale)) / result.scale;
   a->x_zero = zero_or(op, "x_zero_point", x_zero_point);
   a->y_zero = result.zero;
-  return run_pool(op, kernels().avg_pool, x, result, static_cast<int64_t>(most), a);
+  return run_pool(op, kernels().avg_pool, x, result, most, a);
 }
 
 Tensor avg_pool(const Tensor& x, const Tensor& x_scale, const std::optional<Tensor>& x_zero_point,

@@ -129,7 +129,14 @@ def test_python_blocks_parse(document: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/CALIBRATION.md", "docs/LOWERING.md", "docs/QAT.md"]
+    "document",
+    [
+        "README.md",
+        "docs/CALIBRATION.md",
+        "docs/LOWERING.md",
+        "docs/MIGRATING.md",
+        "docs/QAT.md",
+    ],
 )
 def test_guides_run(document: str, tmp_path: Path) -> None:
     """Their Python blocks, one after the other, as a reader would type them."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from helpers import reference as ref
 from helpers.conv import Geometry, conv_weight
 from helpers.data import FLOATS, INTEGER_KINDS, KINDS, awkward, floats, rng, weight
+from helpers.int8 import codes, orders
 from qkernels import _C
 
 ops = torch.ops.qkernels
@@ -132,6 +133,27 @@ def geometry_residual(geometry: Geometry, dtype: torch.dtype) -> Tensor:
     return floats((geometry.batch, geometry.outputs, *geometry.out), dtype, seed="residual")
 
 
+def between_convolutions(channels: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    one, small, zero = torch.tensor(0.5), torch.tensor(0.03), torch.tensor([-3], dtype=torch.int8)
+    for x in orders(codes((3, channels, 34, 37))):
+        for ceil in (False, True):
+            for size, stride, padding in ((3, 2, 1), (2, 2, 0), (5, 1, 2), (16, 9, 7)):
+                sizes = ([size, size - 1], [stride, stride], [padding, padding // 2])
+                yield ops.max_pool(x, *sizes, [1, 2], ceil)
+                yield ops.avg_pool(x, one, zero, small, zero, *sizes, ceil, padding == 1, None)
+                yield ops.avg_pool(x, small, None, None, None, *sizes, ceil, ceil, 5, dtype)
+        for out in ([1, 1], [5, 7], [40, 2]):
+            yield ops.adaptive_avg_pool(x, small, zero, None, None, out, dtype)
+            yield ops.adaptive_avg_pool(x, small, zero, small, None, out)
+        for epilogue in range(7):
+            yield ops.add(x, x.flip(0), small, zero, one, None, one, zero, epilogue)
+            yield ops.add(x, x.flip(1), small, zero, small, zero, None, None, epilogue, dtype)
+        for dim in range(4):
+            pair = torch.tensor([0.5, 0.03])
+            yield ops.concat([x, x.flip(0)], pair, None, small, zero, dim)
+        yield ops.lookup(x, codes((256,)))
+
+
 def digests() -> dict[str, str]:
     """By case. Only what the contract promises to be equal everywhere."""
     found = {"int_mm": digest(int_products())}
@@ -151,6 +173,8 @@ def digests() -> dict[str, str]:
                 )
         for activation in (1, 2):
             found[f"conv {activation} {dtype}"] = digest(convolving(dtype, activation))
+        channels = (3, 64, 83)[FLOATS.index(dtype)]
+        found[f"int8 ops {channels} {dtype}"] = digest(between_convolutions(channels, dtype))
         for i, kind in enumerate(KINDS):
             found[f"read {kind} {dtype}"] = digest(reading(dtype, i))
     return found

@@ -14,6 +14,7 @@ from helpers import reference as ref
 from helpers.check import same_tensor
 from helpers.data import FLOATS, INTEGER_KINDS, KINDS, awkward, floats, rng, weight
 from helpers.guard import guarded
+from helpers.int8 import codes, orders
 from ops.samples import Sample, samples
 
 ops = torch.ops.qkernels
@@ -64,6 +65,26 @@ def calls() -> Iterator[Sample]:
             for s in ((5, cols), (cols, 19))
         )
         yield Sample("", ops.int_mm.default, (a, b), {})
+        yield from on_codes(cols)
+
+
+def on_codes(channels: int) -> Iterator[Sample]:
+    one, zero, table = torch.tensor(0.5), torch.tensor([-3], dtype=torch.int8), codes((256,))
+    for x in orders(codes((2, channels, 7, 6))):
+        for kernel, stride, padding in (([3, 3], [2, 2], [1, 1]), ([2, 3], [1, 1], [0, 1])):
+            sizes = (kernel, stride, padding)
+            yield Sample("", ops.max_pool.default, (x, *sizes, [1, 1], True), {})
+            for ranges in ((one, zero, one, zero), (one, None, None, None)):
+                yield Sample("", ops.avg_pool.default, (x, *ranges, *sizes, True, False, None), {})
+        yield Sample("", ops.adaptive_avg_pool.default, (x, one, zero, None, None, [3, 1]), {})
+        for part in (x, x[..., :1].contiguous(), codes((channels,))):
+            for out in (one, None):
+                yield Sample(
+                    "", ops.add.default, (part, part, one, zero, one, None, out, None, 1), {}
+                )
+            yield Sample("", ops.lookup.default, (part, table), {})
+            scales = torch.tensor([0.5, 0.25])
+            yield Sample("", ops.concat.default, ([part, part], scales, None, one, None, -1), {})
 
 
 def main() -> None:

@@ -30,6 +30,10 @@ def tasks():
 torch.set_num_threads(int(sys.argv[1]))
 small, large = weight(KINDS[4], 64, 64, 32), weight(KINDS[4], 512, 2048, 128)
 x, big, grad = floats((1, 64)), floats((32, 2048)), floats((32, 512))
+one, table = torch.tensor(1.0), torch.zeros(256, dtype=torch.int8)
+images = [torch.zeros(1, 64, n, n, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
+          for n in (8, 160)]
+image = lambda w: images[w is large]
 calls = {
     "linear float": lambda w, x: w.linear(x),
     "linear int8": lambda w, x: w.linear(x, activation=1),
@@ -41,6 +45,12 @@ calls = {
     "embedding": lambda w, x: ops.embedding(
         torch.arange(64), w.packed, w.layout, w.n, w.k, w.group_size, torch.float32),
     "unpack": lambda w, x: ops.unpack(w.packed, *w.sizes),
+    "max_pool": lambda w, x: ops.max_pool(image(w), [3, 3], [1, 1], [1, 1], [1, 1], False),
+    "avg_pool": lambda w, x: ops.avg_pool(
+        image(w), one, None, one, None, [3, 3], [1, 1], [1, 1], False, True, None),
+    "add": lambda w, x: ops.add(image(w), image(w), one, None, one, None, one, None, 0),
+    "lookup": lambda w, x: ops.lookup(image(w), table),
+    "concat": lambda w, x: ops.concat([image(w)] * 2, torch.ones(2), None, one, None, 1),
 }
 before = len(tasks())
 for _ in range(20):

@@ -14,7 +14,7 @@ NO_ACCESS = 0
 
 
 def guarded(t: Tensor, at_end: bool) -> Tensor:
-    """A contiguous copy of t that ends right before a forbidden page, or begins right after one."""
+    """A dense copy of t that ends right before a forbidden page, or begins right after one."""
     if t.numel() == 0:
         return t
     size = -(-t.nbytes // PAGE) * PAGE
@@ -25,4 +25,7 @@ def guarded(t: Tensor, at_end: bool) -> Tensor:
             raise OSError(ctypes.get_errno(), "mprotect failed")
     offset = PAGE + (size - t.nbytes if at_end else 0)
     copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset)
-    return copy.reshape(t.shape).copy_(t.detach())
+    # channels_last stays channels_last.
+    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    strides = t.stride() if reach + 1 == t.numel() else torch.empty(t.shape).stride()
+    return copy.as_strided(t.shape, strides).copy_(t.detach())

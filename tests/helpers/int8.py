@@ -9,12 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.data import rng
 
+ops = torch.ops.qkernels
+
 F32, F64 = np.float32, np.float64
 ORDERS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+# Scales and zero points: the ends of the range, ties.
+RANGES = [(0.02, 0), (0.5, -128), (1.0, 127), (3e-5, 17), (0.25, None)]
+SCALES = st.floats(2.0**-20, 2.0**20, width=32)
+ZEROS = st.none() | st.integers(-128, 127)
+# One past a vector of each ISA and one short of it, primes, one, none.
+CHANNELS = (0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 61, 63, 64, 65, 127, 128, 129, 260)
 
 
 def codes(shape: tuple[int, ...], seed: Any = 0) -> Tensor:
@@ -148,3 +158,26 @@ def real(x: Tensor, scale: float, zero: int | None) -> np.ndarray:
 def quantized(y: np.ndarray, scale: float, zero: int | None) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         return to_codes(y * (F32(1) / F32(scale)), zero or 0)
+
+
+# ---- Calls ---------------------------------------------------------------------------------------
+
+
+def plane(size: tuple[int, ...], kernel: int, stride: int, padding: int = 0, dilation: int = 1,
+          ceil: bool = False) -> Windows:  # fmt: skip
+    every = [(value,) * len(size) for value in (kernel, stride, padding, dilation)]
+    return Windows(size, *every, ceil)
+
+
+def pool(x: Tensor, w: Windows) -> Tensor:
+    return ops.max_pool(x, w.kernel, w.stride, w.padding, w.dilation, w.ceil)
+
+
+def mean(
+    x: Tensor, w: Windows, x_range: Any, y_range: Any = None, *, padding: bool = True,
+    divisor: int | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    ranges = [scale_of(x_range[0]), zero_of(x_range[1]), None, None]
+    if y_range is not None:
+        ranges[2:] = scale_of(y_range[0]), zero_of(y_range[1])
+    return ops.avg_pool(x, *ranges, w.kernel, w.stride, w.padding, w.ceil, padding, divisor, dtype)

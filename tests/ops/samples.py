@@ -12,6 +12,7 @@ from torch import Tensor
 from helpers import reference as ref
 from helpers.conv import Geometry, conv_weight
 from helpers.data import INTEGER_KINDS, KINDS, floats, rng, weight
+from helpers.int8 import codes, orders
 
 ops = torch.ops.qkernels
 
@@ -32,12 +33,23 @@ class Sample:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, Tensor)]
+        found = []
+        for value in (*self.args, *self.kwargs.values()):
+            found += [
+                t for t in (value if isinstance(value, list) else [value]) if isinstance(t, Tensor)
+            ]
+        return found
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Sample:
         """The same call with other tensors."""
-        args = tuple(change(a) if isinstance(a, Tensor) else a for a in self.args)
-        kwargs = {k: change(v) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, list):
+                return [changed(v) for v in value]
+            return change(value) if isinstance(value, Tensor) else value
+
+        args = tuple(map(changed, self.args))
+        kwargs = {k: changed(v) for k, v in self.kwargs.items()}
         return Sample(self.name, self.op, args, kwargs)
 
     def __call__(self) -> Any:
@@ -45,7 +57,15 @@ class Sample:
 
 
 def samples() -> list[Sample]:
-    return [*quantizers(), *fakes(), *weights(), *products(), *linears(), *convolutions()]
+    return [
+        *quantizers(),
+        *fakes(),
+        *weights(),
+        *products(),
+        *linears(),
+        *convolutions(),
+        *int8_ops(),
+    ]
 
 
 def quantizers() -> list[Sample]:
@@ -211,4 +231,36 @@ def convolutions() -> list[Sample]:
         *w.arguments(codes, x_scale=0.5, activation=1),
         torch.bfloat16,
     )
+    return found
+
+
+def int8_ops() -> list[Sample]:
+    found = []
+
+    def add(name: str, op: Any, *args: Any) -> None:
+        found.append(Sample(name, op.default, args, {}))
+
+    one, two = torch.tensor(0.5), torch.tensor(0.25)
+    zero, table = torch.tensor([-3], dtype=torch.int8), codes((256,))
+    for size in ((9,), (9, 8), (5, 4, 6)):
+        dims = len(size)
+        for x in orders(codes((2, 19, *size))):
+            name = f"{dims}d-{'contiguous' if x.is_contiguous() else 'channels_last'}"
+            threes, twos, ones = ([n] * dims for n in (3, 2, 1))
+            for ceil in (False, True):
+                add(f"{name}-{ceil}", ops.max_pool, x, threes, twos, ones, ones, ceil)
+                means = (x, one, zero, two, None, threes, twos, ones, ceil)
+                add(f"{name}-{ceil}", ops.avg_pool, *means, False, None)
+            means = (x, one, None, None, None, twos, twos, ones, False, True, 7)
+            add(f"{name}-float", ops.avg_pool, *means, torch.bfloat16)
+            add(name, ops.adaptive_avg_pool, x, one, zero, two, zero, threes)
+            add(f"{name}-float", ops.adaptive_avg_pool, x, one, None, None, None, ones)
+            add(name, ops.add, x, x, one, zero, two, None, two, zero, 1)
+            floats_out = (one, None, two, zero, None, None, 4, torch.float16)
+            add(f"{name}-float", ops.add, x, codes(tuple(x.shape), 1), *floats_out)
+            add(name, ops.lookup, x, table)
+            both = (torch.tensor([0.5, 0.25]), torch.tensor([1, -3], dtype=torch.int8), two, zero)
+            for dim in (0, 1, -1):
+                add(f"{name}-{dim}", ops.concat, [x, x], *both, dim)
+    add("alone", ops.concat, [codes((3,))], torch.tensor([0.5]), None, two, None, 0)
     return found

@@ -8,6 +8,8 @@ import torch
 from helpers.conv import Geometry, conv_weight
 from helpers.data import KINDS, floats, weight
 
+from . import bad_int8
+
 ops = torch.ops.qkernels
 INT8, INT4, NF4, INT16 = range(4)
 HUGE = 2**63 - 1
@@ -568,7 +570,7 @@ conv:
 
 def cases() -> list[Any]:
     found, op = [], ""
-    lines = iter(TABLE.strip().splitlines())
+    lines = iter([*TABLE.strip().splitlines(), *bad_int8.TABLE.strip().splitlines()])
     for line in lines:
         if line.endswith(":") and not line.startswith(" "):
             op = line.removesuffix(":")
@@ -579,8 +581,9 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("op", "call", "sentence"), cases())
 def test_sentence(op: str, call: str, sentence: str) -> None:
+    names = vars(bad_int8) if hasattr(bad_int8, op) else globals()
     with pytest.raises(RuntimeError) as caught:
-        eval(call)
+        eval(call, names)
     message = str(caught.value).splitlines()[0]
     assert message.startswith(f"qkernels::{op}: ")
     assert sentence in message

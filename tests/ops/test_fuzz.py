@@ -146,6 +146,49 @@ def test_linear(data: st.DataObject) -> None:
     assert y is None or (y.shape == (*x.shape[:-1], w.n) and y.dtype == x.dtype)
 
 
+def scales(shape: tuple[int, ...]) -> st.SearchStrategy[torch.Tensor]:
+    return mostly(st.just(torch.full(shape, 0.3)), tensors(shape, torch.float32))
+
+
+@many
+@given(data=st.data())
+def test_pooling(data: st.DataObject) -> None:
+    dims = data.draw(st.integers(1, 3))
+    shape = tuple(data.draw(st.integers(0, 9)) for _ in range(dims + 2))
+    x = data.draw(tensors(shape, torch.int8))
+    size = mostly(st.integers(0, 4), FAR)
+    lists = st.lists(size, min_size=dims, max_size=dims) | st.lists(size, max_size=4)
+    kernel, stride, padding, dilation, out = (data.draw(lists) for _ in range(5))
+    ceil = data.draw(st.booleans())
+    y = attempt(ops.max_pool, x, kernel, stride, padding, dilation, ceil)
+    assert y is None or (y.shape[:2] == x.shape[:2] and y.dtype == torch.int8)
+    scale, zero = data.draw(scales(())), data.draw(tensors((1,), torch.int8))
+    ranges = (scale, zero, data.draw(st.sampled_from([None, scale])), None)
+    windows = (kernel, stride, padding, ceil, data.draw(st.booleans()))
+    divisor = data.draw(st.none() | size)
+    y = attempt(ops.avg_pool, x, *ranges, *windows, divisor, data.draw(st.none() | ANY_DTYPE))
+    assert y is None or y.shape[:2] == x.shape[:2]
+    y = attempt(ops.adaptive_avg_pool, x, *ranges, out)
+    assert y is None or (y.shape[:2] == x.shape[:2] and list(y.shape[2:]) == out)
+
+
+@many
+@given(data=st.data())
+def test_sums_and_concatenations(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=5)))
+    a, b = data.draw(tensors(shape, torch.int8)), data.draw(tensors(shape, torch.int8))
+    scale, zero = data.draw(scales(())), data.draw(tensors((1,), torch.int8))
+    ranges = (scale, zero, scale, None, data.draw(st.sampled_from([None, scale])), None)
+    y = attempt(ops.add, a, b, *ranges, data.draw(mostly(st.integers(0, 6), FAR)))
+    assert y is None or y.shape == a.shape == b.shape
+    each, zeros = data.draw(scales((2,))), data.draw(tensors((2,), torch.int8))
+    dim = data.draw(mostly(st.integers(-5, 5), FAR))
+    y = attempt(ops.concat, [a, b], each, zeros, scale, zero, dim)
+    assert y is None or y.numel() == a.numel() + b.numel()
+    y = attempt(ops.lookup, a, data.draw(tensors((256,), torch.int8)))
+    assert y is None or y.shape == a.shape
+
+
 @many
 @given(data=st.data())
 def test_int_mm(data: st.DataObject) -> None:
