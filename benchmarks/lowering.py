@@ -35,6 +35,7 @@ from qkernels.timing import interleave
 
 CALIBRATION, TEST, BATCH, SIZE = 32, 16, 8, 224
 OBSERVERS = ("mse", "minmax", "histogram", "percentile")
+LATENCY_BATCHES = (1,)
 LOWERED = "lowered.safetensors"
 ORT_METHODS = ("MinMax", "Percentile", "Entropy")
 
@@ -199,7 +200,7 @@ def latency(model: nn.Module, folder: Path, seconds: float) -> list[dict[str, An
     peer = onnx_session(quantize_onnx(ready, "MinMax", batches))
     peer_float = onnx_session(ready)
     rows = []
-    for count in (1, 8):
+    for count in LATENCY_BATCHES:
         x = images(count, 3)
         last = x.contiguous(memory_format=torch.channels_last)
         contenders: dict[str, Callable[[], object]] = {
@@ -244,9 +245,11 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {r['what']} | {r['ranges']} | {r['sqnr_db']:.1f} | {r['agrees']:.0%} |"
             for r in parts.get(part, ())
         ]
-    lines += ["", "Latency, median ms:", "", "| | batch | ms |", "| --- | ---: | ---: |"]
+    lines += ["", "Latency in ms:", "", "| | batch | median | least | middle half |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
     lines += [
-        f"| {r['what']} | {r['batch']} | {1000 * r['median_s']:.1f} |"
+        f"| {r['what']} | {r['batch']} | {1000 * r['median_s']:.1f} | {1000 * r['min_s']:.1f} | "
+        f"{1000 * r['iqr_s']:.1f} |"
         for r in parts.get("latency", ())
     ]
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
