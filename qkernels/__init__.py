@@ -53,10 +53,10 @@ else:
 
 if TYPE_CHECKING:
     from qkernels import transfer
+    from qkernels.lowering import LoweredModel, load_lowered, lower
     from qkernels.mixed.plan import PrecisionPlan
     from qkernels.mixed.search import search
     from qkernels.ptq import quantize_calibrated_
-    from qkernels.lowering import LoweredModel, load_lowered, lower
     from qkernels.report import Report, compare
 
 # Imported when they are first used: most programs need none of them.

@@ -99,19 +99,29 @@ def calibrate(
 
 
 def observer_factory(observer: object, op: str = "calibrate") -> Callable[[], Observer]:
+    """Something that makes an observer, from what a user gave.
+
+    Args:
+        observer: the name of one, or something that makes one.
+        op: the function that it was given to, for errors.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: something else.
+    """
+    names = ", ".join(map(repr, OBSERVERS))
     if isinstance(observer, str):
         if observer not in OBSERVERS:
             raise ValueError(
-                f"calibrate: observer is {observer!r}; expected one of "
-                f"{', '.join(map(repr, OBSERVERS))}, or something that makes an observer"
+                f"{op}: observer is {observer!r}; expected one of {names}, or something that makes "
+                "an observer"
             )
         return OBSERVERS[observer]
     made = observer() if callable(observer) else None
     if not callable(observer) or not (hasattr(made, "observe") and hasattr(made, "range")):
         raise TypeError(
-            f"calibrate: observer is {observer!r}; expected a name ("
-            f"{', '.join(map(repr, OBSERVERS))}), or something that makes a new observer when "
-            "called, such as lambda: qk.calibration.PercentileObserver(99.9)"
+            f"{op}: observer is {observer!r}; expected a name ({names}), or something that makes a "
+            "new observer when called, such as lambda: qk.calibration.PercentileObserver(99.9)"
         )
     return observer
 
@@ -282,6 +292,12 @@ def _floating(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def progress_bar(batches: Iterable[Any], wanted: bool | None) -> Iterator[Iterable[Any]]:
+    """The batches, with a bar that follows them.
+
+    Args:
+        batches: read once.
+        wanted: whether to show it; None for on a terminal.
+    """
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield batches
         return

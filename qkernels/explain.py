@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qkernels import _C
 from qkernels.nn import QEmbedding, QLinear
 from qkernels.nn.conv import QConvNd
+from qkernels.nn.int8 import Int8Conv
 from qkernels.nn.module import QModule
 from qkernels.summary import size_text
 
@@ -61,6 +62,8 @@ def _explain_layer(module: QModule, x: Tensor) -> str:
         )
     if isinstance(module, QConvNd):
         return f"{head}{_explain_conv(module, x)} {_storage(module)}"
+    if isinstance(module, Int8Conv):
+        return f"{head}{_explain_lowered(module, x)} {_storage(module)}"
     if not isinstance(module, QLinear):
         return f"{head}explain knows no such module. {_storage(module)}"
     if x.dim() == 0 or x.shape[-1] != module.in_features:
@@ -113,6 +116,15 @@ def _explain_conv(module: QConvNd, x: Tensor) -> str:
     )
 
 
+def _explain_lowered(module: Int8Conv, x: Tensor) -> str:
+    takes = "takes int8 codes" if x.dtype == torch.int8 else "quantizes x to int8"
+    gives = "rounds to int8 codes" if module.y_scale is not None else "gives floats"
+    return (
+        f"real integer arithmetic. {module.kernel} ({_C.isa()}) {takes}, sums products in int32, "
+        f"and {gives}."
+    )
+
+
 def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
     quantized = {name: m for name, m in model.named_modules() if isinstance(m, QModule)}
     if not quantized:
@@ -134,7 +146,7 @@ def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
                 f"{kind} arithmetic by {module.kernel_for(_rows(seen), seen.dtype)}, "
                 f"{_bits(module)}"
             )
-        elif isinstance(module, QConvNd):
+        elif isinstance(module, QConvNd | Int8Conv):
             kind = "float" if module.scheme.activation == "float" else "integer"
             seen = inputs[name]
             yield (
@@ -184,6 +196,10 @@ def _title(module: QModule) -> str:
         size = "×".join(map(str, module.kernel_size))
         channels = f"{module.in_channels} → {module.out_channels}"
         return f"{type(module).__name__} {channels}, {size} {module.scheme}"
+    if isinstance(module, Int8Conv):
+        s = module.settings
+        size = "Linear" if s["linear"] else "×".join(map(str, s["kernel_size"]))
+        return f"Int8Conv {s['in_channels']} → {s['out_channels']}, {size} {module.scheme}"
     return f"{type(module).__name__} {module.scheme}"
 
 

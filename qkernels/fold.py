@@ -228,9 +228,7 @@ def _folded(layer: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     assert norm.running_mean is not None and norm.running_var is not None
-    factor, shift = affine_of(
-        norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
+    factor, shift = affine_of(norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
     groups = layer.groups if isinstance(layer, _ConvTransposeNd) else None
     wide, moved = fold_tensors(
         weight, bias if isinstance(bias, Tensor) else None, factor, shift, transposed_groups=groups

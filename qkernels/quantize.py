@@ -19,6 +19,7 @@ from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import share_hooks
 from qkernels.nn.conv import QConvNd
 from qkernels.nn.fastpath import settle_fast_paths
+from qkernels.nn.int8 import Int8Conv
 from qkernels.nn.kinds import QUANTIZED, base_of, quantized_from_shell
 from qkernels.nn.qat import QATModule
 from qkernels.nn.ranges import set_range
@@ -144,6 +145,12 @@ def dequantize_(model: nn.Module) -> Summary:
         raise ValueError(
             f"dequantize_: the model is itself a {type(model).__name__}, which cannot be replaced "
             "in place; use its dequantize()"
+        )
+    lowered = [name for name, m in model.named_modules() if isinstance(m, Int8Conv)]
+    if lowered:
+        raise ValueError(
+            f"dequantize_: {lowered[0]!r} is a layer of a lowered model, whose graph has taken in "
+            "what was around it; keep the float model that it was lowered from"
         )
     steps = steps_back(model)
     wanted = [step for step in steps if step.scheme is not None]

@@ -33,8 +33,8 @@ def save_model(
     beside its place and then moved there, so that an older file survives a failure.
 
     Args:
-        model: on the CPU, also one that `lower` made. One that is sharded over processes is gathered: then all of them must
-            call this, and the first one writes.
+        model: on the CPU, also one that `lower` made. One that is sharded over processes is
+            gathered: then all of them must call this, and the first one writes.
         path: of the file, by custom ending in `.safetensors`.
         metadata: anything JSON can hold, to be read back with `qk.io.read_header(path).metadata`.
 

@@ -82,6 +82,7 @@ def capture(model: nn.Module, example: Any, dynamic_shapes: Any) -> Captured:
         if node.op == "call_module" and not node.users:
             graph.erase_node(node)  # torch's checks of the inputs; the lowered model has its own
     inputs = tuple(_input_spec(node) for node in graph.nodes if node.op == "placeholder")
+    assert module._in_spec is not None and module._out_spec is not None
     signature = Signature(inputs, module._in_spec, module._out_spec)
     return Captured(module, signature)
 

@@ -10,7 +10,15 @@ from torch import Tensor, fx, nn
 
 from qkernels.calibration import Int8Range
 from qkernels.lowering.names import Names
-from qkernels.lowering.nodes import arguments, epilogue_of, is_getitem, numbers, op_of, value_of
+from qkernels.lowering.nodes import (
+    COPYING,
+    arguments,
+    epilogue_of,
+    numbers,
+    op_of,
+    stored,
+    value_of,
+)
 from qkernels.lowering.plan import Plan
 from qkernels.lowering.units import Unit
 from qkernels.nn.conv import weight_matrix
@@ -123,9 +131,7 @@ class Emitter:
         return self._codes[node] if node in self._codes else self._as_float(node)
 
     def _tensor(self, node: fx.Node) -> fx.Node:
-        value: Any = self._old
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = stored(self._old, node)
         name = self._names.of_tensor(str(node.target))
         if name not in self.tensors:
             copy = value.detach().clone()
@@ -224,12 +230,13 @@ class Emitter:
     def _move(self, node: fx.Node) -> None:
         source = node.args[0]
         assert isinstance(source, fx.Node)
+        if op_of(node) in COPYING:  # nothing changes codes in place
+            self._codes[node] = self._codes[source]
+            return
         rest, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), self._as_float)
         args = (self._codes[source], *rest)
         target = _order_free(node.target)
         self._codes[node] = self.graph.create_node(node.op, target, args, kwargs, node.name)
-        if is_getitem(node):
-            assert source in self._codes
 
     def _zeros(self, node: fx.Node) -> None:
         given = arguments(node)
@@ -241,7 +248,8 @@ class Emitter:
     def _nearest(self, node: fx.Node) -> None:
         # torch repeats bytes, though not signed ones.
         unsigned = self.graph.call_function(
-            _ATEN.view.dtype, (self._codes[node.args[0]], torch.uint8)  # type: ignore[index]
+            _ATEN.view.dtype,
+            (self._codes[node.args[0]], torch.uint8),  # type: ignore[index]
         )
         rest, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), self._as_float)
         larger = self.graph.create_node(node.op, node.target, (unsigned, *rest), kwargs)
@@ -282,9 +290,7 @@ class Emitter:
         if not given["keepdim"]:
             spatial = list(range(2, value.dim()))
             there = self._codes if node in self._plan.codes else self._float
-            there[node] = self.graph.call_function(
-                _ATEN.squeeze.dims, (there[node], spatial)
-            )
+            there[node] = self.graph.call_function(_ATEN.squeeze.dims, (there[node], spatial))
 
     def _reduce(
         self, node: fx.Node, x: fx.Node, kind: type[Int8Module], settings: dict[str, Any]
@@ -343,7 +349,11 @@ class Emitter:
 
 def _order_free(target: Any) -> Any:
     """`reshape` for `view`: in channels_last order there may be no view."""
-    return _ATEN.reshape.default if target in (_ATEN.view.default, _ATEN._unsafe_view.default) else target
+    return (
+        _ATEN.reshape.default
+        if target in (_ATEN.view.default, _ATEN._unsafe_view.default)
+        else target
+    )
 
 
 def _codes(found: Int8Range, scheme: Scheme) -> Codes:
@@ -355,5 +365,3 @@ def _codes(found: Int8Range, scheme: Scheme) -> Codes:
 
 def _text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-

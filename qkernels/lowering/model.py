@@ -19,7 +19,7 @@ class LoweredModel(nn.Module):
 
     Its layers have the names of the float model's. `print(model.code)` shows what runs, as Python.
     It works under `torch.compile` and `torch.export`, and is saved by `save_model` and loaded by
-    `load_lowered`.
+    `load_lowered`. Its types are fixed: `.to(torch.bfloat16)` and `.half()` leave them.
 
     Args:
         program: its structure.
@@ -80,6 +80,15 @@ class LoweredModel(nn.Module):
         with torch.no_grad():
             outputs = self._run(self, *signature.flatten(args, kwargs))
         return signature.unflatten(outputs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoweredModel:
+        # Types are part of the program, and a scale that is rounded is another scale.
+        def keeping_type(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out if out.dtype == t.dtype else t.to(out.device)
+
+        super()._apply(keeping_type, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_run"}

@@ -10,12 +10,13 @@ from torch import Tensor, fx
 
 # Ops that move numbers without changing them, so that they mean the same on codes. The tensor is
 # their first argument.
-MOVING = frozenset(
+COPYING = ("aten::alias", "aten::clone", "aten::contiguous", "aten::detach")
+MOVING = frozenset(COPYING) | frozenset(
     f"aten::{name}"
     for name in (
-        "alias channel_shuffle chunk clone contiguous detach dropout expand flatten flip index_select "
-        "movedim narrow permute pixel_shuffle pixel_unshuffle repeat reshape roll select slice "
-        "split split_with_sizes squeeze t transpose unbind unflatten unsqueeze view _unsafe_view"
+        "channel_shuffle chunk expand flatten flip index_select movedim narrow permute "
+        "pixel_shuffle pixel_unshuffle repeat reshape roll select slice split split_with_sizes "
+        "squeeze t transpose unbind unflatten unsqueeze view _unsafe_view"
     ).split()
 )
 # Functions of one number, finite wherever their argument is.
@@ -93,7 +94,7 @@ def moves_numbers(node: fx.Node) -> bool:
     """Whether a node gives numbers of its first argument, unchanged."""
     op = op_of(node)
     if op == "aten::pad":
-        return arguments(node)["mode"] != "constant"
+        return bool(arguments(node)["mode"] != "constant")
     if is_getitem(node):
         return moves_numbers(node.args[0])  # type: ignore[arg-type]
     return op in MOVING
@@ -120,7 +121,8 @@ def epilogue_of(node: fx.Node) -> str | None:
         ends = [given.get(key) for key in ("min_val", "max_val")]
         if op == "aten::clamp":
             ends = [given["min"], given["max"]]
-        return {(0, 6): "relu6", (0, None): "relu"}.get((ends[0], ends[1]))
+        known: dict[tuple[Any, Any], str] = {(0, 6): "relu6", (0, None): "relu"}
+        return known.get((ends[0], ends[1]))
     if op == "aten::gelu":
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(arguments(node)["approximate"])
     return None
@@ -137,6 +139,19 @@ def numbers(value: Any, dims: int) -> list[int] | None:
     if not all(isinstance(entry, int) for entry in listed):
         return None
     return listed * dims if len(listed) == 1 else listed
+
+
+def stored(module: fx.GraphModule, node: fx.Node) -> Any:
+    """What a `get_attr` node reads.
+
+    Args:
+        module: holds the graph and its tensors.
+        node: the node.
+    """
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
 
 
 class Constants:
@@ -168,10 +183,7 @@ class Constants:
     @torch.no_grad()
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            value: Any = self._module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            return value
+            return stored(self._module, node)
         inputs = node.all_input_nodes
         if not op_of(node).startswith("aten::") and not is_getitem(node):
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -111,7 +112,7 @@ def make_plan(
             continue
         if node in parts or node in runs or node.op != "call_function":
             continue
-        kind, inputs = _kind_of(node)
+        kind, inputs = integer_kind(node)
         if kind is None or not inputs or not all(x in can for x in inputs):
             continue
         result = _epilogue_node(node) if kind == "add" else None
@@ -126,9 +127,7 @@ def make_plan(
     return plan, reasons
 
 
-def _why_no_unit(
-    unit: Unit, can: set[fx.Node], has_range: Callable[[fx.Node], bool]
-) -> str | None:
+def _why_no_unit(unit: Unit, can: set[fx.Node], has_range: Callable[[fx.Node], bool]) -> str | None:
     if unit.is_norm and unit.x not in can:
         return "what feeds it is no convolution or Linear, and float"
     if unit.x not in can and not has_range(unit.x):
@@ -151,9 +150,7 @@ def _choose(
             plan.codes.add(node)
 
 
-def _share_quantizers(
-    graph: fx.Graph, plan: Plan, sources: dict[fx.Node, list[fx.Node]]
-) -> None:
+def _share_quantizers(graph: fx.Graph, plan: Plan, sources: dict[fx.Node, list[fx.Node]]) -> None:
     """Which values share a range, so that codes pass on unchanged."""
     readers: dict[fx.Node, set[fx.Node]] = {}
     for node, read in sources.items():
@@ -175,8 +172,12 @@ def _share_quantizers(
             shared[node] = shared.get(source, source)
 
 
-def _kind_of(node: fx.Node) -> tuple[str | None, list[fx.Node]]:
-    """What a node would do to codes, and which inputs would be codes."""
+def integer_kind(node: fx.Node) -> tuple[str | None, list[fx.Node]]:
+    """What a node would do to codes, or None, and which of its inputs would be codes.
+
+    Args:
+        node: of a captured graph.
+    """
     op = op_of(node)
     if moves_numbers(node):
         return "move", [node.args[0]]  # type: ignore[list-item]
@@ -185,7 +186,7 @@ def _kind_of(node: fx.Node) -> tuple[str | None, list[fx.Node]]:
     if not op or not is_floating(node):
         return None, []
     given = arguments(node)
-    x = given.get("self", given.get("input"))
+    x: Any = given.get("self", given.get("input"))
     dims = getattr(value_of(x), "ndim", 0) - 2
     if op in POOLS:
         kind, pooled = POOLS[op]
@@ -197,10 +198,9 @@ def _kind_of(node: fx.Node) -> tuple[str | None, list[fx.Node]]:
         if reduced == set(range(2, dims + 2)):
             return "mean", [x]
     elif op == "aten::add" and given.get("alpha", 1) == 1:
-        a, b, total = (value_of(n) for n in (x, given["other"], node))
-        if a is not None and b is not None and total is not None:
-            if a.shape == b.shape and a.dtype == b.dtype and a.ndim:
-                return "add", [x, given["other"]]
+        a, b = value_of(x), value_of(given["other"])
+        if a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype:
+            return "add", [x, given["other"]]
     elif op == "aten::cat":
         return "concat", list(given["tensors"])
     elif op == NEAREST and dims == 2:

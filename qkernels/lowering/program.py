@@ -24,7 +24,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         f"operator.{name}": getattr(operator, name)
         for name in "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge".split()
     },
-    **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_float", "sym_int")},
+    **{
+        f"torch.{name}": getattr(torch, name)
+        for name in ("sym_max", "sym_min", "sym_float", "sym_int")
+    },
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
 }
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
@@ -76,6 +79,12 @@ class Program:
             {name: _tensor_to_dict(tensor) for name, tensor in tensors.items()},
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self  # nothing changes it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Program.from_dict, (self.to_dict(),)
+
     def graph(self) -> fx.Graph:
         """The graph that `of` was given.
 
@@ -94,7 +103,9 @@ class Program:
     ) -> fx.Node:
         op, name = values["op"], values["name"]
         target: Any = values["target"]
-        known: Mapping[str, Any] = {"call_module": self.modules, "get_attr": self.tensors}.get(op, {})
+        known: Mapping[str, Any] = {"call_module": self.modules, "get_attr": self.tensors}.get(
+            op, {}
+        )
         if op == "call_function":
             target = _function(target)
         elif op not in ("placeholder", "output", "call_module", "get_attr"):
@@ -177,10 +188,11 @@ def _function(name: str) -> Callable[..., Any]:
         packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
         op = getattr(packet, parts[2], None)
         is_private = parts[1].startswith("_") and parts[1] not in _PRIVATE_OPS
-        if isinstance(op, torch._ops.OpOverload) and not is_private:
-            # from_file reads files; sizes aside, all others only compute.
-            if not op._schema.is_mutable and parts[1] != "from_file":
-                return op
+        # from_file reads files; all others only compute.
+        if isinstance(op, torch._ops.OpOverload) and not is_private and parts[1] != "from_file":
+            if op._schema.is_mutable:
+                raise ValueError(f"the graph calls {name}, which changes its input")
+            return op
     raise ValueError(f"the graph calls {name}, which a lowered model cannot hold")
 
 

@@ -1,4 +1,4 @@
-"""The ranges of a captured graph's values: watched while batches run, or taken from a calibration."""
+"""The ranges of a captured graph's values: watched while batches run, or from a calibration."""
 
 from __future__ import annotations
 

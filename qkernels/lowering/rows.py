@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import fx, nn
+from torch import Tensor, fx
 
 from qkernels.lowering.emit import Emitter
 from qkernels.lowering.names import Names, kind_of, module_of
-from qkernels.lowering.nodes import is_getitem, op_of, value_of
-from qkernels.lowering.plan import Plan
+from qkernels.lowering.nodes import is_getitem, op_of, stored
+from qkernels.lowering.plan import Plan, integer_kind
 from qkernels.lowering.units import Unit
 from qkernels.plan import own_bytes, tensor_key
 from qkernels.summary import ModuleRow
@@ -41,63 +41,55 @@ def summary_rows(
     rows = []
     seen: set[object] = set()
     seen_after: set[object] = set()
-    tensors: dict[str, object] = {}
+    unit_of = {unit.head: unit for unit in plan.units.values()}
     for node in module.graph.nodes:
-        if node.op != "call_function" or is_getitem(node) or value_of_any(node) is None:
+        gives_tensors = isinstance(node.meta.get("val"), Tensor | tuple | list)
+        if node.op != "call_function" or is_getitem(node) or not gives_tensors:
             continue
-        before = 0
-        for read in node.all_input_nodes:
-            if read.op == "get_attr":
-                value: object = module
-                for part in str(read.target).split("."):
-                    value = getattr(value, part)
-                key = tensor_key(value)  # type: ignore[arg-type]
-                if key not in seen:
-                    seen.add(key)
-                    before += value.nbytes  # type: ignore[attr-defined]
+        before = _bytes_read(module, node, seen)
         became, note = _fate(node, plan, reasons, emitter)
-        made = emitter.modules.get(emitter.name_of.get(node, ""))
+        # A unit's bytes stand in the row of its layer.
+        result = unit_of[node].result if node in unit_of else node
         after = before if became is None else 0
-        if node in plan.units:
-            after = 0
-        unit = next((u for u in plan.units.values() if u.head is node), None)
-        if unit is not None:
-            made = emitter.modules[emitter.name_of[unit.result]]
-        elif node in plan.units:
-            made = None
-        if isinstance(made, nn.Module):
-            after += own_bytes(made, seen_after)
-        _, kind = module_of(node)
-        name = names.of_node(node)
-        shown = kind if name == module_of(node)[0] else kind_of(node)
+        if result in emitter.name_of and (node in unit_of or node not in plan.units):
+            after += own_bytes(emitter.modules[emitter.name_of[result]], seen_after)
+        name, (module_name, kind) = names.of_node(node), module_of(node)
+        shown = kind if name == module_name else kind_of(node)
         rows.append(ModuleRow(name, shown, became, note, before, after))
-    del tensors
     return tuple(rows)
 
 
-def value_of_any(node: fx.Node) -> object:
-    """What a node gives, if that is a tensor or several."""
-    value = node.meta.get("val")
-    return value if value_of(node) is not None or isinstance(value, tuple | list) else None
+def _bytes_read(module: fx.GraphModule, node: fx.Node, seen: set[object]) -> int:
+    """Bytes of the model's tensors that a node reads and none before it did."""
+    total = 0
+    for read in node.all_input_nodes:
+        value = stored(module, read) if read.op == "get_attr" else None
+        if value is not None and tensor_key(value) not in seen:
+            seen.add(tensor_key(value))
+            total += value.nbytes
+    return total
 
 
 def _fate(
     node: fx.Node, plan: Plan, reasons: dict[fx.Node, str], emitter: Emitter
 ) -> tuple[str | None, str]:
+    """What a node became, or None, and what there is to say about it."""
     result = plan.inside.get(node, node)
     unit = plan.units.get(result)
-    if unit is not None:
-        if node is unit.head:
-            return ("int8 linear" if unit.linear else "int8 convolution"), _unit_note(unit)
-        return f"part of {emitter.name_of[result]}", ""
-    if node in plan.inside:
+    if unit is not None and node is unit.head:
+        return ("int8 linear" if unit.linear else "int8 convolution"), _unit_note(unit)
+    if unit is not None or node in plan.inside:
         return f"part of {emitter.name_of[result]}", ""
     if node in plan.kinds:
         return _BECAME[plan.kinds[node]], ""
     if node in reasons:
         return None, reasons[node]
-    op = op_of(node)
-    return None, f"{op.replace('aten::', 'aten.')} has no integer form here"
+    kind, inputs = integer_kind(node)
+    if kind is None:
+        return None, f"{op_of(node).replace('::', '.')} has no integer form here"
+    if all(plan.gives_integers(x) for x in inputs):
+        return None, "what reads it is float"
+    return None, "what it reads is float"
 
 
 def _unit_note(unit: Unit) -> str:

@@ -72,7 +72,9 @@ class Unit:
     @property
     def in_channels(self) -> int:
         """Channels of x."""
-        return self.weight.shape[0 if self.transposed else 1] * (1 if self.transposed else self.groups)
+        return self.weight.shape[0 if self.transposed else 1] * (
+            1 if self.transposed else self.groups
+        )
 
     @property
     def out_channels(self) -> int:

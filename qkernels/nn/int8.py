@@ -53,15 +53,6 @@ class Int8Module(nn.Module):
         for name in self.names:
             _add_codes(self, name, codes.get(name))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Module:
-        # `.to(dtype)` must not round a scale: it would be another one.
-        def keeping_type(t: Tensor) -> Tensor:
-            out = fn(t)
-            return out if out.dtype == t.dtype else t.to(out.device)
-
-        super()._apply(keeping_type, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.settings.items())
 
@@ -71,7 +62,8 @@ class Quantize(Int8Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _channels_inside(
-            x, lambda t: torch.ops.qkernels.quantize_with(t, self.y_scale, self.y_zero_point, 0, None)
+            x,
+            lambda t: torch.ops.qkernels.quantize_with(t, self.y_scale, self.y_zero_point, 0, None),
         )
 
 
@@ -112,8 +104,6 @@ class Int8Conv(QModule):
     """
 
     names: ClassVar[tuple[str, ...]] = ("x", "residual", "y")
-    own_attributes = (*QModule.own_attributes, "settings")
-
     bias: nn.Parameter | None
 
     def __init__(
@@ -178,10 +168,6 @@ class Int8Conv(QModule):
         except RuntimeError as error:
             raise self._named(error) from None
         return y
-
-    def _keeps_dtype(self, tensor: Tensor) -> bool:
-        # The bias is float32 as well: it was folded in float64 and rounded once.
-        return True
 
     @property
     def kernel(self) -> str:

@@ -133,6 +133,7 @@ def test_python_blocks_parse(document: Path) -> None:
     [
         "README.md",
         "docs/CALIBRATION.md",
+        "docs/LOWERING.md",
         "docs/MIGRATING.md",
         "docs/MIXED_PRECISION.md",
         "docs/QAT.md",

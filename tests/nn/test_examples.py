@@ -26,6 +26,8 @@ MODULES = (
     "qkernels.mixed.plan",
     "qkernels.mixed.quality",
     "qkernels.mixed.search",
+    "qkernels.lowering.model",
+    "qkernels.lowering.run",
     "qkernels.nn.embedding",
     "qkernels.nn.linear",
     "qkernels.nn.qat",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,14 +75,14 @@ def lower(
 
     Example:
         >>> model = nn.Sequential(
-        ...     nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)
-        ... ).eval()
+        ...     nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)
+        ... )
         >>> x = torch.randn(2, 3, 16, 16)
         >>> lowered = qk.lower(model, x, batches=[x])
         >>> [(row.name, row.became) for row in lowered.summary][:3]
         [('0', 'int8 convolution'), ('1', 'part of 0'), ('2', 'part of 0')]
         >>> lowered(torch.randn(7, 3, 16, 16)).shape
-        torch.Size([7, 4, 5, 5])
+        torch.Size([7, 4, 12, 12])
     """
     _check(model, batches, calibration, scheme)
     patterns = ignored_patterns(ignore, "lower")
@@ -100,9 +100,7 @@ def lower(
     ranges: Ranges
     if calibration is None:
         assert batches is not None
-        ranges = WatchedRanges(
-            captured, batches, make, lambda given: progress_bar(given, progress)
-        )
+        ranges = WatchedRanges(captured, batches, make, lambda given: progress_bar(given, progress))
     else:
         ranges = CalibratedRanges(graph, calibration, lambda node: module_of(node)[0])
     plan, more = make_plan(graph, units, ranges.has)
@@ -133,19 +131,21 @@ def _check(model: object, batches: object, calibration: object, scheme: object) 
         )
     if calibration is not None and not isinstance(calibration, Calibration):
         raise TypeError(
-            f"lower: calibration is {type(calibration).__name__}; expected what qk.calibrate(model, "
-            "batches) returns; data goes into batches="
+            f"lower: calibration is {type(calibration).__name__}; expected what "
+            "qk.calibrate(model, batches) returns; data goes into batches="
         )
-    if batches is not None and (isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable)):
+    if batches is not None and (
+        isinstance(batches, torch.Tensor | Mapping) or not isinstance(batches, Iterable)
+    ):
         raise TypeError(
-            f"lower: batches must be an iterable of batches, got one {type(batches).__name__}; pass "
-            "[batch]"
+            f"lower: batches must be an iterable of batches, got one {type(batches).__name__}; "
+            "pass [batch]"
         )
     if not isinstance(scheme, Scheme):
         raise TypeError(f"lower: scheme is {scheme!r}; expected qk.W8A8(static=True)")
     if not (isinstance(scheme, W8A8) and scheme.static and scheme.group_size == -1):
         raise ValueError(
-            f"lower: scheme is {scheme}; expected qk.W8A8(static=True), with symmetric or asymmetric "
-            "activations and one scale for each output channel: codes between layers need int8 and "
-            "ranges that are known"
+            f"lower: scheme is {scheme}; expected qk.W8A8(static=True), with symmetric or "
+            "asymmetric activations and one scale for each output channel: codes between layers "
+            "need int8 and ranges that are known"
         )
