@@ -103,16 +103,17 @@ def _explain_conv(module: QConvNd, x: Tensor) -> str:
             f"{module.in_channels}, {_count(dims, 'spatial dimension')})"
         )
     scheme = module.scheme
+    kernel = f"{module.kernel_for(x.dtype)} ({_C.isa()})"
     if scheme.activation == "float":
         return (
-            f"float arithmetic, not integer. x stays float; {module.kernel_for(x.dtype)} ({_C.isa()}) turns the "
-            f"{scheme.format} weights back to float while it multiplies."
+            f"float arithmetic, not integer. x stays float; {kernel} turns the {scheme.format} "
+            f"weights back to float while it multiplies."
         )
     scale = "one scale for the tensor, measured beforehand" if scheme.static else "one per image"
     return (
         f"real integer arithmetic. x is quantized to int8 ({scheme.activation}, {scale}) and "
-        f"{module.kernel_for(x.dtype)} ({_C.isa()}) multiplies it by the {scheme.format} weights, summed in "
-        "int32; scales and bias follow in float32."
+        f"{kernel} multiplies it by the {scheme.format} weights, summed in int32; scales and bias "
+        "follow in float32."
     )
 
 

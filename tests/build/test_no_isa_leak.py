@@ -109,7 +109,10 @@ def test_no_instruction_leaves_its_isa() -> None:
     assert not leaks, "\n".join(f"{name}: {what}" for name, what in leaks.items())
 
 
-@pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm"), ("avx512bf16", "vdpbf16ps")])
+@pytest.mark.parametrize(
+    ("isa", "register"),
+    [("avx2", "ymm"), ("avx512", "zmm"), ("avx512bf16", "vdpbf16ps")],
+)
 def test_the_namespaces_hold_their_isa(isa: str, register: str) -> None:
     """Or else the test above would look at nothing."""
     assert isa in _C.isas()

@@ -96,7 +96,8 @@ def orders(x: Tensor) -> list[Tensor]:
 
 
 def test_the_isa_that_was_asked_for() -> None:
-    assert _C.conv_kernel_name(INT8.layout, 9, 8, 1, 8, -1, 1).split("_")[2] == _C.isa().removesuffix("bf16")
+    name = _C.conv_kernel_name(INT8.layout, 9, 8, 1, 8, -1, 1)
+    assert name.split("_")[2] == _C.isa().removesuffix("bf16")
     assert "depthwise" in _C.conv_kernel_name(INT8.layout, 9, 1, 8, 8, -1, 1)
 
 
