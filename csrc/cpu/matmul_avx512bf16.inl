@@ -1,6 +1,6 @@
-// Dot products of a tile for bfloat16 activations that stay floats, by vdpbf16ps: two products added
-// to a float32. A code minus its zero point is a whole number below 256 in magnitude, which bfloat16
-// holds exactly, so weights lose nothing; only the levels of nf4 are rounded.
+// Dot products of a tile for bfloat16 activations that stay floats, by vdpbf16ps: two products
+// added to a float32. A code minus its zero point is a whole number below 256 in magnitude, which
+// bfloat16 holds exactly, so weights lose nothing; only the levels of nf4 are rounded.
 
 SIMD void dot2_bf16(F& sum, I x, I weight) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weight));
