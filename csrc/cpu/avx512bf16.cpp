@@ -25,6 +25,8 @@ namespace {
 #include "cpu/simd_avx512.h"
 #include "cpu/unroll.inl"
 #include "cpu/codes.inl"
+#include "cpu/embedding.inl"
+#include "cpu/backward.inl"
 #include "cpu/epilogue.inl"
 #include "cpu/prepare.inl"
 #include "cpu/lines_avx512.inl"
@@ -71,6 +73,16 @@ const char* linear_name(const LinearArgs& a) {
   return (is_bf16(a) ? avx512bf16::linear_name : avx512_kernels()->linear_name)(a);
 }
 
+void backward(const BackwardArgs& a, int64_t row_begin, int64_t row_end, int64_t k_begin,
+              int64_t k_end, float* scratch) {
+  if (a.type == DType::bf16) {
+    avx512bf16::backward_as<avx512bf16::Pairs, DType::bf16>(a, row_begin, row_end, k_begin, k_end,
+                                                            scratch);
+  } else {
+    avx512_kernels()->backward(a, row_begin, row_end, k_begin, k_end, scratch);
+  }
+}
+
 }  // namespace
 
 const Kernels* avx512bf16_kernels() {
@@ -83,6 +95,7 @@ const Kernels* avx512bf16_kernels() {
     t.prepare = prepare;
     t.linear = linear;
     t.linear_name = linear_name;
+    t.backward = backward;
     return t;
   }();
   return &table;

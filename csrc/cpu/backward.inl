@@ -4,8 +4,11 @@
 //
 //   sums    [kBackwardRows][kBackwardColumns]
 //   panel   [kBackwardColumns / kStrip][kBackwardPanel n][kStrip]
-//   tile    [kBackwardTile][kBackwardPanel n]     rows of dy
-//   feature [kBackwardColumns + kWidth]           W[n] before it is cut into strips
+//   tile    [kBackwardTile][kBackwardPanel n]          rows of dy
+//   feature [Products::kN][kBackwardColumns + kWidth]  W[n] before it is cut into strips
+//
+// A policy says how many n a product takes at once (they share the four bytes of an element of panel
+// and tile) and how it is added.
 
 constexpr int kBackwardTile = 6;  // rows, times vectors of a strip, whose sums stay in registers
 constexpr int kBackwardVectors = kWidth == 16 ? 4 : 2;
@@ -14,12 +17,20 @@ constexpr int64_t kStrip = kBackwardVectors * kWidth;
 constexpr int64_t kBackwardPanel = 256;
 constexpr int64_t kBackwardRows = 512;
 static_assert(kBackwardColumns % kStrip == 0, "");
-static_assert((kBackwardRows + kBackwardPanel + 1) * kBackwardColumns + kWidth +
+static_assert((kBackwardRows + kBackwardPanel + 2) * kBackwardColumns + 2 * kWidth +
                       kBackwardTile * kBackwardPanel <=
                   kBackwardScratch,
               "");
 
-template <int Rows, int Vectors>
+// One n as a float.
+struct Singles {
+  static constexpr int kN = 1;
+  static INLINE void add_product(F& sum, F dy, F weight) { sum = fma(dy, weight, sum); }
+  static INLINE F join(const F (&weights)[kN]) { return weights[0]; }
+};
+
+// `count` products with a row of dy, for each of Rows rows.
+template <class Products, int Rows, int Vectors>
 inline void backward_tile(const float* dy, const float* strip, int64_t count, float* sums) {
   F sum[Rows][Vectors];
   unroll<Rows>([&](int r) INLINE {
@@ -31,7 +42,7 @@ inline void backward_tile(const float* dy, const float* strip, int64_t count, fl
     unroll<Vectors>([&](int v) INLINE { w[v] = load(strip + n * kStrip + v * kWidth); });
     unroll<Rows>([&](int r) INLINE {
       const F d = splat(dy[r * kBackwardPanel + n]);
-      unroll<Vectors>([&](int v) INLINE { sum[r][v] = fma(d, w[v], sum[r][v]); });
+      unroll<Vectors>([&](int v) INLINE { Products::add_product(sum[r][v], d, w[v]); });
     });
   }
   unroll<Rows>([&](int r) INLINE {
@@ -40,16 +51,16 @@ inline void backward_tile(const float* dy, const float* strip, int64_t count, fl
   });
 }
 
-template <int Rows>
+template <class Products, int Rows>
 void backward_rows(const float* dy, const float* panel, int64_t count, int64_t columns,
                    float* sums) {
   for (int64_t k = 0; k < columns; k += kStrip) {
-    const float* strip = panel + k * kBackwardPanel;
+    const float* strip = panel + k * (kBackwardPanel / Products::kN);
     if (k + kStrip - kWidth < columns) {
-      backward_tile<Rows, kBackwardVectors>(dy, strip, count, sums + k);
+      backward_tile<Products, Rows, kBackwardVectors>(dy, strip, count, sums + k);
     } else {
       for (int64_t i = 0; k + i < columns; i += kWidth) {
-        backward_tile<Rows, 1>(dy, strip + i, count, sums + k + i);
+        backward_tile<Products, Rows, 1>(dy, strip + i, count, sums + k + i);
       }
     }
   }
@@ -57,24 +68,44 @@ void backward_rows(const float* dy, const float* panel, int64_t count, int64_t c
 
 // W[n .. n + count)[k_begin .. k_end) into the panel, by way of `feature`, whose floats past the
 // last column stay 0: the columns that fill up a vector are computed and dropped.
+template <class Products>
 void dequantize_panel(const BackwardArgs& a, int64_t n, int64_t count, int64_t k_begin,
                       int64_t k_end, float* feature, float* panel) {
   const PackedRows weight{a.packed, a.layout, a.shape};
   with_format(a.layout.format, [&](auto code) {
     constexpr Format kFormat = decltype(code)::value;
     if constexpr (info(kFormat).packs) {
-      for (int64_t i = 0; i < count; ++i) {
-        dequantize_feature<DType::f32, kFormat>(weight, n + i, k_begin, k_end, feature, 0);
+      constexpr int kN = Products::kN;
+      constexpr int64_t kFeature = kBackwardColumns + kWidth;
+      for (int64_t i = 0; i < count; i += kN) {
+        for (int j = 0; j < kN; ++j) {
+          if (i + j < count) {
+            dequantize_feature<DType::f32, kFormat>(weight, n + i + j, k_begin, k_end,
+                                                    feature + j * kFeature, 0);
+          } else {
+            std::memset(feature + j * kFeature, 0, sizeof(float) * kFeature);
+          }
+        }
+        float* const row = panel + i / kN * kStrip;
         for (int64_t k = 0; k < k_end - k_begin; k += kWidth) {
-          store(panel + (k / kStrip * kBackwardPanel + i) * kStrip + k % kStrip, load(feature + k));
+          F weights[kN];
+          unroll<kN>([&](int j) INLINE { weights[j] = load(feature + j * kFeature + k); });
+          store(row + k / kStrip * (kBackwardPanel / kN) * kStrip + k % kStrip,
+                Products::join(weights));
         }
       }
     }
   });
 }
 
-template <DType T>
-void read_floats(const void* from, int64_t at, int64_t count, float* to) {
+// Elements of dy for the tile.
+template <class Products, DType T>
+void read_row(const void* from, int64_t at, int64_t count, float* to) {
+  if constexpr (Products::kN == 2) {
+    to[count / 2] = 0.0f;
+    std::memcpy(to, static_cast<const uint16_t*>(from) + at, static_cast<size_t>(count) * 2);
+    return;
+  }
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) store(to + i, load_as<T>(from, at + i));
   if (i < count) {
@@ -90,7 +121,7 @@ void write_floats(const float* from, int64_t count, void* to, int64_t at) {
   if (i < count) store_as<T>(to, at + i, load(from + i), static_cast<int>(count - i));
 }
 
-template <DType T>
+template <class Products, DType T>
 void backward_as(const BackwardArgs& a, int64_t row_begin, int64_t row_end, int64_t k_begin,
                  int64_t k_end, float* scratch) {
   float* const sums = scratch;
@@ -98,26 +129,29 @@ void backward_as(const BackwardArgs& a, int64_t row_begin, int64_t row_end, int6
   float* const tile = panel + kBackwardPanel * kBackwardColumns;
   float* const feature = tile + kBackwardTile * kBackwardPanel;
   const int64_t columns = k_end - k_begin;
-  std::memset(feature, 0, sizeof(float) * (kBackwardColumns + kWidth));
+  std::memset(feature, 0, sizeof(float) * Products::kN * (kBackwardColumns + kWidth));
 
   for (int64_t first_row = row_begin; first_row < row_end; first_row += kBackwardRows) {
     const int64_t rows = row_end - first_row < kBackwardRows ? row_end - first_row : kBackwardRows;
     std::memset(sums, 0, sizeof(float) * static_cast<size_t>(rows) * kBackwardColumns);
     for (int64_t n = 0; n < a.n; n += kBackwardPanel) {
       const int64_t count = a.n - n < kBackwardPanel ? a.n - n : kBackwardPanel;
-      dequantize_panel(a, n, count, k_begin, k_end, feature, panel);
+      dequantize_panel<Products>(a, n, count, k_begin, k_end, feature, panel);
       for (int64_t row = 0; row < rows; row += kBackwardTile) {
         const int64_t left = rows - row;
         const int height = static_cast<int>(left < kBackwardTile ? left : kBackwardTile);
         // Rows of dy may be a multiple of 4096 bytes apart and would share a cache set.
         for (int r = 0; r < height; ++r) {
-          read_floats<T>(a.dy, (first_row + row + r) * a.n + n, count, tile + r * kBackwardPanel);
+          read_row<Products, T>(a.dy, (first_row + row + r) * a.n + n, count,
+                                tile + r * kBackwardPanel);
         }
         using Step = void (*)(const float*, const float*, int64_t, int64_t, float*);
-        constexpr Step kSteps[kBackwardTile] = {backward_rows<1>, backward_rows<2>,
-                                                backward_rows<3>, backward_rows<4>,
-                                                backward_rows<5>, backward_rows<6>};
-        kSteps[height - 1](tile, panel, count, columns, sums + row * kBackwardColumns);
+        constexpr Step kSteps[kBackwardTile] = {
+            backward_rows<Products, 1>, backward_rows<Products, 2>, backward_rows<Products, 3>,
+            backward_rows<Products, 4>, backward_rows<Products, 5>, backward_rows<Products, 6>};
+        constexpr int kN = Products::kN;
+        kSteps[height - 1](tile, panel, (count + kN - 1) / kN, columns,
+                           sums + row * kBackwardColumns);
       }
     }
     for (int64_t row = 0; row < rows; ++row) {
@@ -127,9 +161,9 @@ void backward_as(const BackwardArgs& a, int64_t row_begin, int64_t row_end, int6
   }
 }
 
-void backward(const BackwardArgs& a, int64_t row_begin, int64_t row_end, int64_t k_begin,
-              int64_t k_end, float* scratch) {
+[[maybe_unused]] void backward(const BackwardArgs& a, int64_t row_begin, int64_t row_end,
+                               int64_t k_begin, int64_t k_end, float* scratch) {
   with_float_type(a.type, [&](auto type) {
-    backward_as<decltype(type)::value>(a, row_begin, row_end, k_begin, k_end, scratch);
+    backward_as<Singles, decltype(type)::value>(a, row_begin, row_end, k_begin, k_end, scratch);
   });
 }

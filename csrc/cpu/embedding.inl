@@ -50,7 +50,7 @@ SIMD void dequantize_feature(const PackedRows& w, int64_t n, int64_t k_begin, in
   }
 }
 
-void embedding(const EmbeddingArgs& a, int64_t begin, int64_t end) {
+[[maybe_unused]] void embedding(const EmbeddingArgs& a, int64_t begin, int64_t end) {
   const PackedRows weight{a.packed, a.layout, a.shape};
   with_float_type(a.y_type, [&](auto type) {
     with_format(a.layout.format, [&](auto code) {

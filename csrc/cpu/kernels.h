@@ -69,7 +69,7 @@ struct Kernels {
 // Floats of scratch that `backward` uses, and the widest k range that it takes in one call.
 inline constexpr int64_t kBackwardColumns = 256;
 inline constexpr int64_t kBackwardStep = 64;
-inline constexpr int64_t kBackwardScratch = kBackwardColumns * (512 + 256 + 8);
+inline constexpr int64_t kBackwardScratch = kBackwardColumns * (512 + 256 + 9);
 
 // Most taps of a convolution.
 inline constexpr int64_t kConvTaps = 1024;

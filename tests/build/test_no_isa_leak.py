@@ -96,7 +96,7 @@ def fault(instruction: Instruction) -> str:
         if instruction.encoding == "EVEX":
             return "EVEX in avx2"
         return "not in AVX2, FMA or F16C" if FORBIDDEN_IN_AVX2.match(mnemonic) else ""
-    allowed = {"vcvtps2ph"} | ({"vdpbf16ps"} if isa == "avx512bf16" else set())
+    allowed = {"vcvtps2ph"} | ({"vdpbf16ps", "vcvtne2ps2bf16"} if isa == "avx512bf16" else set())
     forbidden = FORBIDDEN_IN_AVX512.match(mnemonic) and mnemonic not in allowed
     return "more than AVX-512 F, BW, DQ, VL and VNNI" if forbidden else ""
 
