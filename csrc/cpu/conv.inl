@@ -172,7 +172,44 @@ void image_row(const ConvArgs& a, int64_t row, uint8_t* out) {
 
 int conv_code_bytes(const ConvArgs& a) { return a.depthwise ? 1 : static_cast<int>(kBytes<W8A8>); }
 
+// Whether a row of the image is one of x, with borders.
+bool is_plain_image(const ConvArgs& a) {
+  return a.x_type == DType::i8 && !a.depthwise && a.x_channels_last &&
+         a.channels == a.pixel_codes() && a.step[2] == 1 && a.before[2] >= 0;
+}
+
+// A row of such an image as units.
+void plain_row(const ConvArgs& a, int64_t row, uint8_t* out) {
+  const int64_t n = row / (a.grid[0] * a.grid[1]);
+  const int64_t width = a.channels, size = conv_code_bytes(a);
+  const int64_t z = conv_source(a, 0, row / a.grid[1] % a.grid[0]);
+  const int64_t y = conv_source(a, 1, row % a.grid[1]);
+  const int64_t begin = a.before[2] < a.grid[2] ? a.before[2] : a.grid[2];
+  const int64_t room = a.grid[2] - begin;
+  const int64_t count = z < 0 || y < 0 ? 0 : room < a.in[2] ? room : a.in[2];
+  const auto fill = [&](int64_t from, int64_t to) {
+    const int64_t count = (to - from) * width;
+    uint8_t* const units = out + from * width * size;
+    // Units take the place of their codes, which lie at their end until then.
+    uint8_t* const codes = units + count * (size - 1);
+    std::memset(codes, a.codes[n].zero, static_cast<size_t>(count));
+    W8A8::codes_to_units(codes, count, units);
+  };
+  fill(0, begin);
+  if (count > 0) {
+    const int64_t pixel = ((n * a.in[0] + z) * a.in[1] + y) * a.in[2];
+    W8A8::codes_to_units(static_cast<const uint8_t*>(a.x) + pixel * width, count * width,
+                         out + begin * width * size);
+  }
+  fill(begin + count, a.grid[2]);
+}
+
 void conv_prepare(const ConvArgs& a, int64_t begin, int64_t end) {
+  if (is_plain_image(a)) {
+    const int64_t bytes = a.grid[2] * a.pixel_codes() * conv_code_bytes(a);
+    for (int64_t row = begin; row < end; ++row) plain_row(a, row, a.image + row * bytes);
+    return;
+  }
   with_image_type(a.x_type, [&](auto type) {
     const int64_t codes = a.grid[2] * a.pixel_codes();
     for (int64_t row = begin; row < end; ++row) {
@@ -303,32 +340,78 @@ SIMD F scaled(const ConvSums& t, const OutputScales& s, int v, int r) {
 // The epilogue, known beforehand or not.
 template <Epilogue E>
 struct Known {
+  static constexpr bool kKnown = true, kPositive = E == Epilogue::relu;
   static INLINE F apply(const ConvArgs&, F x) { return activate<E>(x); }
 };
 struct AnyEpilogue {
+  static constexpr bool kKnown = false, kPositive = false;
   static INLINE F apply(const ConvArgs& a, F x) { return activate(a.epilogue, x); }
 };
+
+// Whether a number below infinity is all that a finite sum can give.
+SIMD bool all_finite(F x) { return reduce_max(bits(abs(x))) < 0x7f800000; }
+
+// A pixel's codes of `Vectors` whole vectors of outputs, `at` being the first, where nothing can be
+// NaN: then saturation while bytes are packed is all the clamping, but for quotients out of int32.
+template <DType Residual, class Function, int Vectors>
+SIMD void finish_codes(const ConvArgs& a, const int32_t* sums, const OutputScales* scales, F scale,
+                       const Encoder<Format::int8>& encoder, int64_t at) {
+  I codes[4];
+  unroll<Vectors>([&](int v) INLINE {
+    F y = fma(scale, mul(to_float(load(sums + v * kWidth)), scales[v].scale), scales[v].bias);
+    if (a.residual != nullptr) y = add(y, load_output<Residual>(a, at + v * kWidth));
+    F quotient = min(mul(Function::apply(a, y), encoder.inverse), encoder.high);
+    if constexpr (!Function::kPositive) quotient = max(quotient, encoder.low);
+    codes[v] = add(round_int(quotient), encoder.zero);
+  });
+  for (int v = Vectors; v < 4; ++v) codes[v] = codes[0];
+  store_first<Vectors>(static_cast<int8_t*>(a.y) + at,
+                       narrow(codes[0], codes[1], codes[2], codes[3]));
+}
 
 // Outputs innermost in y.
 template <DType Y, DType Residual, class Function>
 void finish_last(const ConvArgs& a, const ConvSums& t) {
-  constexpr int kVectors = W8A8::kConvBlocks * (kLanes / kWidth);
+  constexpr int kParts = kLanes / kWidth;
+  constexpr int kVectors = W8A8::kConvBlocks * kParts;
   const int64_t outputs = t.outputs - t.block * kLanes;
-  const int vectors =
-      static_cast<int>((outputs < t.blocks * kLanes ? outputs : t.blocks * kLanes) + kWidth - 1) /
-      kWidth;
+  const int64_t lanes = outputs < t.blocks * kLanes ? outputs : t.blocks * kLanes;
+  const int vectors = static_cast<int>((lanes + kWidth - 1) / kWidth);
   OutputScales scales[kVectors];
+  bool finite = true;
   for (int v = 0; v < vectors; ++v) {
-    const int64_t left = outputs - v * kWidth;
+    const int64_t left = lanes - v * kWidth;
     scales[v] = output_scales(a, t, v, static_cast<int>(left < kWidth ? left : kWidth));
+    finite = finite && all_finite(scales[v].scale) && all_finite(scales[v].bias);
   }
+  const bool tame = Y == DType::i8 && Function::kKnown && finite && lanes == t.blocks * kLanes &&
+                    (a.residual == nullptr || Residual == DType::i8);
   const Encoder<Format::int8> encoder =
       make_encoder<Format::int8>(a.y_inverse, a.y_zero, /*symmetric=*/false);
   for (int r = 0; r < t.rows; ++r) {
     const int64_t begin = conv_output(a, t.pixels->image[t.first + r], t.pixels->pixel[t.first + r],
                                       t.base + t.block * kLanes);
-    const F scale = splat(t.pixels->scale[t.first + r]);
+    const float x_scale = t.pixels->scale[t.first + r];
+    const F scale = splat(x_scale);
     const int32_t* sums = t.sums + r * t.blocks * kLanes;
+    if constexpr (Y == DType::i8 && Function::kKnown) {
+      if (tame && x_scale < INFINITY) {
+        const auto codes = [&](auto blocks) INLINE {
+          finish_codes<Residual, Function, decltype(blocks)::value * kParts>(a, sums, scales, scale,
+                                                                             encoder, begin);
+        };
+        if (t.blocks == 1) {
+          codes(std::integral_constant<int, 1>{});
+        } else if constexpr (W8A8::kConvBlocks == 3) {
+          if (t.blocks == 2) {
+            codes(std::integral_constant<int, 2>{});
+          } else {
+            codes(std::integral_constant<int, 3>{});
+          }
+        }
+        continue;
+      }
+    }
     const auto finish = [&](int v, auto... count) INLINE {
       const int64_t at = begin + v * kWidth;
       F y = fma(scale, mul(to_float(load(sums + v * kWidth)), scales[v].scale), scales[v].bias);
@@ -340,9 +423,9 @@ void finish_last(const ConvArgs& a, const ConvSums& t) {
         store_as<Y>(a.y, at, y, count...);
       }
     };
-    const int64_t last = outputs - (vectors - 1) * kWidth;  // outputs of the last vector
+    const int64_t last = lanes - (vectors - 1) * kWidth;  // outputs of the last vector
     for (int v = 0; v < vectors - 1; ++v) finish(v);
-    if (last >= kWidth) {
+    if (last == kWidth) {
       finish(vectors - 1);
     } else {
       finish(vectors - 1, static_cast<int>(last));

@@ -242,6 +242,16 @@ SIMD I narrow(I a, I b, I c, I d) {
   const I bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
+// The first Count * kWidth bytes, Count 1 or 2.
+template <int Count>
+SIMD void store_first(void* p, I bytes) {
+  const __m128i low = _mm256_castsi256_si128(bytes);
+  if constexpr (Count == 1) {
+    _mm_storel_epi64(static_cast<__m128i*>(p), low);
+  } else {
+    _mm_storeu_si128(static_cast<__m128i*>(p), low);
+  }
+}
 SIMD I clamp_bytes(I x, int low, int high) {
   return _mm256_min_epi8(_mm256_max_epi8(x, _mm256_set1_epi8(static_cast<char>(low))),
                          _mm256_set1_epi8(static_cast<char>(high)));

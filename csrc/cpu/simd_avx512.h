@@ -197,6 +197,11 @@ SIMD I narrow(I a, I b, I c, I d) {
   const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_permutexvar_epi32(order, bytes);
 }
+// The first Count * kWidth bytes, Count from 1 to 4.
+template <int Count>
+SIMD void store_first(void* p, I bytes) {
+  _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << Count * 4) - 1), bytes);
+}
 SIMD I clamp_bytes(I x, int low, int high) {
   return _mm512_min_epi8(_mm512_max_epi8(x, _mm512_set1_epi8(static_cast<char>(low))),
                          _mm512_set1_epi8(static_cast<char>(high)));
