@@ -150,9 +150,12 @@ def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
         elif isinstance(module, QConvNd | Int8Conv):
             kind = "float" if module.scheme.activation == "float" else "integer"
             seen = inputs[name]
+            kernel = (
+                module.kernel if isinstance(module, Int8Conv) else module.kernel_for(seen.dtype)
+            )
             yield (
                 f"{name}: {_title(module)}, {_shape(seen)} of {_dtype(seen.dtype)}, {kind} "
-                f"arithmetic by {module.kernel_for(seen.dtype)}, {_bits(module)}"
+                f"arithmetic by {kernel}, {_bits(module)}"
             )
         else:
             rows = _count(inputs[name].numel(), "row")

@@ -186,9 +186,11 @@ def float_digests() -> dict[str, str]:
     for kind in KINDS:
         for m, n, k in ((1, 700, 300), (50, 333, 130), (129, 48, 96)):
             w = weight(kind, n, k, 32)
-            x = hard(m, k, torch.float32) if m > 4 else awkward((m, k))
-            gradient = ops.linear_backward_input(floats((m, n)), w.packed, *w.sizes)
-            found[f"{kind} {m}"] = digest([w.linear(x, floats((n,)), epilogue=2), gradient])
+            for dtype in (torch.float32, torch.bfloat16):
+                x = hard(m, k, torch.float32) if m > 4 else awkward((m, k))
+                gradient = ops.linear_backward_input(floats((m, n), dtype), w.packed, *w.sizes)
+                y = w.linear(x.to(dtype), floats((n,)), epilogue=2)
+                found[f"{kind} {m} {dtype}"] = digest([y, gradient])
     return found
 
 
