@@ -7,8 +7,8 @@
 //   tile    [kBackwardTile][kBackwardPanel n]          rows of dy
 //   feature [Products::kN][kBackwardColumns + kWidth]  W[n] before it is cut into strips
 //
-// A policy says how many n a product takes at once (they share the four bytes of an element of panel
-// and tile) and how it is added.
+// A policy says how many n a product takes at once (they share the four bytes of an element of
+// panel and tile) and how it is added.
 
 constexpr int kBackwardTile = 6;  // rows, times vectors of a strip, whose sums stay in registers
 constexpr int kBackwardVectors = kWidth == 16 ? 4 : 2;
