@@ -30,6 +30,8 @@ namespace {
 #include "cpu/tiles.inl"
 #include "cpu/matmul.inl"
 #include "cpu/conv.inl"
+#include "cpu/depthwise_avx2.inl"
+#include "cpu/conv_table.inl"
 #include "cpu/pool.inl"
 #include "cpu/int8.inl"
 

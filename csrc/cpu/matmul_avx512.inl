@@ -71,7 +71,7 @@ struct W8A8 {
   // Convolution: a tile's rows are anywhere in an image of units.
   static constexpr int kConvBlocks = 3;
   static constexpr const char* kConvName = "conv_w8a8_avx512_8x48";
-  static constexpr const char* kDepthwiseName = "conv_depthwise_w8a8_avx512_8x16";
+  static constexpr const char* kDepthwiseName = "conv_depthwise_w8a8_avx512_4x64";
 
   // `codes` may be the same memory.
   static void codes_to_units(const uint8_t* codes, int64_t count, uint8_t* out) {
