@@ -148,13 +148,13 @@ class Int8Conv(QModule):
         return y.permute(0, 2, 3, 1).reshape(*lead, y.shape[1])
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        b = self._buffers  # attributes would cost a microsecond each
+        b, p = self._buffers, self._parameters  # attributes would cost a microsecond each
         dtype = None if b["y_scale"] is not None else self.dtype
         try:
             y: Tensor = _CONV(
                 x,
-                self.packed,
-                self.bias,
+                p["packed"],
+                p.get("bias"),
                 residual,
                 b["x_scale"],
                 b["x_zero_point"],
