@@ -25,7 +25,7 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    observer: str | Callable[[], Observer] = "histogram",
+    observer: str | Callable[[], Observer] = "mse",
     *,
     modules: str | Sequence[str] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,

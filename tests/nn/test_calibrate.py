@@ -375,7 +375,7 @@ def test_a_damaged_file_is_refused(calibration, tmp_path, damage, words):
 
 def test_it_prints(calibration):
     text = str(calibration)
-    assert "Sequential calibrated with histogram on 3 batches" in text
+    assert "Sequential calibrated with mse on 3 batches" in text
     assert f"{calibration.input('2').symmetric.scale:.3g}" in text
     out = io.StringIO()
     Console(file=out, width=200).print(calibration)
