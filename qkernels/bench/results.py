@@ -51,6 +51,7 @@ class Result:
         arithmetic: what limits it, a key of the record's limits.
         bits: stored bits per weight.
         extra: further facts, such as "cosine".
+        waited: for a core, as a share of the time; see `Measured`.
     """
 
     name: str
@@ -65,11 +66,23 @@ class Result:
     arithmetic: str = ""
     bits: float = 0.0
     extra: dict[str, float] = field(default_factory=dict)
+    waited: float = 0.0
 
     @classmethod
     def of(cls, name: str, kind: str, own: bool, measured: Measured, **more: Any) -> Result:
         t = measured.timing
-        return cls(name, kind, own, t.median, t.min, t.iqr, len(t.samples), measured.faults, **more)
+        return cls(
+            name,
+            kind,
+            own,
+            t.median,
+            t.min,
+            t.iqr,
+            len(t.samples),
+            measured.faults,
+            waited=measured.waited,
+            **more,
+        )
 
 
 @dataclass

@@ -17,6 +17,7 @@ from qkernels.bench.analysis import (
     traffic,
 )
 from qkernels.bench.limits import PEAKS
+from qkernels.bench.measure import DISTURBED
 from qkernels.bench.plan import Shape
 from qkernels.bench.results import Record, Result, Results
 from qkernels.bench.targets import TARGETS, Outcome, Target
@@ -95,6 +96,7 @@ def _about(results: Results) -> str:
             f"last-level cache {machine['cache'] >> 20} MiB, instruction set {machine['isa']}",
             f"- qkernels {machine['qkernels']} {about['commit']}; {versions}",
             f"- variables: {environment}; measured {about['time']}",
+            *_disturbed(results),
             "",
             "Times are medians; ± is the interquartile range. Contenders were timed in turns in "
             "one process. The limit of a product is the longer of reading its weights and of its "
@@ -103,6 +105,20 @@ def _about(results: Results) -> str:
             "that qkernels is faster.",
         ]
     )
+
+
+def _disturbed(results: Results) -> list[str]:
+    """A line when other work took the cores away from what was timed."""
+    of_all = [(r, record) for record in results.records for r in record.results]
+    disturbed = [(r, record) for r, record in of_all if r.waited > DISTURBED]
+    if not disturbed:
+        return []
+    worst, record = max(disturbed, key=lambda found: found[0].waited)
+    return [
+        f"- {len(disturbed)} of {len(of_all)} results waited for a core for more than "
+        f"{DISTURBED:.0%} of their time, {worst.name} in {record.group} {case_name(record)} for "
+        f"{worst.waited:.0%}: other work on this machine, or more threads than cores"
+    ]
 
 
 def _limits(results: Results) -> str:

@@ -90,6 +90,14 @@ def test_the_page_holds_times_ratios_and_shares(results: Results) -> None:
     assert "numpy" not in page
 
 
+def test_the_page_says_what_other_work_disturbed(results: Results) -> None:
+    assert "waited for a core" not in markdown(results)
+    results.records[0].results[1].waited = 0.3
+    page = markdown(results)
+    assert "- 1 of 8 results waited for a core for more than 5% of their time, torch.ao x86" in page
+    assert "for 30%" in page
+
+
 def test_targets_say_met_and_short(results: Results) -> None:
     page = markdown(results)
     met = next(x for x in page.splitlines() if x.startswith("| W8A8 at M=1: ≥ 1.1×"))

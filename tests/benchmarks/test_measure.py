@@ -1,12 +1,17 @@
 """Turns, rotation, and what a contender is left out for."""
 
+import hashlib
+import itertools
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+import qkernels.bench.measure
 from qkernels.bench.engines import WrongResultError, sqnr, verified
-from qkernels.bench.measure import Effort, keep_freed_memory, measure, rotate, settle
+from qkernels.bench.measure import DISTURBED, Effort, keep_freed_memory, measure, rotate, settle
 
 TINY = Effort(min_rounds=4, max_rounds=4, budget=0.0, turn=0.0005, max_calls=3)
 
@@ -35,6 +40,29 @@ def test_a_slow_call_is_timed_once_a_turn() -> None:
     found = measure({"slow": lambda: time.sleep(0.002)}, TINY)
     assert len(found["slow"].timing.samples) == TINY.max_rounds
     assert found["slow"].timing.min >= 0.002
+
+
+def test_waiting_for_a_core_is_seen() -> None:
+    cores = os.sched_getaffinity(0)
+    data = bytes(1 << 21)
+    os.sched_setaffinity(0, {min(cores)})  # threads that start now share one core
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            crowd = measure({"crowd": lambda: list(pool.map(hashlib.sha256, [data] * 2))}, TINY)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert crowd["crowd"].waited > DISTURBED
+
+
+def test_disturbed_turns_are_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = itertools.chain([0.0, 10.0], itertools.repeat(20.0))
+    monkeypatch.setattr(qkernels.bench.measure, "_waits", lambda: next(waits))
+    calls = []
+    found = measure({"a": lambda: calls.append(1)}, TINY)
+    assert found["a"].waited == 0.0
+    assert len(found["a"].timing.samples) == TINY.max_rounds * TINY.max_calls
+    monkeypatch.setattr(qkernels.bench.measure, "_waits", itertools.count().__next__)
+    assert measure({"a": lambda: None}, TINY)["a"].waited > DISTURBED  # and it ends
 
 
 def test_the_hopeless_get_two_rounds() -> None:
