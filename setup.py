@@ -82,7 +82,7 @@ if Path(".git").exists():
 
 extension = CppExtension(
     "qkernels._C",
-    sorted(glob("csrc/cpu/*.cpp") + glob("csrc/ops/*.cpp")),
+    sorted(set(glob("csrc/cpu/*.cpp") + glob("csrc/ops/*.cpp")) - set(glob("csrc/ops/cuda_*.cpp"))),
     include_dirs=[os.path.abspath("csrc")],
     depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True)),
     # The stable interface of torch 2.10: one build serves that release and every later one.

@@ -1,0 +1,56 @@
+// Eight consecutive elements of a row, which is what a thread of an elementwise kernel takes.
+#pragma once
+
+#include "cuda/ptx.cuh"
+
+namespace qkernels::cuda {
+
+inline constexpr int kEight = 8;
+
+// Whether each row of `cols` elements holds whole eights that start on vectors.
+inline bool vectors_fit(const void* data, int64_t cols) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols % kEight == 0;
+}
+
+template <DType kType>
+QK_DEVICE void load_eight(float (&x)[kEight], const void* data, int64_t at) {
+  if constexpr (kType == DType::f32) {
+    const float* from = static_cast<const float*>(data) + at;
+    for (int half = 0; half < 2; ++half) {
+      const uint4 v = load_128(from + half * 4);
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[half * 4 + i] = bit_cast<float>(words[i]);
+    }
+  } else {
+    const uint4 v = load_128(static_cast<const uint16_t*>(data) + at);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) {
+      const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+      x[i] = kType == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+    }
+  }
+}
+
+template <DType kType>
+QK_DEVICE void store_eight(void* data, int64_t at, const float (&y)[kEight]) {
+  if constexpr (kType == DType::f32) {
+    float* to = static_cast<float*>(data) + at;
+    for (int i = 0; i < kEight; i += 4) {
+      store_128(to + i, make_uint4(bit_cast<uint32_t>(y[i]), bit_cast<uint32_t>(y[i + 1]),
+                                   bit_cast<uint32_t>(y[i + 2]), bit_cast<uint32_t>(y[i + 3])));
+    }
+  } else {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i] = kType == DType::bf16 ? pack_bf16(y[2 * i], y[2 * i + 1])
+                                      : pack_f16(y[2 * i], y[2 * i + 1]);
+    }
+    store_128(static_cast<uint16_t*>(data) + at,
+              make_uint4(words[0], words[1], words[2], words[3]));
+  }
+}
+
+}  // namespace qkernels::cuda
