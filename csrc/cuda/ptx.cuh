@@ -248,7 +248,7 @@ QK_DEVICE T shuffle_down(T value, int delta) {
 }
 
 // Bit i is set if the predicate is true in lane i.
-QK_DEVICE uint32_t ballot(bool predicate) {
+QK_DEVICE uint32_t warp_ballot(bool predicate) {
 #ifdef QKERNELS_HOST
   return host::ballot(predicate);
 #else

@@ -54,7 +54,7 @@ def emulated() -> Path:
         + " -ltorch_cpu",
     ]
     objects = []
-    for source in [*kernels(), *glue(), *sorted(HOST.glob("*.cpp"))]:
+    for source in [*kernels(), *glue(), *sorted(HOST.glob("*.c*"))]:
         objects.append(f"{source.parent.name}_{source.name}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
     lines.append(f"build qkernels_host.so: link {' '.join(objects)}")
