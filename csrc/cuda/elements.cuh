@@ -1,5 +1,5 @@
-// What a thread of an elementwise kernel takes: eight consecutive elements of a row as vectors, or the
-// least that storage can hold.
+// What a thread of an elementwise kernel takes: eight consecutive elements of a row as vectors, or
+// the least that storage can hold.
 #pragma once
 
 #include "cuda/ptx.cuh"
