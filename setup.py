@@ -79,7 +79,9 @@ class BuildKernels(BuildExtension):
 
     def get_ext_filename(self, name):
         # There is no Python in the CUDA library, so one file serves every version.
-        return "qkernels/_C_cuda.so" if name == cuda_name else super().get_ext_filename(name)
+        if name.endswith("_C_cuda"):
+            return os.path.join(*name.split(".")) + ".so"
+        return super().get_ext_filename(name)
 
 
 compile_args = [
@@ -121,17 +123,21 @@ def library(name, sources, macros, arguments):
 
 # ---- CUDA ----------------------------------------------------------------------------------------
 
-cuda_name = "qkernels._C_cuda"
 # "a" is code for one architecture alone; "+PTX" is what later ones can translate.
 DEFAULT_ARCHS = "80+PTX;86;89;90a;100a;120a"
 
 
-def cuda_home():
-    """The folder of the CUDA toolkit, None where there is none."""
-    on_path = shutil.which("nvcc")
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    places += [on_path and os.path.dirname(os.path.dirname(on_path)), "/usr/local/cuda"]
-    return next((p for p in places if p and os.path.exists(f"{p}/bin/nvcc")), None)
+def cuda_toolkit():
+    """The CUDA toolkit's folder and that of its static runtime; None where they are missing."""
+    compiler = os.path.realpath(shutil.which("nvcc") or "nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    homes += [os.path.dirname(os.path.dirname(compiler)), "/usr/local/cuda"]
+    for home in filter(None, homes):
+        for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
+            runtime = os.path.join(home, folder, "libcudart_static.a")
+            if os.path.exists(f"{home}/bin/nvcc") and os.path.exists(runtime):
+                return home, os.path.dirname(runtime)
+    return None
 
 
 def arch_flags(home):
@@ -160,11 +166,15 @@ def cuda_library():
     asked = os.environ.get("QKERNELS_CUDA", "")
     if asked not in ("", "0", "1"):
         fail(f"QKERNELS_CUDA must be 0 (no CUDA kernels), 1 or not set, got {asked!r}")
-    home = cuda_home()
-    if asked == "0" or home is None:
+    toolkit = cuda_toolkit()
+    if asked == "0" or toolkit is None:
         if asked == "1":
-            fail("QKERNELS_CUDA=1 asks for CUDA kernels, but nvcc was not found; set CUDA_HOME")
+            fail(
+                "QKERNELS_CUDA=1 asks for CUDA kernels, but nvcc was not found, or no "
+                "libcudart_static.a with it; set CUDA_HOME to the folder of a CUDA toolkit"
+            )
         return []
+    home, runtime = toolkit
     torch_build.CUDA_HOME = home  # None in a torch without CUDA
     # These would let kernels read the host's tables, and get nothing, without a word.
     torch_build.COMMON_NVCC_FLAGS.clear()
@@ -177,9 +187,9 @@ def cuda_library():
         nvcc_args += ["-Werror=all-warnings"]
     arguments = {"cxx": compile_args, "nvcc": [*nvcc_args, *arch_flags(home)]}
     extension = library(
-        cuda_name, {*ours, *glob("csrc/cuda/*.cu")}, [("QKERNELS_CUDA", None)], arguments
+        "qkernels._C_cuda", {*ours, *glob("csrc/cuda/*.cu")}, [("QKERNELS_CUDA", None)], arguments
     )
-    extension.library_dirs += [f"{home}/lib64"]
+    extension.library_dirs += [runtime]
     extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
     # libtorch brings libtorch_cuda, where torch has it, and with that the current stream.
     extension.extra_link_args = ["-Wl,--no-as-needed", "-ltorch"]

@@ -159,7 +159,9 @@ SETUP = """
 import os, sys
 import setuptools, torch.utils.cpp_extension
 setuptools.setup = lambda **_: sys.exit("nothing is wrong")
-{hidden}
+if "NO_NVCC" in os.environ:
+    exists = os.path.exists
+    os.path.exists = lambda path: "nvcc" not in path and exists(path)
 sys.argv = ["setup.py", "build_ext"]
 exec(compile(open("setup.py").read(), "setup.py", "exec"))
 """
@@ -176,16 +178,15 @@ exec(compile(open("setup.py").read(), "setup.py", "exec"))
     ("variables", "sentence"),
     [
         ({"QKERNELS_CUDA": "yes"}, "QKERNELS_CUDA must be 0 (no CUDA kernels), 1 or not set"),
-        ({"QKERNELS_CUDA": "1", "NVCC": ""}, "asks for CUDA kernels, but nvcc was not found"),
+        ({"QKERNELS_CUDA": "1", "NO_NVCC": "1"}, "asks for CUDA kernels, but nvcc was not found"),
         ({"QKERNELS_CUDA_ARCHS": "80;12"}, "QKERNELS_CUDA_ARCHS names '12', which"),
     ],
 )
 def test_building_says_what_is_wrong_with_cuda(variables, sentence, tmp_path: Path) -> None:
     if "QKERNELS_CUDA_ARCHS" in variables and not CUDA:
         pytest.skip("no nvcc here: nobody to ask which architectures there are")
-    hidden = "os.path.exists = lambda path: False" if "NVCC" in variables else ""
     script = tmp_path / "build.py"
-    script.write_text(SETUP.format(hidden=hidden))
+    script.write_text(SETUP)
     done = subprocess.run(
         [sys.executable, script],
         cwd=ROOT,

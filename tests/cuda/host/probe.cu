@@ -1,5 +1,4 @@
-// Kernels for tests/cuda/test_emulator.py: what instructions compute, and mistakes that the emulator
-// has to notice.
+// Kernels for tests/cuda/test_emulator.py: what instructions compute, and mistakes to be noticed.
 #include "cuda/ptx.cuh"
 #include "ops/checks.h"
 
