@@ -14,7 +14,7 @@ namespace qkernels {
 // for one ISA must never be the one that another links to.
 
 template <class To, class From>
-static inline To bit_cast(const From& from) {
+QK_HD static inline To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
   To to;
   std::memcpy(&to, &from, sizeof(to));
@@ -23,17 +23,17 @@ static inline To bit_cast(const From& from) {
 
 // ---- 16-bit floats ------------------------------------------------------------------------------
 
-static inline float from_bf16(uint16_t bits) {
+QK_HD static inline float from_bf16(uint16_t bits) {
   return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
-static inline uint16_t to_bf16(float value) {
+QK_HD static inline uint16_t to_bf16(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-static inline float from_f16(uint16_t bits) {
+QK_HD static inline float from_f16(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   const uint32_t exponent = bits >> 10 & 0x1f;
   const uint32_t mantissa = bits & 0x3ff;
@@ -49,7 +49,7 @@ static inline float from_f16(uint16_t bits) {
   return bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
-static inline uint16_t to_f16(float value) {
+QK_HD static inline uint16_t to_f16(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   const uint32_t magnitude = bits & 0x7fffffff;
@@ -66,7 +66,7 @@ static inline uint16_t to_f16(float value) {
   return static_cast<uint16_t>(sign | (rebased + 0xfff + (rebased >> 13 & 1)) >> 13);
 }
 
-static inline float load_float(const void* data, DType type, int64_t i) {
+QK_HD static inline float load_float(const void* data, DType type, int64_t i) {
   switch (type) {
     case DType::f32:
       return static_cast<const float*>(data)[i];
@@ -83,7 +83,7 @@ static inline float load_float(const void* data, DType type, int64_t i) {
 }
 
 // `type` is a float type.
-static inline void store_float(void* data, DType type, int64_t i, float value) {
+QK_HD static inline void store_float(void* data, DType type, int64_t i, float value) {
   if (type == DType::f32) {
     static_cast<float*>(data)[i] = value;
   } else {
@@ -100,10 +100,10 @@ struct Range {
   float max = 0.0f;
   uint32_t magnitude = 0;
 
-  bool finite() const { return magnitude < 0x7f800000; }
+  QK_HD bool finite() const { return magnitude < 0x7f800000; }
 };
 
-static inline void extend(Range* range, float x) {
+QK_HD static inline void extend(Range* range, float x) {
   const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffff;
   if (magnitude > range->magnitude) range->magnitude = magnitude;
   if (x < range->min) range->min = x;
@@ -120,7 +120,7 @@ static inline constexpr float kSmallestScale = 0x1p-126f;  // FLT_MIN
 
 // The scale as its stored type holds it. It stays positive and finite when the type is narrower
 // than the value: zero would divide, infinity would erase the group.
-static inline float round_scale(float scale, DType type) {
+QK_HD static inline float round_scale(float scale, DType type) {
   if (!(scale > 0.0f) || scale == INFINITY) return scale;  // NaN passes
   if (type == DType::bf16) {
     const float rounded = from_bf16(to_bf16(scale));
@@ -135,28 +135,32 @@ static inline float round_scale(float scale, DType type) {
 }
 
 // Codes that a group may use, as stored numbers.
-static inline int code_min(Format format, bool symmetric) {
+QK_HD static inline int code_min(Format format, bool symmetric) {
   if (format == Format::int4) return 0;
   return symmetric ? info(format).symmetric_min : info(format).asymmetric_min;
 }
-static inline int code_max(Format format, bool symmetric) {
+QK_HD static inline int code_max(Format format, bool symmetric) {
   if (format == Format::int4) return 15;
   return symmetric ? info(format).symmetric_max : info(format).asymmetric_max;
 }
 
 // Half to even, then saturate; NaN gives `low`. The bounds are small integers, so clamping before
 // rounding is the same as after it and keeps lrintf in range.
-static inline int round_clamp(float value, int low, int high) {
+QK_HD static inline int round_clamp(float value, int low, int high) {
   if (!(value > static_cast<float>(low))) return low;
   if (value > static_cast<float>(high)) return high;
+#ifdef __CUDA_ARCH__
+  return __float2int_rn(value);  // one instruction; lrintf would convert to 64 bits
+#else
   return static_cast<int>(lrintf(value));
+#endif
 }
 
 // The scale and zero point of a group. All zero: scale 1. NaN or Inf inside: scale NaN, so that
 // what is computed from the group is NaN and never a plausible number.
-static inline Affine choose_affine(const Range& range, Format format, bool symmetric,
-                                   DType scale_type) {
-  const FormatInfo& f = info(format);
+QK_HD static inline Affine choose_affine(const Range& range, Format format, bool symmetric,
+                                         DType scale_type) {
+  const FormatInfo f = info(format);
   const int offset = format == Format::int4 ? kInt4Offset : 0;
   if (!range.finite()) return {NAN, NAN, symmetric ? offset : 0};
   if (range.magnitude == 0) return {1.0f, 1.0f, symmetric ? offset : 0};
@@ -179,7 +183,7 @@ static inline Affine choose_affine(const Range& range, Format format, bool symme
 
 // The quotient is x * inverse, rounded half to even, plus the zero point, saturated. NaN gives the
 // zero point (value 0).
-static inline int encode_integer(float x, const Affine& affine, int low, int high) {
+QK_HD static inline int encode_integer(float x, const Affine& affine, int low, int high) {
   const float quotient = x * affine.inverse;
   if (quotient != quotient) return affine.zero_point;
   const int zero = affine.zero_point;
@@ -187,36 +191,38 @@ static inline int encode_integer(float x, const Affine& affine, int low, int hig
 }
 
 // The nearest NF4 level; a tie goes to the lower one. NaN gives the code of 0.
-static inline int encode_nf4(float x, float inverse) {
+QK_HD static inline int encode_nf4(float x, float inverse) {
   const float value = x * inverse;
   if (value != value) return 7;
+  static constexpr Nf4Table middles = kNf4Middles;
   int code = 0;
-  for (int i = 0; i < 15; ++i) {
-    // The midpoint is exact in double and rounded once; vector code holds the same constants.
-    const float middle = static_cast<float>(
-        (static_cast<double>(kNf4Levels[i]) + static_cast<double>(kNf4Levels[i + 1])) * 0.5);
-    code += value > middle;
-  }
+  for (int i = 0; i < 15; ++i) code += value > middles.at[i];
   return code;
 }
 
-static inline int encode(float x, Format format, const Affine& affine, bool symmetric) {
+QK_HD static inline int encode(float x, Format format, const Affine& affine, bool symmetric) {
   if (format == Format::nf4) return encode_nf4(x, affine.inverse);
   return encode_integer(x, affine, code_min(format, symmetric), code_max(format, symmetric));
 }
 
+// The local copy is what GPU code can read.
+QK_HD static inline float nf4_level(int code) {
+  static constexpr Nf4Table levels = kNf4Levels;
+  return levels.at[code];
+}
+
 // What a code stands for in units of the scale.
-static inline float code_value(int code, Format format, int zero_point) {
-  return format == Format::nf4 ? kNf4Levels[code] : static_cast<float>(code - zero_point);
+QK_HD static inline float code_value(int code, Format format, int zero_point) {
+  return format == Format::nf4 ? nf4_level(code) : static_cast<float>(code - zero_point);
 }
 
 // (code - zero_point) * scale: the difference is exact, the product is rounded once.
-static inline float decode(int code, Format format, float scale, int zero_point) {
+QK_HD static inline float decode(int code, Format format, float scale, int zero_point) {
   return code_value(code, format, zero_point) * scale;
 }
 
 // x after quantizing and dequantizing. NaN and Inf give NaN: training must not hide them.
-static inline float fake(float x, Format format, const Affine& affine, bool symmetric) {
+QK_HD static inline float fake(float x, Format format, const Affine& affine, bool symmetric) {
   if (!(std::fabs(x) < INFINITY)) return NAN;
   return decode(encode(x, format, affine, symmetric), format, affine.scale, affine.zero_point);
 }
@@ -227,8 +233,8 @@ static inline float fake(float x, Format format, const Affine& affine, bool symm
 struct FakeSlopes {
   float dx, slope, clipped;
 };
-static inline FakeSlopes fake_slopes(float x, float grad, Format format, const Affine& affine,
-                                     bool symmetric) {
+QK_HD static inline FakeSlopes fake_slopes(float x, float grad, Format format, const Affine& affine,
+                                           bool symmetric) {
   const bool levels = format == Format::nf4;
   const int zero = affine.zero_point;
   const float low = levels ? -1.0f : static_cast<float>(code_min(format, symmetric) - zero);
@@ -243,7 +249,7 @@ static inline FakeSlopes fake_slopes(float x, float grad, Format format, const A
 // the lanes in pairs: one order for every ISA.
 inline constexpr int kSumLanes = 16;
 
-static inline float sum_lanes(const float* lanes) {
+QK_HD static inline float sum_lanes(const float* lanes) {
   float sums[kSumLanes];
   std::memcpy(sums, lanes, sizeof(sums));
   for (int half = kSumLanes / 2; half > 0; half /= 2) {
@@ -253,7 +259,7 @@ static inline float sum_lanes(const float* lanes) {
 }
 
 // Codes in storage. `zero_points` are int8, uint8 (int4) or int16 by the format.
-static inline int load_code(const void* row, Format format, int64_t k) {
+QK_HD static inline int load_code(const void* row, Format format, int64_t k) {
   switch (format) {
     case Format::int8:
       return static_cast<const int8_t*>(row)[k];
@@ -267,7 +273,7 @@ static inline int load_code(const void* row, Format format, int64_t k) {
 }
 
 // A 4-bit row is written in ascending k: an even k clears its byte, an odd one completes it.
-static inline void store_code(void* row, Format format, int64_t k, int code) {
+QK_HD static inline void store_code(void* row, Format format, int64_t k, int code) {
   if (format == Format::int8) {
     static_cast<int8_t*>(row)[k] = static_cast<int8_t>(code);
   } else if (format == Format::int16) {
@@ -278,7 +284,7 @@ static inline void store_code(void* row, Format format, int64_t k, int code) {
   }
 }
 
-static inline int load_zero_point(const void* zeros, Format format, int64_t i) {
+QK_HD static inline int load_zero_point(const void* zeros, Format format, int64_t i) {
   switch (format) {
     case Format::int8:
       return static_cast<const int8_t*>(zeros)[i];
@@ -291,7 +297,7 @@ static inline int load_zero_point(const void* zeros, Format format, int64_t i) {
   return static_cast<const uint8_t*>(zeros)[i];
 }
 
-static inline void store_zero_point(void* zeros, Format format, int64_t i, int value) {
+QK_HD static inline void store_zero_point(void* zeros, Format format, int64_t i, int value) {
   if (format == Format::int16) {
     static_cast<int16_t*>(zeros)[i] = static_cast<int16_t>(value);
   } else {
@@ -300,7 +306,9 @@ static inline void store_zero_point(void* zeros, Format format, int64_t i, int v
 }
 
 // The zero point of a symmetric group, as the codes are stored.
-static inline int symmetric_zero(Format format) { return format == Format::int4 ? kInt4Offset : 0; }
+QK_HD static inline int symmetric_zero(Format format) {
+  return format == Format::int4 ? kInt4Offset : 0;
+}
 
 // ---- Epilogue functions -------------------------------------------------------------------------
 // One polynomial each, with every fma written out: the vector code repeats these steps lane by
@@ -308,7 +316,7 @@ static inline int symmetric_zero(Format format) { return format == Format::int4 
 
 // exp with a relative error below 1e-7 for x from -87 to 88. Below, it stays at exp(-87), which is
 // zero to the callers; from 89 on the power of two below is infinity, and so is the result.
-static inline float exp_poly(float x) {
+QK_HD static inline float exp_poly(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 89.0f ? 89.0f : x;
   // x = n * ln2 + r; adding 1.5 * 2^23 rounds to an integer that stays in the low mantissa bits.
@@ -327,10 +335,10 @@ static inline float exp_poly(float x) {
   return p * bit_cast<float>(power);
 }
 
-static inline float sigmoid_times(float x, float z) { return x / (1.0f + exp_poly(-z)); }
+QK_HD static inline float sigmoid_times(float x, float z) { return x / (1.0f + exp_poly(-z)); }
 
 // x * Phi(x), Phi by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
-static inline float gelu(float x) {
+QK_HD static inline float gelu(float x) {
   const float z = std::fabs(x) * 0x1.6a09e6p-1f;
   const float t = 1.0f / std::fma(z, 0.3275911f, 1.0f);
   float p = 1.061405429f;
@@ -342,17 +350,17 @@ static inline float gelu(float x) {
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
-static inline float gelu_tanh(float x) {
+QK_HD static inline float gelu_tanh(float x) {
   // 0.5 * (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
   const float inner = std::fma(x * x, 0.044715f * 1.5957691216f, 1.5957691216f);
   return sigmoid_times(x, x * inner);
 }
 
-static inline float relu6(float x) { return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x; }
+QK_HD static inline float relu6(float x) { return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x; }
 
-static inline float hardswish(float x) { return x * (relu6(x + 3.0f) * (1.0f / 6.0f)); }
+QK_HD static inline float hardswish(float x) { return x * (relu6(x + 3.0f) * (1.0f / 6.0f)); }
 
-static inline float apply_epilogue(float x, Epilogue epilogue) {
+QK_HD static inline float apply_epilogue(float x, Epilogue epilogue) {
   switch (epilogue) {
     case Epilogue::none:
       return x;

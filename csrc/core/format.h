@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// Marks what GPU code may call too; nothing for a C++ compiler.
+#ifdef __CUDACC__
+#define QK_HD __host__ __device__
+#else
+#define QK_HD
+#endif
+
 namespace qkernels {
 
 // ---- Formats ------------------------------------------------------------------------------------
@@ -32,8 +39,14 @@ inline constexpr FormatInfo kFormats[] = {
 };
 inline constexpr int kFormatCount = sizeof(kFormats) / sizeof(kFormats[0]);
 
-inline constexpr const FormatInfo& info(Format format) {
-  return kFormats[static_cast<int>(format)];
+// GPU code has constants of its own but not the host's table at an index that it computes.
+QK_HD inline constexpr FormatInfo info(Format format) {
+  constexpr FormatInfo int8 = kFormats[0], int4 = kFormats[1], nf4 = kFormats[2],
+                       int16 = kFormats[3];
+  return format == Format::int8   ? int8
+         : format == Format::int4 ? int4
+         : format == Format::nf4  ? nf4
+                                  : int16;
 }
 
 // Stored offset of symmetric int4 codes: nibble = code + 8.
@@ -41,7 +54,10 @@ inline constexpr int kInt4Offset = 8;
 
 // The NF4 levels: quantiles of a normal distribution, scaled to [-1, 1] with an exact zero
 // (Dettmers et al., "QLoRA", 2023, appendix E).
-inline constexpr float kNf4Levels[16] = {
+struct Nf4Table {
+  float at[16];
+};
+inline constexpr Nf4Table kNf4Levels = {{
     -1.0f,
     -0.6961928009986877f,
     -0.5250730514526367f,
@@ -58,18 +74,30 @@ inline constexpr float kNf4Levels[16] = {
     0.5626170039176941f,
     0.7229568362236023f,
     1.0f,
-};
+}};
+
+// at[i] lies between levels i and i + 1: exact in double, rounded once.
+inline constexpr Nf4Table nf4_middles() {
+  Nf4Table middles{};
+  for (int i = 0; i < 15; ++i) {
+    middles.at[i] = static_cast<float>(
+        (static_cast<double>(kNf4Levels.at[i]) + static_cast<double>(kNf4Levels.at[i + 1])) * 0.5);
+  }
+  middles.at[15] = 2.0f;  // above every quotient that has a code above it
+  return middles;
+}
+inline constexpr Nf4Table kNf4Middles = nf4_middles();
 
 // Element types of activations, outputs and scales; the first three may be a scale's type.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, i32 = 4 };
 
-inline constexpr int64_t bytes_of(DType type) {
+QK_HD inline constexpr int64_t bytes_of(DType type) {
   constexpr int64_t bytes[] = {4, 2, 2, 1, 4};
   return bytes[static_cast<int>(type)];
 }
 
 // Bytes of `count` consecutive elements of a row in storage; a 4-bit row ends on a full byte.
-inline constexpr int64_t storage_bytes(Format format, int64_t count) {
+QK_HD inline constexpr int64_t storage_bytes(Format format, int64_t count) {
   return (count * info(format).bits + 7) / 8;
 }
 
@@ -86,16 +114,17 @@ struct Layout {
 };
 
 inline constexpr int kDeviceX86 = 1;
+inline constexpr int kDeviceCuda = 2;
 inline constexpr int kLayoutVersion = 1;
 
-inline constexpr int64_t encode_layout(const Layout& layout) {
+QK_HD inline constexpr int64_t encode_layout(const Layout& layout) {
   return static_cast<int64_t>(layout.version) | static_cast<int64_t>(layout.device) << 8 |
          static_cast<int64_t>(layout.scale) << 12 | static_cast<int64_t>(!layout.symmetric) << 16 |
          static_cast<int64_t>(layout.format) << 20;
 }
 
 // False when `id` is not a layout that any version has written.
-inline constexpr bool decode_layout(int64_t id, Layout* layout) {
+QK_HD inline constexpr bool decode_layout(int64_t id, Layout* layout) {
   layout->version = static_cast<int>(id & 0xff);
   layout->device = static_cast<int>(id >> 8 & 0xf);
   const int scale = static_cast<int>(id >> 12 & 0xf);
@@ -108,7 +137,8 @@ inline constexpr bool decode_layout(int64_t id, Layout* layout) {
   return info(layout->format).packs && (layout->symmetric || info(layout->format).has_zero_point);
 }
 
-// A packed weight is uint8 [ceil(N / 16), bytes]; a row of it holds 16 output features ("lanes"):
+// A packed weight is uint8 [ceil(N / 16), bytes]; a row of it holds 16 output features ("lanes").
+// On x86:
 //
 //   codes   int8: per 4 k one 64-byte line,  byte[lane * 4 + k % 4] = code
 //           4 bit: per 8 k one 64-byte line, byte[lane * 4 + k % 4] = code(k) | code(k + 4) << 4
@@ -120,43 +150,63 @@ inline constexpr bool decode_layout(int64_t id, Layout* layout) {
 //
 // Every group is padded to a multiple of 8 k with code 0 (activations are padded with 0 there), so
 // a group starts on a line. Each part starts on a 64-byte line, and rows are whole lines.
+//
+// On CUDA the same without sums, and codes in the order in which the 32 threads of a warp feed the
+// tensor cores. Groups are padded to chunks of 32 k, and 4-bit rows to two chunks, with the code of
+// value 0 (asymmetric: the group's zero point; nf4: level 7). Of a chunk, thread g * 4 + t holds
+// the eight consecutive k from 8 * t on, e0 to e7, of the lanes g and g + 8. It reads 16 bytes, and
+// the warp 512:
+//
+//   int8    one chunk:  [lane g: e0 to e7] [lane g + 8: e0 to e7]
+//   4 bit   two chunks, a word each for [lane g, first chunk] [lane g + 8, first] [lane g, second]
+//           [lane g + 8, second]; nibbles of a word, the lowest first: e0 e2 e4 e6 e1 e3 e5 e7, so
+//           that (word >> 4 * j) & 0x000f000f is the pair e(2j), e(2j + 1)
 inline constexpr int kLanes = 16;
 inline constexpr int64_t kLine = 64;
-inline constexpr int kGroupPad = 8;
+inline constexpr int kGroupPad = 8;    // on x86
+inline constexpr int kCudaChunk = 32;  // k
+inline constexpr int kCudaUnit = 512;  // bytes that a warp reads at once
 
-inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
+QK_HD inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
 struct BlockShape {
+  int64_t group_pad;                  // groups are padded to a multiple of so many k
   int64_t k;                          // in_features
   int64_t group_size;                 // in k; the last group may be shorter
   int64_t groups;                     // per output feature
   int64_t group_padded;               // padded k of every group but the last
-  int64_t k_padded;                   // sum of the padded groups
+  int64_t k_padded;                   // sum of the padded groups, and what fills up a row
   int64_t scales, zeros, sums, bias;  // byte offsets in a row; codes start at 0
   int64_t bytes;                      // of one row
 
-  constexpr int64_t group_begin(int64_t g) const { return g * group_size; }
-  constexpr int64_t group_length(int64_t g) const {
+  QK_HD constexpr int64_t group_begin(int64_t g) const { return g * group_size; }
+  QK_HD constexpr int64_t group_length(int64_t g) const {
     return g + 1 < groups ? group_size : k - g * group_size;
   }
-  constexpr int64_t padded_begin(int64_t g) const { return g * group_padded; }
-  constexpr int64_t padded_length(int64_t g) const { return round_up(group_length(g), kGroupPad); }
+  QK_HD constexpr int64_t padded_begin(int64_t g) const { return g * group_padded; }
+  QK_HD constexpr int64_t padded_length(int64_t g) const {
+    return round_up(group_length(g), group_pad);
+  }
 };
 
 // Larger sizes are refused, so that no byte count can overflow.
 inline constexpr int64_t kMaxFeatures = int64_t{1} << 40;
 
 // group_size is -1 (one group) or at least 1; k is at most kMaxFeatures.
-inline constexpr BlockShape block_shape(const Layout& layout, int64_t k, int64_t group_size) {
+QK_HD inline constexpr BlockShape block_shape(const Layout& layout, int64_t k, int64_t group_size) {
+  const bool cuda = layout.device == kDeviceCuda;
+  const int bits = info(layout.format).bits;
   BlockShape s{};
+  s.group_pad = cuda ? kCudaChunk : kGroupPad;
   s.k = k;
   s.group_size = group_size < 0 || group_size > k ? k : group_size;
   s.groups = group_size < 0 ? 1 : k == 0 ? 0 : (k + s.group_size - 1) / s.group_size;
-  s.group_padded = round_up(s.group_size, kGroupPad);
+  s.group_padded = round_up(s.group_size, s.group_pad);
   s.k_padded = s.groups == 0 ? 0 : (s.groups - 1) * s.group_padded + s.padded_length(s.groups - 1);
-  int64_t at = s.k_padded * kLanes * info(layout.format).bits / 8;
+  if (cuda && bits == 4) s.k_padded = round_up(s.k_padded, 2 * kCudaChunk);
+  int64_t at = s.k_padded * kLanes * bits / 8;
   auto part = [&at](int64_t bytes) {
     const int64_t begin = at;
     at = round_up(at + bytes, kLine);
@@ -165,7 +215,7 @@ inline constexpr BlockShape block_shape(const Layout& layout, int64_t k, int64_t
   const bool integer = layout.format != Format::nf4;
   s.scales = part(s.groups * kLanes * bytes_of(layout.scale));
   s.zeros = part(layout.symmetric ? 0 : s.groups * kLanes);
-  s.sums = part(layout.format == Format::int8 ? s.groups * kLanes * 4 : 0);
+  s.sums = part(layout.format == Format::int8 && !cuda ? s.groups * kLanes * 4 : 0);
   s.bias = part(integer ? kLanes * 4 : 0);
   s.bytes = at;
   return s;
@@ -198,12 +248,25 @@ inline constexpr ConvPacking conv_packing(const Layout& layout, int64_t taps,
   return {false, groups, rows, taps * channels, channels};
 }
 
-// Byte offset of code k_padded `kp` of `lane` in a packed row, and the nibble's shift for 4 bits.
-inline constexpr int64_t code_offset(Format format, int64_t kp, int lane) {
+// Byte offset of code k_padded `kp` of `lane` in a packed row of the x86 layout, and the nibble's
+// shift for 4 bits.
+QK_HD inline constexpr int64_t code_offset(Format format, int64_t kp, int lane) {
   return info(format).bits == 8 ? kp / 4 * kLine + lane * 4 + kp % 4
                                 : kp / 8 * kLine + lane * 4 + kp % 4;
 }
-inline constexpr int code_shift(int64_t kp) { return kp % 8 < 4 ? 0 : 4; }
+QK_HD inline constexpr int code_shift(int64_t kp) { return kp % 8 < 4 ? 0 : 4; }
+
+// The same of the CUDA layout.
+QK_HD inline constexpr int64_t cuda_code_offset(Format format, int64_t kp, int lane) {
+  const int64_t thread = lane % 8 * 4 + kp % kCudaChunk / 8, half = lane / 8;
+  if (info(format).bits == 8) {
+    return kp / kCudaChunk * kCudaUnit + thread * 16 + half * 8 + kp % 8;
+  }
+  const int64_t byte = kp % 8 % 2 * 2 + kp % 8 / 4;
+  return kp / (2 * kCudaChunk) * kCudaUnit + thread * 16 + kp / kCudaChunk % 2 * 8 + half * 4 +
+         byte;
+}
+QK_HD inline constexpr int cuda_code_shift(int64_t kp) { return kp % 4 < 2 ? 0 : 4; }
 
 // ---- Codes of an op's arguments -----------------------------------------------------------------
 
@@ -222,7 +285,7 @@ inline constexpr int kEpilogueCount = 7;
 
 // The longest accumulation whose int32 sum cannot overflow: 128 * 128 * 131071 < 2^31. Asymmetric
 // int8 weights reach 255 * 128 per product.
-inline constexpr int64_t max_accumulation(Format format, bool symmetric) {
+QK_HD inline constexpr int64_t max_accumulation(Format format, bool symmetric) {
   return format == Format::int8 && !symmetric ? 65793 : 131071;
 }
 

@@ -137,21 +137,6 @@ struct Encoder<Format::nf4> {
   Table16 middles;
 };
 
-// kNf4Middles[i] lies between levels i and i + 1.
-struct Nf4Middles {
-  float at[16];
-};
-constexpr Nf4Middles nf4_middles() {
-  Nf4Middles m{};
-  for (int i = 0; i < 15; ++i) {
-    m.at[i] = static_cast<float>(
-        (static_cast<double>(kNf4Levels[i]) + static_cast<double>(kNf4Levels[i + 1])) * 0.5);
-  }
-  m.at[15] = 2.0f;  // never reached: the guess below is at most 14
-  return m;
-}
-constexpr Nf4Middles kNf4Middles = nf4_middles();
-
 // A cubic fit of level numbers: guess(middle i) rounds to i, for every i and with 0.24 to spare, so
 // that the code is the rounded guess, or one more when the number lies above that middle.
 SIMD F nf4_guess(F value) {
@@ -215,7 +200,7 @@ struct Decoder<Format::nf4> {
 template <Format Fmt>
 SIMD Decoder<Fmt> make_decoder(float scale, int zero_point) {
   if constexpr (Fmt == Format::nf4) {
-    return {splat(scale), table16(kNf4Levels)};
+    return {splat(scale), table16(kNf4Levels.at)};
   } else {
     return {splat(scale), splat(zero_point)};
   }

@@ -17,7 +17,7 @@ SIMD Faker<Fmt> make_faker(const Affine& affine, bool symmetric) {
   const F inverse = splat(affine.inverse), scale = splat(affine.scale);
   if constexpr (Fmt == Format::nf4) {
     return {
-        inverse, scale, splat(-1.0f), splat(1.0f), table16(kNf4Middles.at), table16(kNf4Levels)};
+        inverse, scale, splat(-1.0f), splat(1.0f), table16(kNf4Middles.at), table16(kNf4Levels.at)};
   } else {
     const int zero = affine.zero_point;
     return {inverse, scale, splat(static_cast<float>(code_min(Fmt, symmetric) - zero)),

@@ -201,7 +201,7 @@ struct A16 {
                                 const uint8_t* panel, const uint8_t* const* codes, int64_t steps) {
     constexpr int kPerLine = Fmt == Format::int8 ? 4 : 8;
     const float* x = reinterpret_cast<const float*>(panel);
-    const Table16 levels = table16(kNf4Levels);
+    const Table16 levels = table16(kNf4Levels.at);
     for (int64_t line = 0; line < steps * 8 / kPerLine; ++line) {
       unroll<Vectors / 2>([&](int b) INLINE { prefetch(codes[b] + line * 64); });
       unroll<kPerLine>([&](int k) INLINE {
@@ -221,7 +221,7 @@ struct A16 {
   static INLINE void unpack(const uint8_t* codes, const I (&zero)[2], int64_t steps, uint8_t* out,
                             int64_t) {
     constexpr int kPerLine = Fmt == Format::int8 ? 4 : 8;
-    const Table16 levels = table16(kNf4Levels);
+    const Table16 levels = table16(kNf4Levels.at);
     float* to = reinterpret_cast<float*>(out);
     for (int64_t line = 0; line < steps * 8 / kPerLine; ++line) {
       unroll<2>([&](int v) INLINE {

@@ -206,7 +206,7 @@ struct A16 {
                                 const uint8_t* const* codes, int64_t steps) {
     constexpr int kPerLine = Fmt == Format::int8 ? 4 : 8;
     const float* x = reinterpret_cast<const float*>(panel);
-    const Table16 levels = table16(kNf4Levels);
+    const Table16 levels = table16(kNf4Levels.at);
     if (Fmt == Format::int4) {
       unroll<Blocks>([&](int b) INLINE { zero[b] = bits(add(to_float(zero[b]), splat(0x1p23f))); });
     }

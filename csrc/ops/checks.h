@@ -8,7 +8,7 @@
 #include <string>
 
 #include "core/codec.h"
-#include "ops/torch_api.h"
+#include "ops/device.h"
 
 namespace qkernels {
 
@@ -59,14 +59,15 @@ inline std::string dtype_text(ScalarType type) {
   }
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  if (!t.is_cpu()) {
-    fail(op, name, " is on another device than the CPU tensors of the call; move it with .cpu()");
+inline void check_device(const char* op, const char* name, const Tensor& t) {
+  if (!on_device(t)) {
+    fail(op, name, " is on another device than the ", kDeviceName,
+         " tensors of the call; move it with ", kMoveToDevice);
   }
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  check_cpu(op, name, t);
+  check_device(op, name, t);
   if (t.scalar_type() != want) {
     fail(op, name, " must be ", dtype_text(want), ", got ", dtype_text(t.scalar_type()),
          "; convert it with .to(torch.", dtype_text(want), ")");
@@ -88,7 +89,7 @@ inline std::optional<DType> float_dtype(ScalarType type) {
 
 // The DType of a tensor that must hold floats.
 inline DType check_float(const char* op, const char* name, const Tensor& t) {
-  check_cpu(op, name, t);
+  check_device(op, name, t);
   const auto type = float_dtype(t.scalar_type());
   if (!type) {
     fail(op, name, " must be float32, bfloat16 or float16, got ", dtype_text(t.scalar_type()),
@@ -128,9 +129,10 @@ inline ScalarType storage_type(Format format) {
   return format == Format::int8 ? ScalarType::Char : ScalarType::Byte;
 }
 
-// int4 zero points are codes; a larger one would spill into the neighbouring nibble.
+// int4 zero points are codes; a larger one would spill into the neighbouring nibble. On a GPU the
+// kernels take the low four bits instead.
 inline void check_zero_points(const char* op, const Tensor& zero_point, Format format) {
-  if (format != Format::int4) return;
+  if (!kReadable || format != Format::int4) return;
   const uint8_t* at = zero_point.const_data_ptr<uint8_t>();
   for (int64_t i = 0; i < zero_point.numel(); ++i) {
     if (at[i] > 15) {
@@ -167,9 +169,10 @@ inline Layout check_layout(const char* op, int64_t id) {
     fail(op, "layout ", id, " is not a packed layout that qkernels has written; take it from ",
          "qkernels._C.layout(format, scale_dtype, symmetric)");
   }
-  if (layout.device != kDeviceX86) {
+  if (layout.device != kDeviceFamily) {
     fail(op, "the weight is packed for another device (family ", layout.device,
-         ") but the call runs on the CPU; unpack it there, or move the module with .cpu()");
+         ") but the call runs on the ", kDeviceName, "; unpack it there, or move the module with ",
+         kMoveToDevice);
   }
   if (layout.version != kLayoutVersion) {
     fail(op, "the weight is packed in layout version ", layout.version, " but this build reads ",

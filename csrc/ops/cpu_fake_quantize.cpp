@@ -1,7 +1,7 @@
 // fake_quantize, fake_quantize_with and their gradient on the CPU.
 #include <cmath>
 
-#include "ops/groups.h"
+#include "ops/range.h"
 
 namespace qkernels {
 namespace {
@@ -34,7 +34,7 @@ Args args_for(const Cut& cut, const Tensor& x, Format format) {
 std::optional<Tensor> as_codes(const char* op, const std::optional<Tensor>& zero_point,
                                Format format) {
   if (!zero_point || zero_point->scalar_type() != ScalarType::Float) return zero_point;
-  check_cpu(op, "zero_point", *zero_point);
+  check_device(op, "zero_point", *zero_point);
   const FormatInfo& f = info(format);
   const Tensor from = dense(*zero_point);
   Tensor to = empty_cpu(shape_of(from), storage_type(format));

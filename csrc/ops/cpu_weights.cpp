@@ -88,7 +88,7 @@ Tensor embedding(const Tensor& indices_any, const Tensor& packed_any, int64_t la
   a.shape = block_shape(a.layout, embedding_dim, group_size);
   a.y_type = check_float_type(op, "dtype", dtype);
   const Tensor packed = check_packed(op, packed_any, a.shape, num_embeddings);
-  check_cpu(op, "indices", indices_any);
+  check_device(op, "indices", indices_any);
   const ScalarType given = indices_any.scalar_type();
   if (given != ScalarType::Long && given != ScalarType::Int) {
     fail(op, "indices must be int64 or int32, got ", dtype_text(given),

@@ -1,9 +1,7 @@
 // How the quantizers see a tensor: rows, cut into groups with a scale each.
 #pragma once
 
-#include <mutex>
-
-#include "cpu/kernels.h"
+#include "core/params.h"
 #include "ops/checks.h"
 
 namespace qkernels {
@@ -39,20 +37,6 @@ inline Cut cut_of(const char* op, const Shape& shape, Format format,
     cut.scale.back() = cut.groups;
   }
   return cut;
-}
-
-inline Range range_of(const Tensor& x, DType type) {
-  const Kernels& table = kernels();
-  Range total;
-  std::mutex mutex;
-  parallel(x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    const Range part = table.range(x.const_data_ptr(), type, begin, end);
-    const std::lock_guard<std::mutex> lock(mutex);
-    total.min = std::min(total.min, part.min);
-    total.max = std::max(total.max, part.max);
-    total.magnitude = std::max(total.magnitude, part.magnitude);
-  });
-  return total;
 }
 
 inline Format check_symmetry(const char* op, int64_t format_code, bool symmetric) {

@@ -53,9 +53,12 @@ std::vector<std::string> isas(bool only_available) {
   return names;
 }
 
-int64_t layout(int format, int scale_dtype, bool symmetric) {
+int64_t layout(int format, int scale_dtype, bool symmetric, const std::string& device) {
+  if (device != "cpu" && device != "cuda") {
+    throw std::invalid_argument("device must be 'cpu' or 'cuda', got '" + device + "'");
+  }
   const Layout wanted{static_cast<Format>(format), static_cast<DType>(scale_dtype), symmetric,
-                      kDeviceX86, kLayoutVersion};
+                      device == "cuda" ? kDeviceCuda : kDeviceX86, kLayoutVersion};
   Layout checked;
   if (format < 0 || scale_dtype < 0 || !decode_layout(encode_layout(wanted), &checked)) {
     throw std::invalid_argument(
@@ -74,7 +77,7 @@ py::dict describe_layout(int64_t id) {
   result["format"] = info(l.format).name;
   result["scale_dtype"] = scales[static_cast<int>(l.scale)];
   result["symmetric"] = l.symmetric;
-  result["device"] = l.device == kDeviceX86 ? "cpu" : "other";
+  result["device"] = l.device == kDeviceX86 ? "cpu" : l.device == kDeviceCuda ? "cuda" : "other";
   result["version"] = l.version;
   return result;
 }
@@ -172,7 +175,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("cpu_features", &cpu_features, "Features of this CPU that kernels may use.");
   m.def("layout", &layout, py::arg("format"), py::arg("scale_dtype"), py::arg("symmetric"),
-        "Id of the packed layout for a format, scale dtype code and symmetry.");
+        py::arg("device") = "cpu",
+        "Id of a device's packed layout for a format, scale dtype code and symmetry.");
   m.def("describe_layout", &describe_layout, py::arg("layout"), "What a layout id stands for.");
   m.def("block_bytes", &block_bytes, py::arg("layout"), py::arg("in_features"),
         py::arg("group_size"), "Bytes of a packed row, which holds 16 output features.");

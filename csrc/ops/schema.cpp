@@ -1,7 +1,7 @@
 // Every op's schema. The fakes and gradients are in qkernels/ops.py and qkernels/ops_int8.py.
-#include "ops/torch_api.h"
+#include "ops/device.h"
 
-STABLE_TORCH_LIBRARY(qkernels, m) {
+QK_SCHEMAS(m) {
   m.def(
       "quantize(Tensor x, int format, int? group_size=-1, bool symmetric=True, "
       "ScalarType? scale_dtype=None) -> (Tensor data, Tensor scale, Tensor zero_point)");

@@ -33,14 +33,18 @@ inline Tensor empty_cpu(const Shape& shape, const Shape& strides, ScalarType typ
   return Tensor(handle);
 }
 
-inline Tensor empty_cpu(const Shape& shape, ScalarType type) {
+inline Shape dense_strides(const Shape& shape) {
   Shape strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= shape[i] > 0 ? shape[i] : 1;
   }
-  return empty_cpu(shape, strides, type);
+  return strides;
+}
+
+inline Tensor empty_cpu(const Shape& shape, ScalarType type) {
+  return empty_cpu(shape, dense_strides(shape), type);
 }
 
 inline Tensor dense(const Tensor& t) {

@@ -1,0 +1,16 @@
+// The CUDA kernels as csrc/ops calls them. Each checks nothing, allocates nothing, waits for
+// nothing, and enqueues its work on `stream`, which belongs to the current device.
+#pragma once
+
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace qkernels::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+void quantize_with(const QuantizeArgs& args, int64_t rows, Stream stream);
+void dequantize(const DequantizeArgs& args, int64_t rows, Stream stream);
+
+}  // namespace qkernels::cuda

@@ -1,0 +1,100 @@
+// ops/device.h for CUDA. With QKERNELS_HOST the CPU stands for the GPU: the tests build the same
+// glue and kernels for it, as torch.ops.qkernels_host.
+#pragma once
+
+#include <string>
+
+#include "cuda/launch.h"
+#include "ops/torch_api.h"
+
+#ifndef QKERNELS_HOST
+#include <torch/csrc/stable/accelerator.h>
+
+// In libtorch_cuda; torch's header declares it only where the CUDA toolkit's version is known.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace qkernels {
+
+inline constexpr int kDeviceFamily = kDeviceCuda;
+inline constexpr const char* kDeviceName = "GPU";
+inline constexpr const char* kMoveToDevice = ".cuda()";
+inline constexpr bool kReadable = false;
+
+#ifdef QKERNELS_HOST
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Tensor&) {}
+};
+
+inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+
+inline Tensor empty_on_device(const Shape& shape, ScalarType type) {
+  return empty_cpu(shape, type);
+}
+
+inline cuda::Stream current_stream() { return nullptr; }
+
+#else
+
+// The GPU of the op that this thread is in, -1 outside of one.
+inline int32_t& current_device() {
+  thread_local int32_t index = -1;
+  return index;
+}
+
+// Makes the tensor's GPU the current one, for launches and allocations.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Tensor& t) : outer_(current_device()) {
+    // A CPU tensor among CUDA tensors is for the checks to refuse.
+    if (!t.is_cuda()) return;
+    current_device() = t.get_device_index();
+    guard_.emplace(current_device());
+  }
+  ~DeviceGuard() { current_device() = outer_; }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int32_t outer_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+// All tensors of an op are on one GPU.
+inline bool on_device(const Tensor& t) {
+  return t.is_cuda() && (current_device() < 0 || t.get_device_index() == current_device());
+}
+
+inline Tensor empty_on_device(const Shape& shape, ScalarType type) {
+  const Shape strides = dense_strides(shape);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cuda(), current_device(), &handle));
+  return Tensor(handle);
+}
+
+inline cuda::Stream current_stream() {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(current_device(), &stream));
+  return stream;
+}
+
+#endif
+
+// Device memory of a call, from torch's allocator: captured graphs may hold it.
+inline Tensor workspace_on_device(int64_t bytes) {
+  return empty_on_device({bytes}, ScalarType::Byte);
+}
+
+}  // namespace qkernels
+
+#ifdef QKERNELS_HOST
+#define QK_OPS(m) STABLE_TORCH_LIBRARY_IMPL(qkernels_host, CPU, m)
+#define QK_SCHEMAS(m) STABLE_TORCH_LIBRARY(qkernels_host, m)
+#else
+#define QK_OPS(m) STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m)
+#endif

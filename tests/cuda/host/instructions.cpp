@@ -1,0 +1,91 @@
+// What the instructions of a whole warp compute. Registers and lanes as in csrc/cuda/ptx.cuh.
+#include "cuda_host.h"
+
+namespace qkernels::host {
+namespace {
+
+constexpr int kWarp = 32;
+
+// Element i of the k consecutive ones that a register holds.
+int32_t int8_at(uint32_t word, int i) { return static_cast<int8_t>(word >> 8 * i); }
+uint16_t half_at(uint32_t word, int i) { return static_cast<uint16_t>(word >> 16 * i); }
+
+// D[16][8] += A . B with `per` elements in a register and k = 8 * per.
+template <class D, class Sum, class Element>
+struct Mma {
+  D* d;
+  const uint32_t* a;
+  const uint32_t* b;
+
+  static void whole(void* const* lanes, int per, Element element) {
+    auto at = [&](int i) -> const Mma& { return *static_cast<const Mma*>(lanes[i]); };
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 8; ++column) {
+        Sum sum{};
+        for (int k = 0; k < 8 * per; ++k) {
+          const int half = k / (4 * per), t = k % (4 * per) / per;
+          const uint32_t a = at(row % 8 * 4 + t).a[half * 2 + row / 8];
+          const uint32_t b = at(column * 4 + t).b[half];
+          sum += static_cast<Sum>(element(a, k % per)) * static_cast<Sum>(element(b, k % per));
+        }
+        D& d = at(row % 8 * 4 + column / 2).d[row / 8 * 2 + column % 2];
+        d = static_cast<D>(static_cast<Sum>(d) + sum);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void mma_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen) {
+  auto element = [widen](uint32_t word, int i) { return widen(half_at(word, i)); };
+  using M = Mma<float, double, decltype(element)>;
+  M mine{d, a, b};
+  meet("mma of 16 bits", &mine, [&](void* const* lanes) { M::whole(lanes, 2, element); });
+}
+
+void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  using M = Mma<int32_t, int64_t, decltype(&int8_at)>;
+  M mine{d, a, b};
+  meet("mma of int8", &mine, [](void* const* lanes) { M::whole(lanes, 4, &int8_at); });
+}
+
+uint32_t ballot(bool predicate) {
+  uint32_t mine = predicate;
+  meet("ballot", &mine, [](void* const* lanes) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kWarp; ++i) bits |= *static_cast<uint32_t*>(lanes[i]) << i;
+    for (int i = 0; i < kWarp; ++i) *static_cast<uint32_t*>(lanes[i]) = bits;
+  });
+  return mine;
+}
+
+void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  check_alignment("ldmatrix_x4", row, 16);
+  struct Lane {
+    uint32_t* r;
+    const void* row;
+  } mine{r, row};
+  meet("ldmatrix_x4", &mine, [](void* const* lanes) {
+    for (int i = 0; i < kWarp; ++i) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        const Lane* owner = static_cast<const Lane*>(lanes[matrix * 8 + i / 4]);
+        const uint8_t* from = static_cast<const uint8_t*>(owner->row) + i % 4 * 4;
+        std::memcpy(&static_cast<Lane*>(lanes[i])->r[matrix], from, 4);
+      }
+    }
+  });
+}
+
+uint32_t fma_16(uint32_t a, uint32_t b, uint32_t c, Widen widen, Narrow narrow) {
+  uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    // Products and nearly all sums are exact in double.
+    const double exact =
+        static_cast<double>(widen(half_at(a, i))) * widen(half_at(b, i)) + widen(half_at(c, i));
+    result |= static_cast<uint32_t>(narrow(static_cast<float>(exact))) << 16 * i;
+  }
+  return result;
+}
+
+}  // namespace qkernels::host

@@ -1,0 +1,91 @@
+"""quantize_with and dequantize as CUDA kernels in the emulator: the same bits as on the CPU."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import reference as ref
+from helpers.check import same_bits, same_codes, same_tensor
+from helpers.data import FLOATS, awkward, strided
+
+cpu = torch.ops.qkernels
+
+VARIANTS = [
+    pytest.param(form, symmetric, id=f"{form.name}-{'symmetric' if symmetric else 'asymmetric'}")
+    for form in ref.FORMATS
+    for symmetric in ((True,) if form is ref.NF4 else (True, False))
+]
+GROUP_SIZES = (None, -1, 1, 3, 8, 32, 33)
+COLUMNS = (0, 1, 2, 7, 8, 9, 33, 64, 127, 136)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
+def test_quantize_with(ops: Any, form: ref.Format, symmetric: bool, dtype: torch.dtype) -> None:
+    for i, cols in enumerate(COLUMNS):
+        x = awkward((13, cols), dtype)
+        for group_size in GROUP_SIZES:
+            scale_dtype = FLOATS[i % 3]
+            want = ref.quantize(ref.values(x), form, group_size, symmetric, scale_dtype)
+            stored, scale, zero = cpu.quantize(x, form.code, group_size, symmetric, scale_dtype)
+            data = ops.quantize_with(x, scale, None if symmetric else zero, form.code, group_size)
+            same_codes(data, ref.store(want.codes, form))
+            same_tensor(data, stored)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
+def test_dequantize(ops: Any, form: ref.Format, symmetric: bool, dtype: torch.dtype) -> None:
+    for i, cols in enumerate(COLUMNS):
+        x = awkward((13, cols))
+        for group_size in GROUP_SIZES:
+            given = cpu.quantize(x, form.code, group_size, symmetric, FLOATS[i % 3])
+            rest = (form.code, group_size)
+            got = ops.dequantize(*given, *rest, cols, dtype)
+            same_tensor(got, cpu.dequantize(*given, *rest, cols, dtype))
+            out = torch.full_like(got, 5)
+            assert ops.dequantize.out(*given, *rest, out=out) is None
+            same_tensor(out, got)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 2.0**-126, 1e-45, 3e38, float("inf"), float("nan")])
+def test_every_code_with_every_kind_of_scale(ops: Any, scale: float) -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int8)
+    for dtype in FLOATS:
+        got = ops.dequantize(codes, torch.tensor(scale), None, ref.INT8.code, None, 256, dtype)
+        same_bits(got, ref.decode(codes.numpy(), ref.INT8, np.float32(scale), np.int64(0)))
+
+
+def test_any_strides(ops: Any) -> None:
+    x = awkward((20, 35))
+    scale = torch.full((20, 1), 0.03)
+    want = cpu.quantize_with(x, scale, None, ref.INT8.code)
+    for _, view in strided(x):
+        same_tensor(ops.quantize_with(view, scale, None, ref.INT8.code), want)
+
+
+def test_zero_points_that_are_no_codes_keep_to_their_nibble(ops: Any) -> None:
+    """The glue of a GPU does not read them."""
+    x = awkward((3, 16))
+    scale = torch.ones(3, 1)
+    high, low = (
+        torch.full((3, 1), 0x35, dtype=torch.uint8),
+        torch.full((3, 1), 5, dtype=torch.uint8),
+    )
+    codes = [ops.quantize_with(x, scale, zero, ref.INT4.code) for zero in (high, low)]
+    same_tensor(*codes)
+    values = [
+        ops.dequantize(codes[0], scale, zero, ref.INT4.code, -1, 16, x.dtype)
+        for zero in (high, low)
+    ]
+    same_tensor(*values)
+
+
+def test_wrong_calls_say_what_is_wrong(ops: Any) -> None:
+    x, scale = torch.ones(2, 8), torch.ones(2, 1)
+    with pytest.raises(RuntimeError, match="quantize_with: scale must have shape"):
+        ops.quantize_with(x, torch.ones(3, 1), None, ref.INT8.code)
+    with pytest.raises(RuntimeError, match="quantize_with: x must be float32, bfloat16 or float16"):
+        ops.quantize_with(x.double(), scale, None, ref.INT8.code)
