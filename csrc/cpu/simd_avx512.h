@@ -247,6 +247,31 @@ SIMD I lookup(const Table256& t, I index) {
                                 _mm512_mask_slli_epi16(odd, ~test_words(index, 8), odd, 8));
 }
 
+// ---- 4 * kWidth bytes in pieces of 16 ------------------------------------------------------------
+
+// The first `count` pieces, 0 in the others.
+SIMD I load_pieces(const void* p, int count) {
+  return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count * 4) - 1), p);
+}
+// Four vectors of bytes as words of one byte of each, in pieces: x[v] has words 4 v on of each.
+SIMD void interleave_bytes(I (&x)[4]) {
+  const I low = _mm512_unpacklo_epi8(x[0], x[1]), high = _mm512_unpackhi_epi8(x[0], x[1]);
+  const I low2 = _mm512_unpacklo_epi8(x[2], x[3]), high2 = _mm512_unpackhi_epi8(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi16(low, low2);
+  x[1] = _mm512_unpackhi_epi16(low, low2);
+  x[2] = _mm512_unpacklo_epi16(high, high2);
+  x[3] = _mm512_unpackhi_epi16(high, high2);
+}
+// The first pieces of all four vectors side by side, then the second ones, and so on.
+SIMD void transpose_pieces(I (&x)[4]) {
+  const I a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const I c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+  x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+  x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+
 // ---- 2 * kWidth int16 ---------------------------------------------------------------------------
 
 SIMD I load_words(const int8_t* p) {
