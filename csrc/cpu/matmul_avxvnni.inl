@@ -129,6 +129,7 @@ struct W4A8 {
   }
   using Sum = I;
   static constexpr bool kFloat = false, kFlipped = false;
+  static constexpr uint64_t kMask = 0x0f0f0f0f0f0f0f0f;
 
   static INLINE void dot(I& sum, I x, I weight) { dot4(sum, weight, x); }
 
@@ -138,10 +139,17 @@ struct W4A8 {
     return sums;
   }
 
+  // The mask stays in memory: all registers are in use.
+  static INLINE I low_nibbles(I bytes) {
+    alignas(32) static constexpr uint64_t kLow[4] = {kMask, kMask, kMask, kMask};
+    I result;
+    asm("vpand %2, %1, %0" : "=x"(result) : "x"(bytes), "m"(kLow));
+    return result;
+  }
+
   template <int Rows, int Vectors>
   static INLINE void accumulate(I (&sums)[Vectors][Rows], const uint8_t* panel,
                                 const uint8_t* const* codes, int64_t steps) {
-    const I low = _mm256_set1_epi8(0xf);
     for (int64_t line = 0; line < steps; ++line) {
       unroll<Vectors / 2>([&](int b) INLINE { prefetch(codes[b] + line * kLine); });
       unroll<2>([&](int half) INLINE {
@@ -151,7 +159,7 @@ struct W4A8 {
                 INLINE { return broadcast_unit(panel + ((line * 2 + half) * Rows + r) * 4); },
             [&](int v) INLINE {
               const I bytes = load_half(codes[v / 2] + line * kLine + v % 2 * 32);
-              return bit_and(half == 0 ? bytes : _mm256_srli_epi16(bytes, 4), low);
+              return low_nibbles(half == 0 ? bytes : _mm256_srli_epi16(bytes, 4));
             });
       });
     }
