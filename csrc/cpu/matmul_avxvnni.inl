@@ -21,10 +21,12 @@ SIMD void dot4(I& sum, I unsigned_bytes, I signed_bytes) {
   asm(QK_VPDPBUSD " %2, %1, %0" : "+x"(sum) : "x"(unsigned_bytes), "x"(signed_bytes));
 }
 
-// How far ahead of the codes in use the next ones are asked for, in bytes.
-constexpr int64_t kPrefetch = 512;
+// Asks for the codes that a tile of so many rows will use soon. Few rows wait for the memory, which
+// wants to know early; with more, the codes come from the L2 cache as a rule.
+template <int Rows>
 SIMD void prefetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
+  constexpr int64_t kAhead = Rows <= 3 ? 4096 : 512;
+  _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
 }
 
 // Adds the products of a unit of each row, x(row), and of four k of each vector of outputs,
@@ -80,7 +82,7 @@ struct W8A8 {
   static INLINE void accumulate(I (&sums)[Vectors][Rows], const uint8_t* panel,
                                 const uint8_t* const* codes, int64_t steps) {
     for (int64_t line = 0; line < steps * 2; ++line) {
-      unroll<Vectors / 2>([&](int b) INLINE { prefetch(codes[b] + line * kLine); });
+      unroll<Vectors / 2>([&](int b) INLINE { prefetch<Rows>(codes[b] + line * kLine); });
       add_products<W8A8>(
           sums, [&](int r) INLINE { return broadcast_unit(panel + (line * Rows + r) * 4); },
           [&](int v) INLINE { return load_half(codes[v / 2] + line * kLine + v % 2 * 32); });
@@ -139,7 +141,7 @@ struct W4A8 {
     return sums;
   }
 
-  // The mask stays in memory: all registers are in use.
+  // Many rows leave no register for the mask, so it stays in memory.
   static INLINE I low_nibbles(I bytes) {
     alignas(32) static constexpr uint64_t kLow[4] = {kMask, kMask, kMask, kMask};
     I result;
@@ -151,17 +153,33 @@ struct W4A8 {
   static INLINE void accumulate(I (&sums)[Vectors][Rows], const uint8_t* panel,
                                 const uint8_t* const* codes, int64_t steps) {
     for (int64_t line = 0; line < steps; ++line) {
-      unroll<Vectors / 2>([&](int b) INLINE { prefetch(codes[b] + line * kLine); });
-      unroll<2>([&](int half) INLINE {
-        add_products<W4A8>(
-            sums,
-            [&](int r)
-                INLINE { return broadcast_unit(panel + ((line * 2 + half) * Rows + r) * 4); },
-            [&](int v) INLINE {
-              const I bytes = load_half(codes[v / 2] + line * kLine + v % 2 * 32);
-              return low_nibbles(half == 0 ? bytes : _mm256_srli_epi16(bytes, 4));
-            });
-      });
+      unroll<Vectors / 2>([&](int b) INLINE { prefetch<Rows>(codes[b] + line * kLine); });
+      const auto bytes = [&](int v)
+                             INLINE { return load_half(codes[v / 2] + line * kLine + v % 2 * 32); };
+      const auto unit = [&](int half, int r) INLINE {
+        return broadcast_unit(panel + ((line * 2 + half) * Rows + r) * 4);
+      };
+      if constexpr (Rows < 3) {
+        const I mask = _mm256_set1_epi8(0xf);
+        I units[2][Rows];
+        unroll<2>([&](int half) INLINE {
+          unroll<Rows>([&](int r) INLINE { units[half][r] = unit(half, r); });
+        });
+        unroll<Vectors>([&](int v) INLINE {
+          const I both = bytes(v);
+          const I low = bit_and(both, mask), high = bit_and(_mm256_srli_epi16(both, 4), mask);
+          unroll<Rows>([&](int r) INLINE { dot(sums[v][r], units[0][r], low); });
+          unroll<Rows>([&](int r) INLINE { dot(sums[v][r], units[1][r], high); });
+        });
+      } else {
+        unroll<2>([&](int half) INLINE {
+          add_products<W4A8>(
+              sums, [&](int r) INLINE { return unit(half, r); },
+              [&](int v) INLINE {
+                return low_nibbles(half == 0 ? bytes(v) : _mm256_srli_epi16(bytes(v), 4));
+              });
+        });
+      }
     }
   }
 };

@@ -18,6 +18,8 @@ from qkernels import _C
 
 # What may precede the opcode: operand and address size, repeat, lock, segments.
 LEGACY_PREFIXES = {"66", "67", "f2", "f3", "f0", "2e", "36", "3e", "26", "64", "65"}
+# They are printed before the mnemonic, as "{vex}" is.
+PREFIX_WORDS = re.compile(r"^((\{vex\}|rep\w*|lock|bnd|notrack|data16|cs|ds) )+")
 
 # Later than SSE2 without a VEX prefix: SSE3, SSSE3, SSE4, POPCNT, LZCNT, MOVBE, ADX. TZCNT is not
 # here: older machines run its bytes as BSF, which compilers count on.
@@ -74,8 +76,7 @@ def parse(listing: str) -> Iterator[Instruction]:
         if start := re.fullmatch(r"[0-9a-f]+ <(.+)>:", line):
             function = start[1]
         elif (parts := line.split("\t"))[2:]:
-            # "rep", "{vex}" and the like are printed before the mnemonic.
-            words = re.sub(r"^((\{vex\}|rep\w*|lock|bnd|notrack|data16|cs|ds) )+", "", parts[2]).split()
+            words = PREFIX_WORDS.sub("", parts[2]).split()
             yield Instruction(function, parts[1].split(), words[0] if words else "", parts[2])
 
 
@@ -148,7 +149,7 @@ def code_of(namespace: str) -> dict[str, list[str]]:
 
 
 def test_both_encodings_of_avxvnni_are_the_same_code() -> None:
-    """What machines without AVX-VNNI test is what those with it run, instruction for instruction."""
+    """So what machines without AVX-VNNI test is what those with it run."""
     vex, evex = code_of("avxvnni"), code_of("avxvnni_evex")
     assert sum(line.startswith("vpdpbusd") for lines in vex.values() for line in lines) > 100
     assert vex.keys() == evex.keys()
