@@ -14,8 +14,8 @@ import torch
 # Every environment variable that qkernels reads. There is no other list.
 VARIABLES: dict[str, str] = {
     "QKERNELS_ISA": (
-        "the instruction set that kernels use: scalar, avx2, avx512 or avx512bf16; one that the "
-        "machine lacks is an error. Not set: the best that the CPU can run."
+        "the instruction set that kernels use: scalar, avx2, avxvnni, avx512 or avx512bf16; one "
+        "that the machine lacks is an error. Not set: the best that the CPU can run."
     ),
     "QKERNELS_CUDA": (
         "read when qkernels is built from source: 0 leaves the CUDA kernels out, 1 makes it an "

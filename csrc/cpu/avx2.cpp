@@ -20,6 +20,7 @@ namespace {
 #include "cpu/simd_avx2.h"
 #include "cpu/unroll.inl"
 #include "cpu/codes.inl"
+#include "cpu/encode.inl"
 #include "cpu/quantize.inl"
 #include "cpu/fake_quantize.inl"
 #include "cpu/embedding.inl"

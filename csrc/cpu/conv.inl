@@ -339,7 +339,7 @@ SIMD F scaled(const ConvSums& t, const OutputScales& s, int v, int r) {
 }
 
 // Most blocks that sums are given of: as many as fill a vector with bytes.
-constexpr int kFinishBlocks = kWidth == 16 ? 4 : 1;
+constexpr int kFinishBlocks = kWidth / 4;
 
 // The epilogue, known beforehand or not.
 template <Epilogue E>
@@ -406,10 +406,10 @@ void finish_last(const ConvArgs& a, const ConvSums& t) {
         };
         if (t.blocks == 1) {
           codes(std::integral_constant<int, 1>{});
+        } else if (t.blocks == 2) {
+          codes(std::integral_constant<int, 2>{});
         } else if constexpr (kFinishBlocks == 4) {
-          if (t.blocks == 2) {
-            codes(std::integral_constant<int, 2>{});
-          } else if (t.blocks == 3) {
+          if (t.blocks == 3) {
             codes(std::integral_constant<int, 3>{});
           } else {
             codes(std::integral_constant<int, 4>{});

@@ -43,6 +43,18 @@ bool has_avx512() {
   return (b & want) == want && (c & bit_AVX512VNNI) != 0 && os_saves(kZmmState);
 }
 
+bool has_vex_vnni() {
+  uint32_t a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & bit_AVXVNNI) != 0;
+}
+
+// AVX-512 has the instruction too, in an encoding of its own.
+bool has_avxvnni() { return has_vex_vnni() || has_avx512(); }
+
+const Kernels* any_avxvnni_kernels() {
+  return has_vex_vnni() ? avxvnni_kernels() : avxvnni_evex_kernels();
+}
+
 bool has_avx512bf16() {
   uint32_t a, b, c, d;
   return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & bit_AVX512BF16) != 0;
@@ -79,6 +91,7 @@ const Isa* choose() {
 const Isa kIsas[] = {
     {"scalar", scalar_kernels, always},
     {"avx2", avx2_kernels, has_avx2},
+    {"avxvnni", any_avxvnni_kernels, has_avxvnni},
     {"avx512", avx512_kernels, has_avx512},
     {"avx512bf16", avx512bf16_kernels, has_avx512bf16},
 };

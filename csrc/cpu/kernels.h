@@ -76,6 +76,8 @@ inline constexpr int64_t kConvTaps = 1024;
 
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();
+const Kernels* avxvnni_evex_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512bf16_kernels();
 

@@ -242,14 +242,16 @@ SIMD I narrow(I a, I b, I c, I d) {
   const I bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-// The first Count * kWidth bytes, Count 1 or 2.
+// The first Count * kWidth bytes, Count 1, 2 or 4.
 template <int Count>
 SIMD void store_first(void* p, I bytes) {
   const __m128i low = _mm256_castsi256_si128(bytes);
   if constexpr (Count == 1) {
     _mm_storel_epi64(static_cast<__m128i*>(p), low);
-  } else {
+  } else if constexpr (Count == 2) {
     _mm_storeu_si128(static_cast<__m128i*>(p), low);
+  } else {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), bytes);
   }
 }
 SIMD I clamp_bytes(I x, int low, int high) {
@@ -300,6 +302,35 @@ SIMD I lookup(const Table256& t, I index) {
   const I twice = _mm256_add_epi8(index, index), four = _mm256_add_epi8(twice, twice);
   const I bits[4] = {_mm256_add_epi8(four, four), four, twice, index};
   return lookup_rows<16>(t.entries, _mm256_and_si256(index, _mm256_set1_epi8(0xf)), bits);
+}
+
+// ---- 4 * kWidth bytes in pieces of 16 -----------------------------------------------------------
+
+// The first `count` pieces, 0 in the others.
+SIMD I load_pieces(const void* p, int count) {
+  if (count == 2) return load_all(p);
+  return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+SIMD I interleave_low_bytes(I a, I b) { return _mm256_unpacklo_epi8(a, b); }
+SIMD I interleave_high_bytes(I a, I b) { return _mm256_unpackhi_epi8(a, b); }
+SIMD I interleave_low_words(I a, I b) { return _mm256_unpacklo_epi16(a, b); }
+SIMD I interleave_high_words(I a, I b) { return _mm256_unpackhi_epi16(a, b); }
+// Four vectors of bytes as words of one byte of each, in pieces: x[v] has words 4 v on of each.
+SIMD void interleave_bytes(I (&x)[4]) {
+  const I low = interleave_low_bytes(x[0], x[1]), high = interleave_high_bytes(x[0], x[1]);
+  const I low2 = interleave_low_bytes(x[2], x[3]), high2 = interleave_high_bytes(x[2], x[3]);
+  x[0] = interleave_low_words(low, low2);
+  x[1] = interleave_high_words(low, low2);
+  x[2] = interleave_low_words(high, high2);
+  x[3] = interleave_high_words(high, high2);
+}
+// The first pieces of all four vectors side by side, then the second ones.
+SIMD void transpose_pieces(I (&x)[4]) {
+  const I a = _mm256_permute2x128_si256(x[0], x[1], 0x20);
+  const I b = _mm256_permute2x128_si256(x[2], x[3], 0x20);
+  const I c = _mm256_permute2x128_si256(x[0], x[1], 0x31);
+  const I d = _mm256_permute2x128_si256(x[2], x[3], 0x31);
+  x[0] = a, x[1] = b, x[2] = c, x[3] = d;
 }
 
 // ---- 2 * kWidth int16 ---------------------------------------------------------------------------

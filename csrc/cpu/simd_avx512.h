@@ -247,6 +247,35 @@ SIMD I lookup(const Table256& t, I index) {
                                 _mm512_mask_slli_epi16(odd, ~test_words(index, 8), odd, 8));
 }
 
+// ---- 4 * kWidth bytes in pieces of 16 -----------------------------------------------------------
+
+// The first `count` pieces, 0 in the others.
+SIMD I load_pieces(const void* p, int count) {
+  return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count * 4) - 1), p);
+}
+SIMD I interleave_low_bytes(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
+SIMD I interleave_high_bytes(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
+SIMD I interleave_low_words(I a, I b) { return _mm512_unpacklo_epi16(a, b); }
+SIMD I interleave_high_words(I a, I b) { return _mm512_unpackhi_epi16(a, b); }
+// Four vectors of bytes as words of one byte of each, in pieces: x[v] has words 4 v on of each.
+SIMD void interleave_bytes(I (&x)[4]) {
+  const I low = interleave_low_bytes(x[0], x[1]), high = interleave_high_bytes(x[0], x[1]);
+  const I low2 = interleave_low_bytes(x[2], x[3]), high2 = interleave_high_bytes(x[2], x[3]);
+  x[0] = interleave_low_words(low, low2);
+  x[1] = interleave_high_words(low, low2);
+  x[2] = interleave_low_words(high, high2);
+  x[3] = interleave_high_words(high, high2);
+}
+// The first pieces of all four vectors side by side, then the second ones, and so on.
+SIMD void transpose_pieces(I (&x)[4]) {
+  const I a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const I c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+  x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+  x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+
 // ---- 2 * kWidth int16 ---------------------------------------------------------------------------
 
 SIMD I load_words(const int8_t* p) {

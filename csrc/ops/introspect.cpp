@@ -143,6 +143,7 @@ py::dict cpu_features() {
   QK_FEATURE("avx");
   QK_FEATURE("avx2");
   QK_FEATURE("fma");
+  QK_FEATURE("avxvnni");
   QK_FEATURE("avx512f");
   QK_FEATURE("avx512bw");
   QK_FEATURE("avx512dq");

@@ -108,7 +108,7 @@ def test_files_for_both_devices_do_not_include_the_cpu_kernels() -> None:
 
 # An ISA as a value of its own, or a kernel's name such as matmul_w4a8_avx512_8x48. A sentence that
 # a user reads may speak of AVX2.
-ISA_NAME = r"avx2|avx512\w*|amx\w*|sm_?[0-9]{2}a?"
+ISA_NAME = r"avx2|avxvnni|avx512\w*|amx\w*|sm_?[0-9]{2}a?"
 KERNEL_NAME = r"\w+_(avx|amx|sm_?[0-9])\w*"
 
 

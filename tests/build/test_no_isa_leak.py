@@ -1,7 +1,7 @@
 """Code that needs more than the oldest x86-64 stays inside its ISA's namespace.
 
-A wheel is built once and runs on every x86-64 machine, so outside `qkernels::avx2` and
-`qkernels::avx512` there may be no instruction that came after SSE2. One inline function that the
+A wheel is built once and runs on every x86-64 machine, so outside of those namespaces there may be
+no instruction that came after SSE2. One inline function that the
 compiler emits for the wrong target is enough to crash a user's process at import, and no other test
 would notice on a machine that has the instruction. So this one reads the machine code.
 """
@@ -18,6 +18,8 @@ from qkernels import _C
 
 # What may precede the opcode: operand and address size, repeat, lock, segments.
 LEGACY_PREFIXES = {"66", "67", "f2", "f3", "f0", "2e", "36", "3e", "26", "64", "65"}
+# They are printed before the mnemonic, as "{vex}" is.
+PREFIX_WORDS = re.compile(r"^((\{vex\}|rep\w*|lock|bnd|notrack|data16|cs|ds) )+")
 
 # Later than SSE2 without a VEX prefix: SSE3, SSSE3, SSE4, POPCNT, LZCNT, MOVBE, ADX. TZCNT is not
 # here: older machines run its bytes as BSF, which compilers count on.
@@ -30,12 +32,17 @@ AFTER_SSE2 = re.compile(
 )
 # Each ISA's namespace may use what dispatch.cpp asks the CPU for, and no more.
 FORBIDDEN_IN_AVX2 = re.compile(r"vpdp|vpmadd52|vsha|vsm[34]|vaes|vgf2p8|vpclmul|.*bf16")
+# On 256 bits vpdpbusd and nothing else, in the encoding of AVX-VNNI or in that of AVX-512.
+FORBIDDEN_IN_AVXVNNI = re.compile(rf"(?!vpdpbusd$)({FORBIDDEN_IN_AVX2.pattern})")
 # AVX-512 F, BW, DQ, VL and VNNI are asked for, and BF16 in a namespace of its own; VBMI, FP16 and
 # the others are not.
 FORBIDDEN_IN_AVX512 = re.compile(
     r".*bf16|vperm([it]2)?b|vpmultishiftqb|vp(compress|expand)[bw]|vpsh[lr]dv?[wdq]|vpopcnt"
     r"|vpshufbitqmb|vgf2p8|vaes|vpclmul|vpmadd52|vp2intersect|v\w+(ph|sh)$|t(dp|ile)"
 )
+
+NAMESPACES = ("avx2", "avxvnni", "avxvnni_evex", "avx512", "avx512bf16")
+ISAS = "|".join(f"{len(name)}({name})" for name in NAMESPACES)
 
 
 class Instruction(NamedTuple):
@@ -69,8 +76,7 @@ def parse(listing: str) -> Iterator[Instruction]:
         if start := re.fullmatch(r"[0-9a-f]+ <(.+)>:", line):
             function = start[1]
         elif (parts := line.split("\t"))[2:]:
-            # "rep", "lock" and the like are printed before the mnemonic.
-            words = re.sub(r"^((rep\w*|lock|bnd|notrack|data16|cs|ds) )+", "", parts[2]).split()
+            words = PREFIX_WORDS.sub("", parts[2]).split()
             yield Instruction(function, parts[1].split(), words[0] if words else "", parts[2])
 
 
@@ -81,7 +87,7 @@ def isa_of(function: str) -> str:
     `qkernels::avx2` as its argument is emitted outside the namespace, for the target that happened
     to be set, and is just the kind of leak to look for.
     """
-    scope = re.match(r"_Z+N[KVrRO]*8qkernels(?:4(avx2)|6(avx512)|10(avx512bf16))", function)
+    scope = re.match(rf"_Z+N[KVrRO]*8qkernels(?:{ISAS})", function)
     return next(filter(None, scope.groups())) if scope else ""
 
 
@@ -96,6 +102,12 @@ def fault(instruction: Instruction) -> str:
         if instruction.encoding == "EVEX":
             return "EVEX in avx2"
         return "not in AVX2, FMA or F16C" if FORBIDDEN_IN_AVX2.match(mnemonic) else ""
+    if isa in ("avxvnni", "avxvnni_evex"):
+        vnni_encoding = "VEX" if isa == "avxvnni" else "EVEX"
+        expected = vnni_encoding if mnemonic == "vpdpbusd" else "VEX"
+        if instruction.encoding not in (expected, "legacy"):
+            return f"{instruction.encoding} for {mnemonic} in {isa}"
+        return "not in AVX2, FMA or F16C" if FORBIDDEN_IN_AVXVNNI.match(mnemonic) else ""
     allowed = {"vcvtps2ph"} | ({"vdpbf16ps", "vcvtne2ps2bf16"} if isa == "avx512bf16" else set())
     forbidden = FORBIDDEN_IN_AVX512.match(mnemonic) and mnemonic not in allowed
     return "more than AVX-512 F, BW, DQ, VL and VNNI" if forbidden else ""
@@ -111,7 +123,7 @@ def test_no_instruction_leaves_its_isa() -> None:
 
 @pytest.mark.parametrize(
     ("isa", "register"),
-    [("avx2", "ymm"), ("avx512", "zmm"), ("avx512bf16", "vdpbf16ps")],
+    [("avx2", "ymm"), ("avxvnni", "vpdpbusd"), ("avx512", "zmm"), ("avx512bf16", "vdpbf16ps")],
 )
 def test_the_namespaces_hold_their_isa(isa: str, register: str) -> None:
     """Or else the test above would look at nothing."""
@@ -121,12 +133,37 @@ def test_the_namespaces_hold_their_isa(isa: str, register: str) -> None:
     assert any(isa_of(instruction.function) == "" for instruction in instructions())
 
 
+def code_of(namespace: str) -> dict[str, list[str]]:
+    """Its functions, without what depends on where code lies and how long it is."""
+    code: dict[str, list[str]] = {}
+    for instruction in instructions():
+        if isa_of(instruction.function) != namespace:
+            continue
+        if re.search(r"\bnop|\bxchg +%ax,%ax|\bdata16\b", instruction.text):  # for alignment
+            continue
+        text = re.sub(r" +#.*", "", instruction.text.replace("{vex} ", ""))
+        text = re.sub(r"\b[0-9a-f]+ <.*>|-?0x[0-9a-f]+\(%rip\)", "PLACE", text)
+        name = instruction.function.replace(f"{len(namespace)}{namespace}", "NAMESPACE")
+        code.setdefault(name, []).append(" ".join(text.split()))
+    return code
+
+
+def test_both_encodings_of_avxvnni_are_the_same_code() -> None:
+    """So what machines without AVX-VNNI test is what those with it run."""
+    vex, evex = code_of("avxvnni"), code_of("avxvnni_evex")
+    assert sum(line.startswith("vpdpbusd") for lines in vex.values() for line in lines) > 100
+    assert vex.keys() == evex.keys()
+    assert [name for name in vex if vex[name] != evex[name]] == []
+
+
 @pytest.mark.parametrize(
     ("function", "isa"),
     [
         ("_ZN8qkernels4avx26linearERKNS_10LinearArgsE", "avx2"),
         ("_ZN8qkernels6avx512L4tileERKNS_10LinearArgsE.constprop.0", "avx512"),
         ("_ZZN8qkernels4avx24rowsEvENKUliE_clEi", "avx2"),
+        ("_ZN8qkernels7avxvnni6linearERKNS_10LinearArgsE", "avxvnni"),
+        ("_ZN8qkernels12avxvnni_evex6linearERKNS_10LinearArgsE", "avxvnni_evex"),
         ("_ZN8qkernels10avx512bf166linearERKNS_10LinearArgsE", "avx512bf16"),
         ("_ZN8qkernels6scalar6linearERKNS_10LinearArgsE", ""),
         ("_ZSt3minIN8qkernels4avx24VecFEERKT_S5_S5_", ""),
@@ -135,6 +172,10 @@ def test_the_namespaces_hold_their_isa(isa: str, register: str) -> None:
 )
 def test_namespace_of_a_mangled_name(function: str, isa: str) -> None:
     assert isa_of(function) == isa
+
+
+VEX_VNNI = "c4 e2 75 50 c2\t{vex} vpdpbusd %ymm2,%ymm1,%ymm0"
+EVEX_VNNI = "62 f2 75 28 50 c2\tvpdpbusd %ymm2,%ymm1,%ymm0"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +189,16 @@ def test_namespace_of_a_mangled_name(function: str, isa: str) -> None:
         ("main", "0f 58 c1\taddps %xmm1,%xmm0", ""),
         ("_ZN8qkernels4avx21fEv", "c5 fc 58 c1\tvaddps %ymm1,%ymm0,%ymm0", ""),
         ("_ZN8qkernels4avx21fEv", "62 f1 7c 28 58 c1\tvaddps %ymm17,%ymm0,%ymm0", "EVEX in avx2"),
+        ("_ZN8qkernels4avx21fEv", VEX_VNNI, "not in AVX2, FMA or F16C"),
+        ("_ZN8qkernels7avxvnni1fEv", VEX_VNNI, ""),
+        ("_ZN8qkernels7avxvnni1fEv", EVEX_VNNI, "EVEX for vpdpbusd in avxvnni"),
+        ("_ZN8qkernels12avxvnni_evex1fEv", EVEX_VNNI, ""),
+        ("_ZN8qkernels12avxvnni_evex1fEv", VEX_VNNI, "VEX for vpdpbusd in avxvnni_evex"),
+        (
+            "_ZN8qkernels7avxvnni1fEv",
+            "c4 e2 75 52 c2\t{vex} vpdpwssd %ymm2,%ymm1,%ymm0",
+            "not in AVX2, FMA or F16C",
+        ),
         (
             "_ZN8qkernels6avx5121fEv",
             "62 f2 76 48 52 c2\tvdpbf16ps %zmm2,%zmm1,%zmm0",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_isas_are_listed_from_the_slowest() -> None:
-    assert _C.isas() == ["scalar", "avx2", "avx512", "avx512bf16"]
+    assert _C.isas() == ["scalar", "avx2", "avxvnni", "avx512", "avx512bf16"]
     assert _C.available_isas() == _C.isas()[: len(_C.available_isas())]
 
 
@@ -26,12 +26,15 @@ def test_available_isas_are_what_the_cpu_says() -> None:
     if {"avx2", "fma", "f16c"} <= set(flags):
         expected.append("avx2")
         wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
+        if "avx_vnni" in flags or wide <= set(flags):
+            expected.append("avxvnni")
         if wide <= set(flags):
             expected += ["avx512", *(["avx512bf16"] if "avx512_bf16" in flags else [])]
     assert _C.available_isas() == expected
     features = _C.cpu_features()
     for name in ("avx2", "fma", "avx512f", "avx512bw"):
         assert features[name] == (name in flags)
+    assert features["avxvnni"] == ("avx_vnni" in flags)
 
 
 def test_the_best_runs_by_default() -> None:
@@ -82,7 +85,7 @@ CPUID = """
 #include <string>
 enum { bit_OSXSAVE = 1, bit_FMA = 2, bit_F16C = 4, bit_AVX = 8 };
 enum { bit_AVX2 = 1, bit_AVX512F = 2, bit_AVX512BW = 4, bit_AVX512DQ = 8, bit_AVX512VL = 16 };
-enum { bit_AVX512VNNI = 1, bit_AVX512BF16 = 2 };
+enum { bit_AVX512VNNI = 1, bit_AVX512BF16 = 2, bit_AVXVNNI = 4 };
 inline bool has(const char* name) {
   std::istringstream words(std::getenv("FAKE_CPU"));
   for (std::string word; words >> word;)
@@ -96,7 +99,7 @@ inline int __get_cpuid(unsigned, unsigned*, unsigned*, unsigned* c, unsigned*) {
 }
 inline int __get_cpuid_count(unsigned, unsigned subleaf, unsigned* a, unsigned* b, unsigned* c,
                              unsigned*) {
-  *a = subleaf == 1 ? QK_BIT(AVX512BF16) : 0;
+  *a = subleaf == 1 ? QK_BIT(AVX512BF16) | QK_BIT(AVXVNNI) : 0;
   *b = QK_BIT(AVX2) | QK_BIT(AVX512F) | QK_BIT(AVX512BW) | QK_BIT(AVX512DQ) | QK_BIT(AVX512VL);
   *c = QK_BIT(AVX512VNNI);
   return has("LEAF7") ? 1 : 0;
@@ -109,7 +112,8 @@ MAIN = """
 namespace qkernels {
 #define QK_TABLE(name) \\
   const Kernels* name##_kernels() { static Kernels table{}; table.isa = #name; return &table; }
-QK_TABLE(scalar) QK_TABLE(avx2) QK_TABLE(avx512) QK_TABLE(avx512bf16)
+QK_TABLE(scalar) QK_TABLE(avx2) QK_TABLE(avxvnni) QK_TABLE(avxvnni_evex) QK_TABLE(avx512)
+QK_TABLE(avx512bf16)
 }
 int main() {
   try {
@@ -123,6 +127,8 @@ OLD = "LEAF7 OSXSAVE AVX"
 HASWELL = f"{OLD} FMA F16C AVX2"
 SKYLAKE = f"{HASWELL} AVX512F AVX512BW AVX512DQ AVX512VL"
 CASCADE_LAKE = f"{SKYLAKE} AVX512VNNI"
+ALDER_LAKE = f"{HASWELL} AVXVNNI"
+SAPPHIRE_RAPIDS = f"{CASCADE_LAKE} AVX512BF16 AVXVNNI"
 COOPER_LAKE = f"{CASCADE_LAKE} AVX512BF16"
 
 
@@ -176,6 +182,9 @@ needs_avx512 = pytest.mark.skipif(
         pytest.param(SKYLAKE, "avx2", marks=needs_avx512),  # no VNNI
         pytest.param(CASCADE_LAKE, "avx512", marks=needs_avx512),
         pytest.param(COOPER_LAKE, "avx512bf16", marks=needs_avx512),
+        pytest.param(ALDER_LAKE, "avxvnni", marks=needs_avx512),
+        pytest.param(f"{OLD} FMA F16C AVXVNNI", "scalar", marks=needs_avx512),  # no AVX2
+        pytest.param(SAPPHIRE_RAPIDS, "avx512bf16", marks=needs_avx512),
         pytest.param(f"{HASWELL} AVX512BF16", "avx2", marks=needs_avx512),
         *(
             pytest.param(CASCADE_LAKE.replace(f"AVX512{part}", ""), "avx2", marks=needs_avx512)
@@ -189,11 +198,31 @@ def test_the_best_of_another_machine(chosen, cpu: str, isa: str) -> None:
     assert chosen(cpu, "scalar") == "scalar"
 
 
+@needs_avx512
+@pytest.mark.parametrize(
+    ("cpu", "table"),
+    [
+        (ALDER_LAKE, "avxvnni"),
+        (SAPPHIRE_RAPIDS, "avxvnni"),
+        (CASCADE_LAKE, "avxvnni_evex"),
+        (COOPER_LAKE, "avxvnni_evex"),
+    ],
+)
+def test_avxvnni_is_encoded_as_the_cpu_wants(chosen, cpu: str, table: str) -> None:
+    assert chosen(cpu, "avxvnni") == table
+
+
 @pytest.mark.parametrize(("cpu", "wanted"), [("", "avx2"), (OLD, "avx512"), (OLD, "avx2")])
 def test_an_isa_that_the_machine_lacks_is_an_error(chosen, cpu: str, wanted: str) -> None:
     """Never a silent fallback."""
     sentence = f"qkernels: QKERNELS_ISA={wanted} but this machine cannot run it; unset it or choose"
     assert chosen(cpu, wanted) == f"{sentence} one of: scalar"
+
+
+@needs_avx512
+@pytest.mark.parametrize("cpu", [HASWELL, SKYLAKE])
+def test_without_vnni_there_is_no_avxvnni(chosen, cpu: str) -> None:
+    assert chosen(cpu, "avxvnni").endswith("choose one of: scalar, avx2")
 
 
 @needs_avx512

@@ -20,6 +20,17 @@ from qkernels.bench.results import Record, Results
 _PEERS = "torch fp32,torch.ao *,torch int4pack *"
 
 
+# Where others call an instruction set otherwise, or stop at the one below.
+_NAMES = {
+    "avxvnni": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2_E1",
+    }
+}
+
+
 def environment(isa: str) -> dict[str, str]:
     """Variables that cap qkernels, torch, oneDNN, FBGEMM and MKL at an instruction set.
 
@@ -36,6 +47,7 @@ def environment(isa: str) -> dict[str, str]:
         "ONEDNN_MAX_CPU_ISA": isa.upper(),
         "FBGEMM_ENABLE_INSTRUCTIONS": isa.upper(),
         "MKL_ENABLE_INSTRUCTIONS": isa.upper(),
+        **_NAMES.get(isa, {}),
     }
 
 

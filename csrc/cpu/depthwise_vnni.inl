@@ -1,19 +1,19 @@
-// Depthwise convolution for AVX-512. Four taps of 64 channels are interleaved into what vpdpbusd
-// multiplies: a lane is a channel, its four bytes are taps. Interleaving works on quarters of a
-// vector, so quarter q of vector v holds channels 16 q + 4 v .. + 3; the weights are brought into
-// the same order, and the sums back into that of the channels.
+// Depthwise convolution for vpdpbusd. Four taps of 4 * kWidth channels are interleaved into what it
+// multiplies: a lane is a channel, its four bytes are taps. Interleaving works on 16 bytes of a
+// vector, so piece p of vector v holds channels 16 p + 4 v .. + 3; the weights are brought into the
+// same order, and the sums back into that of the channels.
 
-constexpr int kDepthwiseRows = 4;
-constexpr int kDepthwiseBlocks = 4;  // of 16 channels
+constexpr int kDepthwiseBlocks = kWidth / 4;  // of 16 channels
+constexpr int kDepthwiseRows = kWidth / 4;    // whose sums take half of the registers
+constexpr int64_t kVector = 4 * kWidth;       // bytes
 constexpr int64_t kMostQuads = (kDepthwiseTaps + 3) / 4;
 
 // Taps by fours; those that fill up the last four have weight 0.
 struct Quads {
   int64_t count;
   int64_t offsets[kMostQuads][4];                       // where x has the taps
-  alignas(64) uint8_t weights[kMostQuads][4][kLine];    // of four blocks
+  alignas(64) uint8_t weights[kMostQuads][4][kVector];  // of all blocks
   alignas(64) int32_t sums[kDepthwiseBlocks * kLanes];  // of a channel's weights
-  __mmask16 words;                                      // of 64 codes, those of blocks
 };
 
 void find_quads(const ConvArgs& a, Quads* quads) {
@@ -25,8 +25,7 @@ void find_quads(const ConvArgs& a, Quads* quads) {
 }
 
 void load_quads(const ConvArgs& a, const uint8_t* weight, int blocks, Quads* quads) {
-  quads->words = static_cast<__mmask16>((1u << blocks * 4) - 1);
-  std::memset(quads->weights, 0, static_cast<size_t>(quads->count) * 4 * kLine);
+  std::memset(quads->weights, 0, static_cast<size_t>(quads->count) * 4 * kVector);
   for (int b = 0; b < blocks; ++b) {
     const uint8_t* block = weight + b * a.shape.bytes;
     std::memcpy(quads->sums + b * kLanes, block + a.shape.sums, kLanes * sizeof(int32_t));
@@ -38,17 +37,7 @@ void load_quads(const ConvArgs& a, const uint8_t* weight, int blocks, Quads* qua
   }
 }
 
-// Quarters of four vectors, transposed.
-SIMD void transpose_quarters(I (&x)[4]) {
-  const I a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
-  const I c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
-  x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
-  x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
-  x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
-  x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
-}
-
-// Sums of `Rows` pixels and four blocks, of which `blocks` are stored.
+// Sums of `Rows` pixels and of all blocks, of which `blocks` are there.
 template <int Rows>
 void depthwise_tile(const Quads& quads, const Pixels& pixels, int64_t first, int64_t channel,
                     int blocks, int32_t* out) {
@@ -60,37 +49,36 @@ void depthwise_tile(const Quads& quads, const Pixels& pixels, int64_t first, int
   });
   for (int64_t i = 0; i < quads.count; ++i) {
     const int64_t* at = quads.offsets[i];
-    I weight[4];
-    unroll<4>([&](int v) INLINE { weight[v] = load_line(quads.weights[i][v]); });
     unroll<Rows>([&](int r) INLINE {
       I tap[4];
-      unroll<4>([&](int t)
-                    INLINE { tap[t] = _mm512_maskz_loadu_epi32(quads.words, x[r] + at[t]); });
-      const I low = _mm512_unpacklo_epi8(tap[0], tap[1]),
-              high = _mm512_unpackhi_epi8(tap[0], tap[1]);
-      const I low2 = _mm512_unpacklo_epi8(tap[2], tap[3]);
-      const I high2 = _mm512_unpackhi_epi8(tap[2], tap[3]);
-      dot4(sums[r][0], _mm512_unpacklo_epi16(low, low2), weight[0]);
-      dot4(sums[r][1], _mm512_unpackhi_epi16(low, low2), weight[1]);
-      dot4(sums[r][2], _mm512_unpacklo_epi16(high, high2), weight[2]);
-      dot4(sums[r][3], _mm512_unpackhi_epi16(high, high2), weight[3]);
+      unroll<4>([&](int t) INLINE { tap[t] = load_pieces(x[r] + at[t], blocks); });
+      interleave_bytes(tap);
+      unroll<4>([&](int v) INLINE { dot4(sums[r][v], tap[v], load_all(quads.weights[i][v])); });
     });
   }
   unroll<Rows>([&](int r) INLINE {
-    transpose_quarters(sums[r]);
+    transpose_pieces(sums[r]);
     const I zero = splat(pixels.zero[first + r] + 128);
-    for (int b = 0; b < blocks; ++b) {
-      store(out + (r * blocks + b) * kLanes,
-            sub(sums[r][b], multiply(load(quads.sums + b * kLanes), zero)));
+    for (int v = 0; v < blocks * kLanes / kWidth; ++v) {
+      store(out + r * blocks * kLanes + v * kWidth,
+            sub(sums[r][v], multiply(load(quads.sums + v * kWidth), zero)));
     }
   });
 }
 
+struct DepthwiseTiles {
+  void (*of[kDepthwiseRows])(const Quads&, const Pixels&, int64_t, int64_t, int,
+                             int32_t*);  // [rows - 1]
+};
+template <int... Index>
+constexpr DepthwiseTiles depthwise_tiles(std::integer_sequence<int, Index...>) {
+  return {{depthwise_tile<Index + 1>...}};
+}
+
 void conv_depthwise(const ConvArgs& a, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
                     int64_t pixel_end) {
-  using Kernel = void (*)(const Quads&, const Pixels&, int64_t, int64_t, int, int32_t*);
-  static constexpr Kernel kTiles[kDepthwiseRows] = {depthwise_tile<1>, depthwise_tile<2>,
-                                                    depthwise_tile<3>, depthwise_tile<4>};
+  static constexpr DepthwiseTiles kTiles =
+      depthwise_tiles(std::make_integer_sequence<int, kDepthwiseRows>{});
   const ConvFinish finish = conv_finish(a);
   Quads quads;
   find_quads(a, &quads);
@@ -105,7 +93,7 @@ void conv_depthwise(const ConvArgs& a, int64_t block_begin, int64_t block_end, i
       load_quads(a, weight, blocks, &quads);
       for (int64_t pixel = 0; pixel < count;) {
         const int64_t rows = even_piece(count - pixel, kDepthwiseRows);
-        kTiles[rows - 1](quads, pixels, pixel, block * kLanes, blocks, sums);
+        kTiles.of[rows - 1](quads, pixels, pixel, block * kLanes, blocks, sums);
         finish(a, {sums, &pixels, pixel, block, 0, a.out_channels, static_cast<int>(rows), blocks,
                    weight});
         pixel += rows;
