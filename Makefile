@@ -17,8 +17,9 @@ PYTEST := $(BIN)/python -m pytest
 # What pytest shall do besides, as in `make test PYTEST_ARGS="-x -k linear"`.
 PYTEST_ARGS ?=
 
-# Of the CUDA kernels, where nvcc is found. Each takes seconds per file; `make test-full` compiles for all.
-export QKERNELS_CUDA_ARCHS ?= 80;90a
+# Of the CUDA kernels, where nvcc is found. Each takes minutes on two cores; `make test-full` compiles
+# for all.
+export QKERNELS_CUDA_ARCHS ?= 80
 
 .PHONY: help demo test test-full bench lint format build clean
 .DELETE_ON_ERROR:

@@ -4,6 +4,7 @@
 // the instruction does.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
