@@ -37,7 +37,8 @@ EPILOGUES: dict[str, int] = {
     "hardswish": 6,
 }
 
-_EPILOGUE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+# What torch computes for them.
+EPILOGUE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -46,7 +47,7 @@ _EPILOGUE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "hardswish": F.hardswish,
 }
-_BY_CODE = tuple(_EPILOGUE_FUNCTIONS[name] for name in EPILOGUES)
+_BY_CODE = tuple(EPILOGUE_FUNCTIONS[name] for name in EPILOGUES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -751,7 +752,7 @@ def conv(
         dtype,
     )
     if wants_grad:
-        y = _EPILOGUE_FUNCTIONS[epilogue](y)
+        y = EPILOGUE_FUNCTIONS[epilogue](y)
     return y.double() if wide else y
 
 

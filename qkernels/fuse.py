@@ -42,10 +42,10 @@ def fuse_(model: nn.Module, ignore: str | Sequence[str] = ()) -> Summary:
     stay the same but for rounding. Names in state_dicts stay, gradients flow as before, and
     `save_model` writes what is fused.
 
-    Pairs are found by tracing the model (torch.fx), in eval and in training mode: the activation has
-    to be all that reads the layer's output, and both have to run once. Where the whole model cannot
-    be traced, the largest parts that can are (an `nn.Sequential`, the MLP of a transformer); code
-    outside of such a part must not use the layer then. A function that code calls
+    Pairs are found by tracing the model (torch.fx), in eval and in training mode: the activation
+    has to be all that reads the layer's output, and both have to run once. Where the whole model
+    cannot be traced, the largest parts that can are (an `nn.Sequential`, the MLP of a transformer);
+    code outside of such a part must not use the layer then. A function that code calls
     (`F.gelu(linear(x))`) is no module, and stays.
 
     Args:

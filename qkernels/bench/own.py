@@ -128,7 +128,12 @@ def model_engines() -> list[ModelEngine]:
     """Whole models: every scheme; W8A8 also with fused activation functions, and compiled."""
 
     def engine(
-        name: str, scheme: Scheme, dtype: torch.dtype, *, fused: bool = False, compiled: bool = False
+        name: str,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        *,
+        fused: bool = False,
+        compiled: bool = False,
     ) -> ModelEngine:
         def convert(model: nn.Module) -> Any:
             quantize_(model, scheme, ignore=(), progress=False)

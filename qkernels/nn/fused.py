@@ -1,4 +1,4 @@
-"""Activation functions that a quantized layer computes with its result, and what stands for them."""
+"""Activation functions that layers compute with their result, and what stands in their place."""
 
 from __future__ import annotations
 
