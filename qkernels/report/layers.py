@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +117,28 @@ class LayerProbe:
         record = self.records[name]
         record.calls += 1
         _add(name, record.total, without_padding(tensor, self._tokens), held.pop(0))
+
+
+@contextmanager
+def ending_alike(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
+    """Let layers end where others do, so that they can stand in for them.
+
+    Args:
+        pairs: a layer, and one whose activation function is taken off for a while if the first one
+            has none.
+    """
+    changed = [
+        (layer, layer.epilogue)
+        for other, layer in pairs
+        if isinstance(layer, QModule) and layer_epilogue(other) == "none" != layer.epilogue
+    ]
+    for layer, _ in changed:
+        layer.epilogue = "none"
+    try:
+        yield
+    finally:
+        for layer, epilogue in changed:
+            layer.epilogue = epilogue
 
 
 def layer_epilogue(layer: nn.Module) -> str:

@@ -281,6 +281,7 @@ def test_explain_and_compare():
     assert fused.cosine_mean == pytest.approx(plain.cosine_mean, abs=1e-5)
     for a, b in zip(plain.layers, fused.layers, strict=True):
         assert b.own_sqnr_db == pytest.approx(a.own_sqnr_db, abs=3)
+        assert b.share == pytest.approx(a.share, rel=0.01)
 
 
 def test_what_works_before_the_activation_refuses():
