@@ -66,7 +66,7 @@ def epilogue_of(module: nn.Module) -> str | None:
         ('gelu_tanh', None)
     """
     kind = type(module)
-    if kind is nn.GELU:
+    if isinstance(module, nn.GELU) and kind is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     if kind.__module__ == _TRANSFORMERS:
         return _OF_TRANSFORMERS.get(kind.__name__)
