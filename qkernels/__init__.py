@@ -43,6 +43,7 @@ else:
     from qkernels.explain import explain
     from qkernels.fold import fold_batchnorm_
     from qkernels.functional import Quantized
+    from qkernels.fuse import fuse_, unfuse_
     from qkernels.io import load_model, save_model
     from qkernels.qat import convert_, prepare_qat_
     from qkernels.quantize import dequantize_, quantize_
@@ -95,6 +96,7 @@ __all__ = [
     "explain",
     "fold_batchnorm_",
     "functional",
+    "fuse_",
     "int8",
     "io",
     "load_lowered",
@@ -112,6 +114,7 @@ __all__ = [
     "save_model",
     "search",
     "transfer",
+    "unfuse_",
 ]
 
 

@@ -61,7 +61,7 @@ def _explain_layer(module: QModule, x: Tensor) -> str:
             f"to {_dtype(module.dtype)}; no product is computed. {_storage(module)}"
         )
     if isinstance(module, QConvNd):
-        return f"{head}{_explain_conv(module, x)} {_storage(module)}"
+        return f"{head}{_explain_conv(module, x)}{_epilogue(module)} {_storage(module)}"
     if isinstance(module, Int8Conv):
         return f"{head}{_explain_lowered(module, x)} {_storage(module)}"
     if not isinstance(module, QLinear):
@@ -92,7 +92,7 @@ def _explain_layer(module: QModule, x: Tensor) -> str:
             f"{_count(rows, 'row')} of it by the {weights} weights, summed in int32; scales and "
             f"bias follow in float32."
         )
-    return f"{head}{_transforms(module)}{arithmetic} {_storage(module)}"
+    return f"{head}{_transforms(module)}{arithmetic}{_epilogue(module)} {_storage(module)}"
 
 
 def _explain_conv(module: QConvNd, x: Tensor) -> str:
@@ -144,8 +144,8 @@ def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
             seen = inputs[name]
             yield (
                 f"{name}: {_title(module)}, {_count(_rows(seen), 'row')} of {_dtype(seen.dtype)}, "
-                f"{kind} arithmetic by {module.kernel_for(_rows(seen), seen.dtype)}, "
-                f"{_bits(module)}"
+                f"{kind} arithmetic by {module.kernel_for(_rows(seen), seen.dtype)}"
+                f"{_with_epilogue(module)}, {_bits(module)}"
             )
         elif isinstance(module, QConvNd | Int8Conv):
             kind = "float" if module.scheme.activation == "float" else "integer"
@@ -155,7 +155,7 @@ def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
             )
             yield (
                 f"{name}: {_title(module)}, {_shape(seen)} of {_dtype(seen.dtype)}, {kind} "
-                f"arithmetic by {kernel}, {_bits(module)}"
+                f"arithmetic by {kernel}{_with_epilogue(module)}, {_bits(module)}"
             )
         else:
             rows = _count(inputs[name].numel(), "row")
@@ -214,6 +214,18 @@ def _transforms(module: QLinear) -> str:
     }
     said = [done[name] for name in module.input_transforms]
     return f"x is first {' and '.join(said)}. Then " if said else ""
+
+
+def _with_epilogue(module: QModule) -> str:
+    return "" if module.epilogue == "none" else f" with {module.epilogue}"
+
+
+def _epilogue(module: QModule) -> str:
+    if module.epilogue == "none":
+        return ""
+    return (
+        f" The kernel also computes the activation function that was behind it, {module.epilogue}."
+    )
 
 
 def _activation_scale(static: bool) -> str:

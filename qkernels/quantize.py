@@ -14,6 +14,7 @@ from torch import nn
 from qkernels.calibration import Calibration, Int8Range
 from qkernels.calibration.use import ranges_of
 from qkernels.fold import Fold, apply_folds, plan_folds
+from qkernels.fuse import unfuse_
 from qkernels.mixed.plan import PrecisionPlan
 from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import share_hooks
@@ -121,6 +122,8 @@ def quantize_(
 def dequantize_(model: nn.Module) -> Summary:
     """Replace the quantized layers of a model by the float layers they compute with, in place.
 
+    Activation functions that `fuse_` took out are put back.
+
     Args:
         model: a model that holds quantized layers. It is changed.
 
@@ -156,6 +159,7 @@ def dequantize_(model: nn.Module) -> Summary:
     wanted = [step for step in steps if step.scheme is not None]
     if not wanted:
         raise ValueError(f"dequantize_: {type(model).__name__} holds no quantized layer")
+    unfuse_(model)
     weights: dict[object, nn.Parameter] = {}
     became = {}
     for step in wanted:

@@ -61,6 +61,8 @@ class Connections:
 
 def _feeder(graph: torch.fx.Graph, name: str) -> tuple[str, None] | tuple[None, str]:
     calls = _calls(graph, name)
+    if not calls:
+        return None, "no code that can be traced calls it"
     if len(calls) != 1:
         return None, f"it runs {len(calls)} times in a call of the model, instead of once"
     source = calls[0].args[0] if calls[0].args else calls[0].kwargs.get("input")

@@ -20,6 +20,7 @@ from qkernels.bench.engines import (
     ModelEngine,
 )
 from qkernels.formats import format_of
+from qkernels.fuse import fuse_
 from qkernels.lowering import lower
 from qkernels.nn import QConv2d, QLinear
 from qkernels.quantize import quantize_
@@ -124,27 +125,36 @@ def backward_engines() -> list[LinearEngine]:
 
 
 def model_engines() -> list[ModelEngine]:
-    """Whole models: every scheme, W8A8 also in bfloat16 and compiled."""
+    """Whole models: every scheme; W8A8 also with fused activation functions, and compiled."""
 
-    def converter(scheme: Scheme, dtype: torch.dtype, compiled: bool) -> Callable[[nn.Module], Any]:
+    def engine(
+        name: str,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        *,
+        fused: bool = False,
+        compiled: bool = False,
+    ) -> ModelEngine:
         def convert(model: nn.Module) -> Any:
             quantize_(model, scheme, ignore=(), progress=False)
+            if fused:
+                fuse_(model)
             model = model.to(dtype)
             return torch.compile(model) if compiled else model
 
-        return convert
-
-    def engine(
-        name: str, scheme: Scheme, dtype: torch.dtype, compiled: bool = False
-    ) -> ModelEngine:
-        convert = converter(scheme, dtype, compiled)
         return ModelEngine(name, _kind(scheme), convert, own=True, compiled=compiled)
 
-    float32, bfloat16 = torch.float32, torch.bfloat16
-    engines = [engine(f"{name} fp32", scheme, float32) for name, scheme in SCHEMES.items()]
-    engines += [engine(f"{name} bf16", scheme, bfloat16) for name, scheme in SCHEMES.items()]
-    for name, dtype in (("fp32", float32), ("bf16", bfloat16)):
-        engines.append(engine(f"W8A8 {name} compiled", SCHEMES["W8A8"], dtype, compiled=True))
+    engines = [
+        engine(f"{name} {suffix}", scheme, dtype)
+        for suffix, dtype in _DTYPES.items()
+        for name, scheme in SCHEMES.items()
+    ]
+    w8a8 = SCHEMES["W8A8"]
+    for suffix, dtype in _DTYPES.items():
+        name = f"W8A8 {suffix}"
+        engines.append(engine(f"{name} fused", w8a8, dtype, fused=True))
+        engines.append(engine(f"{name} compiled", w8a8, dtype, compiled=True))
+        engines.append(engine(f"{name} fused compiled", w8a8, dtype, fused=True, compiled=True))
     return engines
 
 

@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qkernels.nn.kinds import BY_NAME
+from qkernels.functional import EPILOGUES
+from qkernels.nn.kinds import BY_NAME, has_epilogue
 from qkernels.schemes import Scheme
 
-VERSION = 2  # of files that hold a lowered model's graph; all others are written as version 1
+# Files are written as the first version that knows all that is in them: 2 has the graph of a
+# lowered model, 3 activation functions that layers compute.
+VERSION = 3
 METADATA_KEY = "qkernels"
 # The header of a model with a million tensors is about this long; a longer one is an attack.
 MAX_HEADER_BYTES = 100_000_000
@@ -39,6 +42,7 @@ class ModuleEntry:
         shape: rows and columns of the weight.
         dtype: of the float module that it stands for.
         input_transforms: buffers of a QLinear that change x, "x_premul" and "k_perm".
+        epilogue: function of the result that it computes too, a key of `functional.EPILOGUES`.
     """
 
     kind: str
@@ -46,6 +50,7 @@ class ModuleEntry:
     shape: tuple[int, int]
     dtype: torch.dtype
     input_transforms: tuple[str, ...] = ()
+    epilogue: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain JSON values."""
@@ -57,6 +62,8 @@ class ModuleEntry:
         }
         if self.input_transforms:
             entry["input_transforms"] = list(self.input_transforms)
+        if self.epilogue != "none":
+            entry["epilogue"] = self.epilogue
         return entry
 
 
@@ -73,6 +80,7 @@ class ModelFile:
         checksums: CRC-32 of each stored tensor's bytes.
         metadata: what the user gave to save_model.
         program: structure of a lowered model, as JSON values; None for others.
+        fused: activation modules that a layer computes, by name, and that layer's name.
     """
 
     path: Path
@@ -83,6 +91,7 @@ class ModelFile:
     checksums: Mapping[str, int]
     metadata: Mapping[str, Any]
     program: Mapping[str, Any] | None = None
+    fused: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The document that goes into the file."""
@@ -96,6 +105,8 @@ class ModelFile:
         }
         if self.program is not None:
             document["program"] = self.program
+        if self.fused:
+            document["fused"] = dict(self.fused)
         return json.dumps(document, allow_nan=False)
 
 
@@ -220,8 +231,12 @@ def _parse(file: Path, document: dict[str, Any]) -> ModelFile:
     program = document.get("program")
     if program is not None and not isinstance(program, dict):
         raise TypeError(f"program is a {type(program).__name__}")
+    fused = {str(name): str(layer) for name, layer in document.get("fused", {}).items()}
+    for name, layer in fused.items():
+        if layer not in modules or modules[layer].epilogue == "none":
+            raise ValueError(f"fused names {layer!r} for {name!r}, which computes no activation")
     written_by = str(document["written_by"])
-    return ModelFile(file, version, written_by, modules, tied, checksums, metadata, program)
+    return ModelFile(file, version, written_by, modules, tied, checksums, metadata, program, fused)
 
 
 def _parse_module(entry: dict[str, Any]) -> ModuleEntry:
@@ -238,4 +253,7 @@ def _parse_module(entry: dict[str, Any]) -> ModuleEntry:
     known = ("x_premul", "k_perm") if entry["kind"] == "QLinear" else ()
     if not set(transforms) <= set(known):
         raise ValueError(f"input_transforms is {entry['input_transforms']!r}")
-    return ModuleEntry(entry["kind"], scheme, (rows, columns), dtype, transforms)
+    epilogue = entry.get("epilogue", "none")
+    if epilogue not in (EPILOGUES if has_epilogue(BY_NAME[entry["kind"]]) else ("none",)):
+        raise ValueError(f"epilogue is {epilogue!r}")
+    return ModuleEntry(entry["kind"], scheme, (rows, columns), dtype, transforms, epilogue)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.functional import Quantized
+from qkernels.fuse import apply_fusion
 from qkernels.io.file import (
     ModelFile,
     ModelFileError,
@@ -21,8 +22,9 @@ from qkernels.io.file import (
 )
 from qkernels.io.save import full_name, own_tensors, uncompiled, why_not_storable
 from qkernels.nn import QLinear, QModule
-from qkernels.nn.carry import why_not_replaceable
+from qkernels.nn.carry import has_hooks, why_not_replaceable
 from qkernels.nn.fastpath import settle_fast_paths
+from qkernels.nn.fused import FusedActivation, epilogue_of
 from qkernels.nn.kinds import BY_NAME, QUANTIZED, quantized_from_shell
 from qkernels.nn.storage import WEIGHT_KEYS
 from qkernels.quantize import replace_everywhere
@@ -64,12 +66,16 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     header = read_header(path)
     _check_program(model, header)
     targets = _targets(model, header)
+    _check_fused(model, header)
     with open_tensors(header.path) as tensors:
         values = _checked_values(model, header, targets, tensors)
         packed = _packed_weights(header, targets, values)
         floats = {key: values[header.tied.get(key, key)].clone() for key in _float_keys(targets)}
     # Nothing below can fail: it only puts tensors of the right shape and type in their places.
     _commit(model, header, targets, packed, floats)
+    for name, layer in header.fused.items():
+        if not isinstance(model.get_submodule(name), FusedActivation):
+            apply_fusion(model, name, layer)
     settle_fast_paths(model)
     return model
 
@@ -94,6 +100,30 @@ def _check_program(model: nn.Module, header: ModelFile) -> None:
             f"{header.path} holds a model that was lowered in another way than this one; use "
             "qk.load_lowered(path)"
         )
+
+
+def _check_fused(model: nn.Module, header: ModelFile) -> None:
+    """The activation modules that layers compute in the file must be such modules in the model."""
+    modules = dict(model.named_modules())
+    for name, layer in header.fused.items():
+        module, wanted = modules.get(name), header.modules[layer].epilogue
+        if isinstance(module, FusedActivation):
+            fits = module.layer is modules.get(layer)
+        else:
+            fits = module is not None and epilogue_of(module) == wanted
+        if not fits or module is None or has_hooks(module):
+            kind = "missing" if module is None else f"a {type(module).__name__}"
+            hooks = " with hooks" if module is not None and has_hooks(module) else ""
+            raise ModelFileError(
+                f"{header.path} has the activation {name} ({wanted}) fused into {layer}, but in "
+                f"the model it is {kind}{hooks}; load it into the model it was saved from"
+            )
+    for name, module in modules.items():
+        if isinstance(module, FusedActivation) and name not in header.fused:
+            raise ModelFileError(
+                f"the activation {name} is fused in the model but not in {header.path}; call "
+                "qk.unfuse_(model) first"
+            )
 
 
 @dataclass
@@ -141,9 +171,14 @@ def _new_module(header: ModelFile, name: str, module: nn.Module) -> nn.Module:
         return module
     if isinstance(module, QModule):
         transforms = module.input_transforms if isinstance(module, QLinear) else ()
-        given = (type(module).__name__, module.scheme, module.shape, transforms)
-        if given != (entry.kind, entry.scheme, entry.shape, entry.input_transforms):
-            here, there = (" with ".join(("", *t)) for t in (transforms, entry.input_transforms))
+        given = (type(module).__name__, module.scheme, module.shape, transforms, module.epilogue)
+        stored = (entry.kind, entry.scheme, entry.shape, entry.input_transforms, entry.epilogue)
+        # A layer of the model may still have to be fused.
+        if given not in (stored, (*stored[:-1], "none")):
+            here, there = (
+                " with ".join(("", *t, *([e] if e != "none" else [])))
+                for t, e in (given[3:], stored[3:])
+            )
             raise ModelFileError(
                 f"{label} is {module.scheme} of shape {module.shape}{here} in the model but "
                 f"{entry.kind} {entry.scheme} of shape {entry.shape}{there} in {header.path}; load "
@@ -320,6 +355,7 @@ def _commit(
                 with torch.no_grad():
                     module.packed.copy_(value)
             module.dtype = header.modules[name].dtype
+            module.epilogue = header.modules[name].epilogue
         for part, old in own_tensors(module).items():
             _put(module, part, old, floats[full_name(name, part)], fresh)
         if module is not target.old:

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qkernels
-from qkernels.io.file import METADATA_KEY, VERSION, ModelFile, ModuleEntry, checksum
+from qkernels.io.file import METADATA_KEY, ModelFile, ModuleEntry, checksum
 from qkernels.nn import QLinear, QModule
+from qkernels.nn.fused import FusedActivation
 from qkernels.nn.sharded import gathered, is_sharded
 from qkernels.plan import tensor_key
 
@@ -60,13 +61,19 @@ def save_model(
     modules: dict[str, ModuleEntry] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
+    fused: dict[str, str] = {}
     first_name: dict[object, str] = {}
+    layer_names = {id(m): name for name, m in model.named_modules() if isinstance(m, QModule)}
     used_storages: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QModule):
             kind = type(module).__name__
             transforms = module.input_transforms if isinstance(module, QLinear) else ()
-            modules[name] = ModuleEntry(kind, module.scheme, module.shape, module.dtype, transforms)
+            modules[name] = ModuleEntry(
+                kind, module.scheme, module.shape, module.dtype, transforms, module.epilogue
+            )
+        elif isinstance(module, FusedActivation):
+            fused[name] = _fused_layer(name, module, layer_names)
         for key, shared_as, tensor in _named_tensors(name, module):
             if shared_as in first_name:
                 tied[key] = first_name[shared_as]
@@ -76,17 +83,30 @@ def save_model(
     if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
         return  # the first process has gathered the same and writes it
     program = model.program.to_dict() if isinstance(model, LoweredModel) else None
+    version = 1 if program is None else 2
+    if any(entry.epilogue != "none" for entry in modules.values()):
+        version = 3
     header = ModelFile(
         path=Path(path),
-        version=1 if program is None else VERSION,
+        version=version,
         written_by=qkernels.__version__,
         modules=modules,
         tied=tied,
         checksums={key: checksum(tensor) for key, tensor in tensors.items()},
         metadata=user,
         program=program,
+        fused=fused,
     )
     write_tensors("save_model", path, tensors, {METADATA_KEY: header.to_json()})
+
+
+def _fused_layer(name: str, fused: FusedActivation, layer_names: Mapping[int, str]) -> str:
+    if id(fused.layer) not in layer_names or fused.layer.epilogue == "none":
+        raise ValueError(
+            f"save_model: the layer that computed the activation {name} is not in the model any "
+            "more; put an activation module in its place"
+        )
+    return layer_names[id(fused.layer)]
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

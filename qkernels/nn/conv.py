@@ -78,6 +78,7 @@ class QConvNd(QModule):
         if like.bias is not None:
             bias = nn.Parameter(torch.empty(like.out_channels, device=device, dtype=dtype))
         self.register_parameter("bias", bias)
+        self.epilogue = "none"
         add_range_buffers(self, scheme, device)
         dims = len(self.kernel_size)
         # Zeros that the op adds itself: in front, then behind.
@@ -175,10 +176,14 @@ class QConvNd(QModule):
     def dequantize(self) -> nn.modules.conv._ConvNd:
         """The float convolution that this one computes with: it keeps bias, mode, dtype and hooks.
 
+        Raises:
+            ValueError: an activation function is fused into this one, which no float layer has.
+
         Example:
             >>> qk.nn.QConv2d(8, 4, 3).dequantize()
             Conv2d(8, 4, kernel_size=(3, 3), stride=(1, 1))
         """
+        self.check_not_fused("dequantize")
         new = self._float_module("meta")
         columns = self.in_channels // self.groups
         weight = self.float_weight().view(self.out_channels, *self.kernel_size, columns)
@@ -239,6 +244,7 @@ class QConvNd(QModule):
                 transposed=self.transposed,
                 group_size=scheme.group_size,
                 activation=scheme.activation,
+                epilogue=self.epilogue,
                 x_scale=self.x_scale if scheme.static else None,
                 x_zero_point=self.x_zero_point if scheme.static else None,
             )
@@ -287,7 +293,7 @@ class QConvNd(QModule):
     def extra_repr(self) -> str:
         this: Any = self  # it has all that torch's own method reads
         shown = self.float_type.extra_repr(this)
-        return f"{shown}, scheme={self.scheme}, kernel={self.kernel}"
+        return f"{shown}, scheme={self.scheme}, kernel={self.kernel}{self.epilogue_text}"
 
 
 class _QConv(QConvNd):

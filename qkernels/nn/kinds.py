@@ -34,6 +34,11 @@ BY_NAME: dict[str, type[QModule]] = {
 }
 
 
+def has_epilogue(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class can compute an activation function with their result."""
+    return issubclass(kind, QLinear | QConvNd)
+
+
 def base_of(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch's that a module is, or derives from, and that has a quantized form.
 

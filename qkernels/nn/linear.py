@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +11,7 @@ from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceab
 from qkernels.nn.module import QModule
 from qkernels.nn.ranges import add_range_buffers, set_range
 from qkernels.nn.storage import quantize_weight
-from qkernels.schemes import W8A8, Scheme
+from qkernels.schemes import ACTIVATIONS, W8A8, Scheme
 
 _DEFAULT_SCHEME = W8A8()
 
@@ -24,7 +22,8 @@ class QLinear(QModule):
     The weight is frozen; the bias is an ordinary parameter, and gradients flow to it and to x. Two
     buffers, None unless `set_input_transform` or `quantize_calibrated_` made them, change x before
     it meets the weight: x is multiplied by `x_premul`, and column i of the weight belongs to
-    feature `k_perm[i]`.
+    feature `k_perm[i]`. `epilogue` names the function of the result that the kernel computes too,
+    "none" unless `fuse_` set it.
 
     Args:
         in_features: size of the last dimension of x.
@@ -65,6 +64,7 @@ class QLinear(QModule):
             raise ValueError(f"QLinear: {reason}")
         self.in_features = in_features
         self.out_features = out_features
+        self.epilogue = "none"
         device = self.packed.device
         made = nn.Parameter(torch.empty(out_features, device=device, dtype=self.dtype))
         self.register_parameter("bias", made if bias else None)
@@ -235,10 +235,14 @@ class QLinear(QModule):
     def dequantize(self) -> nn.Linear:
         """The float layer that this one computes with: it keeps bias, mode, dtype and hooks.
 
+        Raises:
+            ValueError: an activation function is fused into this one, which no float layer has.
+
         Example:
             >>> qk.nn.QLinear(8, 4).dequantize()
             Linear(in_features=8, out_features=4, bias=True)
         """
+        self.check_not_fused("dequantize")
         new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         new.weight = nn.Parameter(self.float_weight())
         new.bias = self.bias  # type: ignore[assignment]
@@ -246,25 +250,26 @@ class QLinear(QModule):
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        scheme = self.scheme
-        # Looking parameters up as attributes costs microseconds. Replicas of nn.DataParallel have
-        # theirs among the plain attributes.
-        own: dict[str, Any] = self._parameters if "packed" in self._parameters else self.__dict__
-        buffers = self._buffers
+        # Attributes of a module cost 50 ns each to look up, parameters microseconds. Replicas of
+        # nn.DataParallel have their parameters among the plain attributes.
+        own = self.__dict__
+        scheme, buffers = own["scheme"], own["_buffers"]
+        parameters = own["_parameters"] if "packed" in own["_parameters"] else own
         try:
-            return functional.linear(
+            return functional.linear_by_codes(
                 x,
-                own["packed"],
-                own["bias"],
-                layout=self.layout,
-                in_features=self.in_features,
-                out_features=self.out_features,
-                group_size=scheme.group_size,
-                activation=scheme.activation,
-                x_scale=self.x_scale if scheme.static else None,
-                x_zero_point=self.x_zero_point if scheme.static else None,
-                x_premul=buffers["x_premul"],
-                k_perm=buffers["k_perm"],
+                parameters["packed"],
+                parameters["bias"],
+                buffers["x_scale"],
+                buffers["x_zero_point"],
+                buffers["x_premul"],
+                buffers["k_perm"],
+                own["layout"],
+                own["in_features"],
+                own["out_features"],
+                scheme.group_size,
+                ACTIVATIONS[scheme.activation],
+                functional.EPILOGUES[own.get("epilogue", "none")],
             )
         except RuntimeError as error:
             raise self._named(error) from None
@@ -310,6 +315,7 @@ class QLinear(QModule):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, scheme={self.scheme}, kernel={self.kernel}{transforms}"
+            f"{self.epilogue_text}"
         )
 
 

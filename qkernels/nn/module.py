@@ -41,13 +41,15 @@ class QModule(nn.Module):
 
     packed: nn.Parameter
     # Attributes that a float module has no use for.
-    own_attributes = ("dtype", "conv", "layout", "qualified_name", "scheme", "shape")
+    own_attributes = ("dtype", "conv", "epilogue", "layout", "qualified_name", "scheme", "shape")
     # Code that reads `weight` must not be led here; see `settle_fast_paths`.
     hides_weight = True
     # State that has this meaning; a change of the keys or of their contents needs a new number.
     _version = 1
     # Set by quantize_ and load_model, to name the module in errors.
     qualified_name: str = ""
+    # The function of the result that its kernel computes too; only some modules have one.
+    epilogue: str = "none"
 
     def __init__(
         self,
@@ -136,6 +138,26 @@ class QModule(nn.Module):
                 "quantize_(..., ignore=...) leaves a layer alone whose weight other code reads"
             )
         return super().__getattr__(name)
+
+    def check_not_fused(self, what: str) -> None:
+        """Refuse what would lose the activation function that is fused into this layer.
+
+        Args:
+            what: is to be done to it, for the message.
+
+        Raises:
+            ValueError: one is.
+        """
+        if self.epilogue != "none":
+            raise ValueError(
+                f"{self._label()}: its activation function, {self.epilogue}, is fused into it, "
+                f"which {what} would lose; call qk.unfuse_(model) first"
+            )
+
+    @property
+    def epilogue_text(self) -> str:
+        """The end of `extra_repr`."""
+        return "" if self.epilogue == "none" else f", epilogue={self.epilogue}"
 
     def _label(self) -> str:
         named = f" {self.qualified_name!r}" if self.qualified_name else ""

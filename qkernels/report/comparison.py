@@ -13,7 +13,7 @@ from torch import nn
 from qkernels.nn import QModule
 from qkernels.report.accumulate import Noise, RowStatistics, looks_like_logits
 from qkernels.report.layer_costs import error_shares, layer_seconds
-from qkernels.report.layers import LayerProbe, LayerRecord
+from qkernels.report.layers import LayerProbe, LayerRecord, ending_alike
 from qkernels.report.machine import machine_facts
 from qkernels.report.modules import is_compiled, is_quantized, kind_of, label_of
 from qkernels.report.outliers import input_outlier, weight_outlier
@@ -253,7 +253,8 @@ class _Comparison:
             for name, layer in self.probe.model_layers.items()
             if is_quantized(layer) and name in self.probe.records
         }
-        shares = error_shares(self.call_reference, self.first, pairs, budget)
+        with ending_alike(pairs.values()):
+            shares = error_shares(self.call_reference, self.first, pairs, budget)
         if shares is None:
             self.notes.append(
                 f"What each layer adds to the error was not measured, because it takes more than "

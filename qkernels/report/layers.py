@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.functional import EPILOGUE_FUNCTIONS
+from qkernels.nn.module import QModule
 from qkernels.report.accumulate import Noise
 from qkernels.report.outliers import channel_amax
 from qkernels.report.outputs import Tokens, to_device, without_padding
@@ -78,12 +80,14 @@ class LayerProbe:
         tensor = _floating(output)
         if tensor is None or self._busy:
             return
+        layer = self.model_layers[name]
         record = self.records.setdefault(name, LayerRecord(name))
         # A clone, because a module behind (ReLU(inplace=True)) may overwrite the output.
         held = without_padding(tensor.detach(), self._tokens).clone()
+        if layer_epilogue(self.reference_layers[name]) == "none":
+            held = EPILOGUE_FUNCTIONS[layer_epilogue(layer)](held)
         self._held.setdefault(name, []).append(held)
         self._look_at_input(record, args, kwargs)
-        layer = self.model_layers[name]
         if self._is_quantized(layer):
             device = next(layer.parameters()).device
             self._busy = True
@@ -113,6 +117,33 @@ class LayerProbe:
         record = self.records[name]
         record.calls += 1
         _add(name, record.total, without_padding(tensor, self._tokens), held.pop(0))
+
+
+@contextmanager
+def ending_alike(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
+    """Let layers end where others do, so that they can stand in for them.
+
+    Args:
+        pairs: a layer, and one whose activation function is taken off for a while if the first one
+            has none.
+    """
+    changed = [
+        (layer, layer.epilogue)
+        for other, layer in pairs
+        if isinstance(layer, QModule) and layer_epilogue(other) == "none" != layer.epilogue
+    ]
+    for layer, _ in changed:
+        layer.epilogue = "none"
+    try:
+        yield
+    finally:
+        for layer, epilogue in changed:
+            layer.epilogue = epilogue
+
+
+def layer_epilogue(layer: nn.Module) -> str:
+    """The activation function that a layer's output is behind already, a key of `EPILOGUES`."""
+    return layer.epilogue if isinstance(layer, QModule) else "none"
 
 
 def _add(name: str, noise: Noise, output: Tensor, reference: Tensor) -> None:

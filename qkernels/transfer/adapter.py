@@ -52,6 +52,8 @@ class LoRALinear(nn.Module):
             raise TypeError(
                 f"LoRALinear: base is {type(base).__name__}; expected an nn.Linear or QLinear"
             )
+        if isinstance(base, QLinear):
+            base.check_not_fused("an adapter")
         check_settings("LoRALinear", rank, alpha, dropout)
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features

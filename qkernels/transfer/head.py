@@ -60,6 +60,8 @@ def replace_head_(model: nn.Module, out_features: int, name: str | None = None) 
         raise TypeError(
             f"replace_head_: {found} is a {type(old).__name__}; expected a linear layer"
         )
+    if isinstance(old, QLinear):
+        old.check_not_fused("a new head")
     new = _fresh_like(old, out_features)
     for other, module in known.items():
         if module is old:

@@ -161,6 +161,11 @@ def why_no_adapter(model: nn.Module, names: Sequence[str], layer: nn.Module) -> 
         return "it has an adapter already; merge_ or remove_ that first"
     if type(layer) not in (nn.Linear, QLinear):
         return f"it is a {type(layer).__name__}; adapters go on nn.Linear and QLinear"
+    if isinstance(layer, QLinear) and layer.epilogue != "none":
+        return (
+            f"it computes an activation function, {layer.epilogue}, with its result, which an "
+            "adapter has to come before; call qk.unfuse_(model) first"
+        )
     if not names[0]:
         return "it is itself the model; use LoRALinear(layer)"
     if type(layer) is nn.Linear:

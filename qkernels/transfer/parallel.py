@@ -99,6 +99,7 @@ class QRowwiseParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer = _checked(self, module)
         scheme, rank, count = layer.scheme, device_mesh.get_local_rank(), device_mesh.size()
+        layer.check_not_fused("adding up parts of the result")
         if scheme.static:
             raise ValueError(
                 f"QRowwiseParallel: {scheme} has one measured scale for the whole input; use a "

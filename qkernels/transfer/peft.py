@@ -76,6 +76,7 @@ def _lora_linear() -> type[nn.Module]:
         """PEFT's forward pass over a QLinear; merging quantizes anew and keeps the old bytes."""
 
         def __init__(self, base_layer: QLinear, adapter_name: str, **kwargs: Any) -> None:
+            base_layer.check_not_fused("an adapter")
             super().__init__(base_layer, adapter_name, **kwargs)
             self._before_merging: list[nn.Parameter] = []
 

@@ -417,8 +417,8 @@ def test_wrong_argument(path):
 
 def test_newer_versions_say_upgrade(path):
     saved_model(qk.W8A8(), path)
-    rewrite(path, lambda document: document.update(version=3, written_by="9.9"))
-    with pytest.raises(ModelFileError, match=r"file version 3.*9\.9.*upgrade"):
+    rewrite(path, lambda document: document.update(version=4, written_by="9.9"))
+    with pytest.raises(ModelFileError, match=r"file version 4.*9\.9.*upgrade"):
         qk.load_model(fresh(), path)
 
 

@@ -24,7 +24,7 @@ from qkernels.bench.results import Record
 WORST_COSINE = 0.8
 _PROMPT, _STEPS = 128, 16
 # Our own engines of quick runs.
-_QUICK = ("W8A8 fp32", "W8A8 bf16", "W4A8 g32 fp32")
+_QUICK = ("W8A8 fp32", "W8A8 fp32 fused", "W8A8 bf16 fused", "W4A8 g32 fp32")
 
 
 @dataclass(frozen=True)
