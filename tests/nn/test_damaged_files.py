@@ -163,6 +163,8 @@ def test_any_change_of_the_metadata_is_noticed_or_harmless(good, workplace, data
         (lambda c: c + b"more", ["damaged"]),
         (lambda c: with_document(c, lambda d: "[" * 200_000), ["damaged qkernels metadata"]),
         (lambda c: with_document(c, lambda d: {**d, "version": 99}), ["upgrade"]),
+        (lambda c: with_document(c, lambda d: {**d, "fused": {"1": "2"}}), ["fused names '2'"]),
+        (lambda c: with_document(c, lambda d: {**d, "fused": []}), ["damaged"]),
         (lambda c: with_document(c, lambda d: {**d, "version": "1"}), ["version is '1'"]),
         (lambda c: with_document(c, lambda d: {**d, "crc32": {}}), ["damaged", "checksum"]),
         (lambda c: with_document(c, lambda d: {**d, "tied": {"1.weight": "3.weight"}}), ["fit"]),
