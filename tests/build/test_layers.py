@@ -34,7 +34,7 @@ ALSO = {
     "cpu/dispatch.cpp": ["<cpuid.h>"],
     "ops/introspect.cpp": [r"<pybind11/\w+\.h>"],
 }
-INTRINSICS = re.compile(r"cpu/(simd_)?(avx|amx|sse)\w*\.(h|cpp)")
+INTRINSICS = re.compile(r"cpu/(simd_)?(avx|amx|sse)\w*\.(h|inl|cpp)")
 # ops/ splits the work and asks torch's own pool to run it: nobody starts threads, and kernels take
 # ranges and have nothing to lock.
 THREADS = r"<(thread|future|execution)>|<omp\.h>|#\s*pragma\s+omp"
