@@ -145,4 +145,6 @@ def test_a_cap_names_the_instruction_set_to_all() -> None:
     for isa in _C.isas()[1:]:
         assert environment(isa)["QKERNELS_ISA"] == isa
     assert set(environment("avx2").values()) == {"avx2", "AVX2"}
-    assert environment("avxvnni")["ONEDNN_MAX_CPU_ISA"] == "AVX2_VNNI"
+    assert set(environment("avx512").values()) == {"avx512", "AVX512"}
+    # Others have no such name.
+    assert set(environment("avxvnni").values()) == {"avxvnni", "avx2", "AVX2"}

@@ -112,10 +112,6 @@ ISA_NAME = r"avx2|avxvnni|avx512\w*|amx\w*|sm_?[0-9]{2}a?"
 KERNEL_NAME = r"\w+_(avx|amx|sm_?[0-9])\w*"
 
 
-# Python that may name an ISA, each for one reason.
-SPEAKS_TO_OTHERS = {"bench/groups/capped.py"}  # what other libraries call it
-
-
 def kernels_named_in(source: str) -> list[str]:
     """Kernels and ISAs in a Python source: identifiers and strings, not docstrings and comments."""
     tree = ast.parse(source)
@@ -143,7 +139,7 @@ def kernels_named_in(source: str) -> list[str]:
     "file", sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 )
 def test_python_never_names_a_kernel(file: str) -> None:
-    found = [] if file in SPEAKS_TO_OTHERS else kernels_named_in((PACKAGE / file).read_text())
+    found = kernels_named_in((PACKAGE / file).read_text())
     assert not found, f"qkernels/{file} names {', '.join(found)}; ask qkernels._C instead"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,15 +21,11 @@ from qkernels.bench.results import Record, Results
 _PEERS = "torch fp32,torch.ao *,torch int4pack *"
 
 
-# Where others call an instruction set otherwise, or stop at the one below.
-_NAMES = {
-    "avxvnni": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI",
-        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2_E1",
-    }
-}
+def _elsewhere(isa: str) -> str:
+    """An instruction set as others know it: the best up to it that goes by letters and a number."""
+    names = _C.isas()
+    upto = names[: names.index(isa) + 1]
+    return [name for name in upto if re.fullmatch(r"[a-z]+\d+", name)][-1]
 
 
 def environment(isa: str) -> dict[str, str]:
@@ -38,16 +35,17 @@ def environment(isa: str) -> dict[str, str]:
         isa: as qkernels names it.
 
     Example:
-        >>> environment("isa")["ONEDNN_MAX_CPU_ISA"]
-        'ISA'
+        >>> isa = _C.isas()[1]
+        >>> environment(isa)["ONEDNN_MAX_CPU_ISA"] == isa.upper()
+        True
     """
+    known = _elsewhere(isa)
     return {
         "QKERNELS_ISA": isa,
-        "ATEN_CPU_CAPABILITY": isa,
-        "ONEDNN_MAX_CPU_ISA": isa.upper(),
-        "FBGEMM_ENABLE_INSTRUCTIONS": isa.upper(),
-        "MKL_ENABLE_INSTRUCTIONS": isa.upper(),
-        **_NAMES.get(isa, {}),
+        "ATEN_CPU_CAPABILITY": known,
+        "ONEDNN_MAX_CPU_ISA": known.upper(),
+        "FBGEMM_ENABLE_INSTRUCTIONS": known.upper(),
+        "MKL_ENABLE_INSTRUCTIONS": known.upper(),
     }
 
 
