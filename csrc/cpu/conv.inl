@@ -31,8 +31,8 @@ void find_pixels(const ConvArgs& a, int64_t begin, int64_t end, Pixels* pixels) 
     if (++z < a.out[0]) continue;
     z = 0;
     ++n;
-    if (count < most && !(a.codes[n].scale == pixels->codes.scale &&
-                          a.codes[n].zero == pixels->codes.zero)) {
+    if (count < most &&
+        !(a.codes[n].scale == pixels->codes.scale && a.codes[n].zero == pixels->codes.zero)) {
       break;
     }
   }
@@ -88,6 +88,12 @@ void conv_tile(const ConvTile& t, int64_t first, int32_t* out) {
     const I start = load(t.values.start + v * kWidth);
     unroll<Rows>([&](int r) INLINE { sums[v][r] = start; });
   });
+  if constexpr (What == Give::codes_with_residual) {  // too far ahead for the CPU to see
+    unroll<Rows>([&](int r) INLINE {
+      _mm_prefetch(reinterpret_cast<const char*>(t.to.residual + (first + r) * t.to.step),
+                   _MM_HINT_T0);
+    });
+  }
   const uint8_t* x[Rows];
   unroll<Rows>([&](int r) INLINE { x[r] = t.pixels->x[first + r] + t.x_offset; });
   const uint8_t* codes[Blocks];
@@ -99,12 +105,12 @@ void conv_tile(const ConvTile& t, int64_t first, int32_t* out) {
   }
   unroll<Rows>([&](int r) INLINE {
     if constexpr (What == Give::sums) {
-      unroll<kVectors>([&](int v)
-                           INLINE { store(out + (r * kVectors + v) * kWidth, sums[v][r]); });
+      unroll<kVectors>([&](int v) INLINE { store(out + (r * kVectors + v) * kWidth, sums[v][r]); });
     } else {
       I row[kVectors];
       unroll<kVectors>([&](int v) INLINE { row[v] = sums[v][r]; });
-      store_codes<What == Give::codes_with_residual, /*Pieces=*/false>(t.values, t.to, row, first + r);
+      store_codes<What == Give::codes_with_residual, /*Pieces=*/false>(t.values, t.to, row,
+                                                                       first + r);
     }
   });
 }
@@ -133,8 +139,8 @@ int64_t even_piece(int64_t left, int64_t most) {
 
 void conv_dense(const ConvArgs& a, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
                 int64_t pixel_end) {
-  static constexpr ConvTiles kTiles = conv_tiles(
-      std::make_integer_sequence<int, kGive * W8A8::kRows * W8A8::kConvBlocks>{});
+  static constexpr ConvTiles kTiles =
+      conv_tiles(std::make_integer_sequence<int, kGive * W8A8::kRows * W8A8::kConvBlocks>{});
   const ConvFinish finish = conv_finish(a);
   Runs runs;
   find_runs(a, &runs);
@@ -157,7 +163,7 @@ void conv_dense(const ConvArgs& a, int64_t block_begin, int64_t block_end, int64
       tile.x_offset = group * a.group_channels * conv_code_bytes(a);
       const bool codes =
           find_outputs(a, pixels, tile.weight, blocks, o, count, &tile.values, &tile.to);
-      const Give give = !codes                ? Give::sums
+      const Give give = !codes                  ? Give::sums
                         : a.residual == nullptr ? Give::codes
                                                 : Give::codes_with_residual;
       for (int64_t pixel = 0; pixel < pixels.count;) {

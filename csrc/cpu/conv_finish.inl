@@ -88,7 +88,8 @@ bool find_outputs(const ConvArgs& a, const Pixels& pixels, const uint8_t* weight
     const int left = count - v * kWidth;
     if (a.bias != nullptr && left > 0) {
       with_float_type(a.bias_type, [&](auto type) INLINE {
-        bias = load_as<decltype(type)::value>(a.bias, o + v * kWidth, left < kWidth ? left : kWidth);
+        bias =
+            load_as<decltype(type)::value>(a.bias, o + v * kWidth, left < kWidth ? left : kWidth);
       });
     }
     store(values->scale + v * kWidth, scale);

@@ -95,7 +95,7 @@ void conv_depthwise(const ConvArgs& a, int64_t block_begin, int64_t block_end, i
       load_pairs(weight, &pairs);
       const int64_t o = block * kLanes;
       const int count = least(a.out_channels - o, kLanes);
-      const bool codes = 
+      const bool codes =
           find_outputs(a, pixels, weight, 1, o, count, &values, &to) && a.residual == nullptr;
       for (int64_t pixel = 0; pixel < pixels.count;) {
         const int rows = static_cast<int>(even_piece(pixels.count - pixel, kDepthwiseRows));

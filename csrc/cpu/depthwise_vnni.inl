@@ -29,8 +29,8 @@ void find_quads(const ConvArgs& a, Quads* quads) {
     const int64_t rows = a.taps() / a.kernel[2], in_row = (a.kernel[2] + 1) / 4;
     quads->count = rows * in_row;
     for (int64_t i = 0; i < quads->count * 4; ++i) {
-      quads->offsets[i / 4][i % 4] = tap_offset(a, i / 4 / in_row * a.kernel[2]) +
-                                     (i / 4 % in_row * 4 + i % 4) * quads->pixel;
+      quads->offsets[i / 4][i % 4] =
+          tap_offset(a, i / 4 / in_row * a.kernel[2]) + (i / 4 % in_row * 4 + i % 4) * quads->pixel;
     }
     return;
   }
@@ -145,10 +145,9 @@ void depthwise_shared_tile(const DepthwiseTile& t, int64_t first, int32_t* out) 
       high[p] = interleave_high_bytes(even, odd);
     });
     unroll<kPairs>([&](int p) INLINE {
-      const I quad[4] = {interleave_low_words(low[p], low[p + 1]),
-                         interleave_high_words(low[p], low[p + 1]),
-                         interleave_low_words(high[p], high[p + 1]),
-                         interleave_high_words(high[p], high[p + 1])};
+      const I quad[4] = {
+          interleave_low_words(low[p], low[p + 1]), interleave_high_words(low[p], low[p + 1]),
+          interleave_low_words(high[p], high[p + 1]), interleave_high_words(high[p], high[p + 1])};
       unroll<4>([&](int v) INLINE {
         dot4(sums[2 * p][v], quad[v], load_all(t.quads.weights[i][v]));
         dot4(sums[2 * p + 1][v], quad[v], load_all(t.quads.right[i][v]));
@@ -165,8 +164,7 @@ struct DepthwiseTiles {
 template <bool Codes, int... Rows, int... Pairs>
 constexpr DepthwiseTiles depthwise_tiles(std::integer_sequence<int, Rows...>,
                                          std::integer_sequence<int, Pairs...>) {
-  return {{depthwise_tile<Rows + 1, Codes>...},
-          {depthwise_shared_tile<2 * Pairs + 2, Codes>...}};
+  return {{depthwise_tile<Rows + 1, Codes>...}, {depthwise_shared_tile<2 * Pairs + 2, Codes>...}};
 }
 template <bool Codes>
 constexpr DepthwiseTiles kDepthwiseTiles =
@@ -198,9 +196,8 @@ void conv_depthwise(const ConvArgs& a, int64_t block_begin, int64_t block_end, i
       t.blocks = least(block_end - block, kDepthwiseBlocks);
       const int count = least(a.out_channels - o, t.blocks * kLanes);
       load_quads(a, weight, t.blocks, &t.quads);
-      const bool codes =
-          find_outputs(a, t.pixels, weight, t.blocks, o, count, &t.values, &t.to) &&
-          a.residual == nullptr;
+      const bool codes = find_outputs(a, t.pixels, weight, t.blocks, o, count, &t.values, &t.to) &&
+                         a.residual == nullptr;
       order_pieces(t.values.start);
       if (codes) {
         order_pieces(t.values.scale);

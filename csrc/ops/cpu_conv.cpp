@@ -135,8 +135,9 @@ void run_integer(const ConvArgs& whole, const Layout& layout, bool is_static,
   if (no_copy) std::copy(a.in, a.in + 3, a.grid);
   const int64_t image_bytes = a.image_codes() * table.conv_code_bytes(a);
   const int64_t chunk =
-      no_copy ? a.batch
-              : std::min(a.batch, std::max<int64_t>(1, kImageCap / std::max<int64_t>(1, image_bytes)));
+      no_copy
+          ? a.batch
+          : std::min(a.batch, std::max<int64_t>(1, kImageCap / std::max<int64_t>(1, image_bytes)));
   const int64_t space = no_copy ? 0 : chunk * image_bytes + std::max(kLine, a.pixel_codes());
   const int64_t weights = a.compact ? a.blocks() * compact.bytes : 0;
   Workspace workspace(Workspace::bytes<uint8_t>(space) + Workspace::bytes<uint8_t>(weights) +
@@ -226,9 +227,8 @@ Tensor conv(const Tensor& x_any, const Tensor& packed_any, const std::optional<T
   if (groups < 1 || a.channels % groups != 0) {
     fail(op, "x has ", a.channels, " channels, which groups=", groups, " does not divide");
   }
-  const ConvWeight w =
-      check_conv_weight(op, layout_id, a.taps(), a.channels / groups, groups, out_channels,
-                        group_size);
+  const ConvWeight w = check_conv_weight(op, layout_id, a.taps(), a.channels / groups, groups,
+                                         out_channels, group_size);
   check_packed_shape(op, packed_any, w);
   a.depthwise = w.packing.depthwise;
   a.group_channels = w.packing.channels;
