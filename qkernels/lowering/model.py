@@ -71,7 +71,7 @@ class LoweredModel(nn.Module):
         graph = self.program.graph()
         code = graph.python_code("self")
         src = code.src
-        # nn.Module looks an attribute up in Python, for each part of a layer's name: microseconds a layer.
+        # nn.Module looks attributes up in Python: microseconds for the name of a deep layer.
         for layer in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
             src = src.replace(f" = {_by_attributes(layer)}(", f" = {_by_items(layer)}(")
         names = dict(code.globals)
