@@ -27,6 +27,8 @@ namespace {
 #include "cpu/prepare.inl"
 #include "cpu/matmul_avxvnni.inl"
 #include "cpu/matmul.inl"
+#include "cpu/conv_image.inl"
+#include "cpu/conv_finish.inl"
 #include "cpu/conv.inl"
 #include "cpu/depthwise_vnni.inl"
 #include "cpu/conv_table.inl"
@@ -82,6 +84,7 @@ Kernels avxvnni_table() {
   t.linear = linear;
   t.linear_name = linear_name;
   t.conv_code_bytes = vnni::conv_code_bytes;
+  t.conv_reads_codes = vnni::conv_reads_codes;
   t.conv_prepare = vnni::conv_prepare;
   t.conv = vnni::conv;
   t.conv_name = vnni::conv_name;

@@ -89,31 +89,21 @@ struct W8A8 {
     }
   }
 
-  // Convolution: a tile's rows are anywhere in an image of units.
+  // Convolution: a tile's rows are anywhere in an image of codes, flipped on the way.
   static constexpr int kConvBlocks = 1;
+  static constexpr int conv_rows(int) { return kRows; }
+  static constexpr bool kConvCodes = true;
   static constexpr const char* kConvName = "conv_w8a8_avxvnni_6x16";
   static constexpr const char* kDepthwiseName = "conv_depthwise_w8a8_avxvnni_2x32";
-
-  // `codes` may be the same memory.
-  static void codes_to_units(const uint8_t* codes, int64_t count, uint8_t* out) {
-    const I flip = splat(static_cast<int32_t>(0x80808080));
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32) store_all(out + i, bit_xor(load_half(codes + i), flip));
-    for (; i < count; i += 4) {
-      uint32_t four;
-      std::memcpy(&four, codes + i, 4);
-      four ^= 0x80808080;
-      std::memcpy(out + i, &four, 4);
-    }
-  }
 
   template <int Rows, int Vectors>
   static INLINE void accumulate_run(I (&sums)[Vectors][Rows], const uint8_t* const (&x)[Rows],
                                     int64_t offset, const uint8_t* const* codes, int64_t line,
                                     int64_t units) {
+    const I flip = splat(static_cast<int32_t>(0x80808080));
     for (int64_t u = 0; u < units; ++u) {
       add_products<W8A8>(
-          sums, [&](int r) INLINE { return broadcast_unit(x[r] + offset + u * 4); },
+          sums, [&](int r) INLINE { return bit_xor(flip, broadcast_unit(x[r] + offset + u * 4)); },
           [&](int v) INLINE { return load_half(codes[v / 2] + line + u * kLine + v % 2 * 32); });
     }
   }

@@ -192,15 +192,28 @@ SIMD I pair_words(I low, I high) {
 // ---- 4 * kWidth codes at once -------------------------------------------------------------------
 
 // Four vectors of int32 as bytes, in order; what does not fit becomes the nearest that does.
-SIMD I narrow(I a, I b, I c, I d) {
-  const I bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+SIMD I join_pieces(I bytes) {
   const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_permutexvar_epi32(order, bytes);
+}
+SIMD I narrow(I a, I b, I c, I d) {
+  return join_pieces(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+}
+// The same with `zero`, a byte, added in between, but for `join_pieces`: piece p, of 16 bytes, has
+// the p-th four lanes of each vector.
+SIMD I narrow_pieces(I a, I b, I c, I d, int zero) {
+  const I zeros = _mm512_set1_epi16(static_cast<int16_t>(zero));
+  return _mm512_packs_epi16(_mm512_adds_epi16(_mm512_packs_epi32(a, b), zeros),
+                            _mm512_adds_epi16(_mm512_packs_epi32(c, d), zeros));
 }
 // The first Count * kWidth bytes, Count from 1 to 4.
 template <int Count>
 SIMD void store_first(void* p, I bytes) {
-  _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << Count * 4) - 1), bytes);
+  __m128i* const to = static_cast<__m128i*>(p);
+  if constexpr (Count == 4) return _mm512_storeu_si512(p, bytes);
+  if constexpr (Count == 1) return _mm_storeu_si128(to, _mm512_castsi512_si128(bytes));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_castsi512_si256(bytes));
+  if constexpr (Count == 3) _mm_storeu_si128(to + 2, _mm512_extracti32x4_epi32(bytes, 2));
 }
 SIMD I clamp_bytes(I x, int low, int high) {
   return _mm512_min_epi8(_mm512_max_epi8(x, _mm512_set1_epi8(static_cast<char>(low))),

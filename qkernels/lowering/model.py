@@ -68,9 +68,14 @@ class LoweredModel(nn.Module):
         return self.program.graph().python_code("self").src
 
     def _compiled(self) -> Callable[..., Any]:
-        code = self.program.graph().python_code("self")
+        graph = self.program.graph()
+        code = graph.python_code("self")
+        src = code.src
+        # nn.Module looks attributes up in Python: microseconds for the name of a deep layer.
+        for layer in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
+            src = src.replace(f" = {_by_attributes(layer)}(", f" = {_by_items(layer)}(")
         names = dict(code.globals)
-        exec(compile(code.src, "<qkernels lowered model>", "exec"), names)
+        exec(compile(src, "<qkernels lowered model>", "exec"), names)
         run: Callable[..., Any] = names["forward"]
         return run
 
@@ -96,6 +101,18 @@ class LoweredModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._run = self._compiled()
+
+
+def _by_attributes(layer: str) -> str:
+    """How torch.fx writes the layer of a qualified name."""
+    path = "self"
+    for part in layer.split("."):
+        path = f"{path}.{part}" if part.isidentifier() else f'getattr({path}, "{part}")'
+    return path
+
+
+def _by_items(layer: str) -> str:
+    return "self" + "".join(f"._modules[{part!r}]" for part in layer.split("."))
 
 
 def load_lowered(path: str | os.PathLike[str]) -> LoweredModel:

@@ -65,6 +65,15 @@ GEOMETRIES = {
     "depthwise, two outputs each": plane(
         (6, 6), (3, 3), groups=9, group_channels=1, group_outputs=2
     ),
+    "depthwise, wide": plane(
+        (5, 9), (3, 3), before=(1, 1), after=(1, 1), groups=100, group_channels=1, group_outputs=1
+    ),
+    "depthwise, rows of 7": plane(
+        (8, 12), (2, 7), before=(0, 3), after=(0, 3), groups=24, group_channels=1, group_outputs=1
+    ),
+    "3x3 without borders": plane((8, 9), (3, 3), group_channels=4, group_outputs=64),
+    "1 channel": plane((9, 8), (5, 5), before=(2, 2), after=(2, 2), group_channels=1),
+    "2 channels, dilated": plane((9, 9), (2, 3), dilation=(2, 1), group_channels=2),
     "1d": plane((40,), (5,), before=(2,), after=(2,), group_channels=12, group_outputs=20),
     "1d depthwise": plane((40,), (4,), groups=20, group_channels=1, group_outputs=1),
     "3d": plane((4, 5, 6), (3, 2, 3), before=(1, 1, 1), after=(1, 1, 1), stride=(1, 2, 1)),
@@ -151,6 +160,31 @@ def test_codes_in_and_out(geometry: Geometry) -> None:
                 given_x, bias, residual=torch.from_numpy(real).to(dtype), dtype=dtype, **options
             )
             same_bits(y, np.where(want == 0, np.float32(0), want))
+
+
+@ALL
+def test_codes_without_residual(geometry: Geometry) -> None:
+    """Saturation stands for ReLU, ReLU6 and clamping, but where a quotient could leave int32."""
+    w = conv_weight(geometry, KINDS[2])
+    shape = (geometry.batch, geometry.channels, *geometry.size)
+    x = torch.from_numpy(rng("codes", str(geometry)).integers(-128, 128, shape, "int8"))
+    bias = floats((geometry.outputs,), seed="bias")
+    sums = w.integer(x, bias, ASYMMETRIC, (0.01, 9))
+    for epilogue, scale, zero in ((0, 0.3, 11), (1, 0.3, -128), (5, 0.05, -20), (0, 1e-37, 1)):
+        limited = (sums, np.maximum(sums, 0), np.clip(sums, 0, 6))[min(epilogue, 2)]
+        with np.errstate(over="ignore"):
+            quotients = limited.astype(np.float32) * (np.float32(1) / np.float32(scale))
+        codes = np.clip(np.rint(quotients.astype(np.float64)) + zero, -128, 127)
+        for given_x in orders(x):
+            y = w.conv(
+                given_x,
+                bias,
+                activation=ASYMMETRIC,
+                epilogue=epilogue,
+                x_range=(0.01, 9),
+                y_range=(scale, zero),
+            )
+            same_codes(y, codes)
 
 
 @pytest.mark.parametrize("x_range", [(0.02, None), (0.02, 17)])
