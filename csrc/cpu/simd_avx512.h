@@ -260,7 +260,7 @@ SIMD I lookup(const Table256& t, I index) {
                                 _mm512_mask_slli_epi16(odd, ~test_words(index, 8), odd, 8));
 }
 
-// ---- 4 * kWidth bytes in pieces of 16 -----------------------------------------------------------
+// ---- 4 * kWidth bytes in pieces of 16 ----------------------------------------------------------
 
 // The first `count` pieces, 0 in the others.
 SIMD I load_pieces(const void* p, int count) {

@@ -1,4 +1,4 @@
-// conv on the CPU where activations stay floats: rows are gathered and go through the matrix product.
+// conv on the CPU where activations stay floats: gathered rows go through the matrix product.
 #include <algorithm>
 
 #include "cpu/kernels.h"
