@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibration import Int8Range
 from qkernels.functional import Quantized
 from qkernels.nn import QLinear
 from qkernels.nn.conv import QConvNd
@@ -18,6 +19,7 @@ from qkernels.ptq.gptq import gptq
 from qkernels.ptq.options import Options
 from qkernels.ptq.scaling import awq_factors, smoothquant_factors
 from qkernels.ptq.statistics import InputStatistics, LayerStatistics
+from qkernels.quantize import give_range
 from qkernels.schemes import Scheme
 
 FloatLayer = nn.Linear | nn.modules.conv._ConvNd
@@ -111,22 +113,27 @@ def _factors(
 
 
 def build(
-    old: Sequence[FloatLayer], schemes: Sequence[Scheme], solved: Solved
+    old: Sequence[FloatLayer],
+    schemes: Sequence[Scheme],
+    ranges: Sequence[Int8Range | None],
+    solved: Solved,
 ) -> list[QuantizedLayer]:
     """Quantized layers for float ones that share a weight; they share its packed form.
 
     Args:
         old: the float layers.
         schemes: theirs, which store the weight in the same way.
+        ranges: of their inputs, None where a scheme is not static.
         solved: the weight.
     """
     layers: list[QuantizedLayer] = []
-    for layer, scheme in zip(old, schemes, strict=True):
+    for layer, scheme, x_range in zip(old, schemes, ranges, strict=True):
         new = quantized_from_shell(layer, scheme)
         assert isinstance(new, QLinear | QConvNd)
         new.packed = layers[0].packed if layers else new.packing.parameter(solved.weight)
         if isinstance(new, QLinear):
             new.set_input_transform(solved.x_premul, solved.k_perm)
+        give_range(new, x_range)
         layers.append(new)
     return layers
 

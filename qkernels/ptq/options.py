@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from qkernels.optimize import check_optimizer
+from qkernels.plan import Step
 from qkernels.ptq.gptq import ACT_ORDERS
 
 METHODS = ("awq", "smoothquant", "gptq", "bias_correction")
@@ -90,19 +91,28 @@ def checked_options(
     return Options(names, optimize, act_order, float(damping), alpha)
 
 
-def check_layers(options: Options, layers: Sequence[nn.Module]) -> None:
-    """Refuse methods that none of the layers can have anything of.
+def check_layers(options: Options, layers: Mapping[Step, nn.Module]) -> None:
+    """Refuse methods that no layer can have anything of, or that spoil a static input's scale.
 
     Args:
         options: what was asked for.
-        layers: the float layers that are calibrated.
+        layers: the float layers that are calibrated, by what was decided about them.
 
     Raises:
-        ValueError: there are only convolutions, and only AWQ or SmoothQuant for them.
+        ValueError: there are only convolutions, and only AWQ or SmoothQuant for them, or a Linear
+            layer for these has a static scheme.
     """
-    if layers and not any(options.for_layer(layer).method for layer in layers):
+    asked = " and ".join(map(repr, options.method))
+    if layers and not any(options.for_layer(layer).method for layer in layers.values()):
         raise ValueError(
-            f"{OP}: method is {' and '.join(map(repr, options.method))}, but all layers to "
-            "calibrate are convolutions, whose kernels take no factors for x; use 'gptq' or "
-            "'bias_correction'"
+            f"{OP}: method is {asked}, but all layers to calibrate are convolutions, whose kernels "
+            "take no factors for x; use 'gptq' or 'bias_correction'"
         )
+    for step, layer in layers.items():
+        scales = set(options.for_layer(layer).method) & set(SCALING)
+        if scales and step.scheme is not None and step.scheme.static:
+            raise ValueError(
+                f"{OP}: method is {asked}, which changes the input of {step.names[0]}, but its "
+                f"scheme {step.scheme} has the range that was measured before; use a scheme that "
+                "is not static, or 'gptq'"
+            )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibration import Calibration, Int8Range
 from qkernels.nn import QModule
 from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.kinds import QUANTIZED, base_of
@@ -30,6 +31,7 @@ from qkernels.ptq.replay import Replay
 from qkernels.ptq.statistics import LayerStatistics
 from qkernels.quantize import (
     DEFAULT_IGNORE,
+    input_range,
     plan_of,
     quantized_like_float,
     replace_everywhere,
@@ -49,6 +51,7 @@ def quantize_calibrated_(
     method: str | Sequence[str] = "gptq",
     *,
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
+    calibration: Calibration | None = None,
     optimize: str = "mse",
     act_order: str = "static",
     damping: float = 0.01,
@@ -80,6 +83,7 @@ def quantize_calibrated_(
             4-bit weights and for int8 activations; Linear layers only), and "bias_correction" (of
             the output's mean; layers without bias are left out).
         ignore: patterns of modules that stay float, as for `quantize_`.
+        calibration: what `qk.calibrate` returned for the float model; static schemes need it.
         optimize: how scales are chosen, "mse", "minmax" or "hqq", see `qk.optimize.search_scales`.
         act_order: for "gptq": columns with large inputs first, "static" with groups as they are,
             "permute" with groups in that order (the layer gets a `k_perm`; "static" for
@@ -111,16 +115,18 @@ def quantize_calibrated_(
         True
     """
     options = checked_options(method, optimize, act_order, damping, alpha)
-    steps = plan_of(OP, model, scheme, ignore)
+    steps = plan_of(OP, model, scheme, ignore, calibration=calibration)
     data, held = _split(batches, held_out)
     units, without_data = _units(model, steps)
-    check_layers(options, [model.get_submodule(s.names[0]) for unit in units for s in unit])
+    check_layers(options, {s: model.get_submodule(s.names[0]) for unit in units for s in unit})
     with _evaluating(model):
         run = trace(model, [*data, *held], [tuple(s.names[0] for s in u) for u in units], call)
-        work = _Work(model, units, options, len(data), len(held))
+        work = _Work(model, units, options, calibration, len(data), len(held))
         store = None
         if checkpoint is not None:
-            store = Checkpoint(checkpoint, _identity(model, steps, options, data, held))
+            store = Checkpoint(
+                checkpoint, _identity(model, steps, options, calibration, data, held)
+            )
         replay = Replay(model, [*data, *held], run, call)
         with shown_progress("Calibrating", [s for s in steps if s.scheme], progress) as advance:
             for step in (*without_data, *work.unreached(run.groups)):
@@ -142,6 +148,7 @@ class _Work:
         model: nn.Module,
         units: list[list[Step]],
         options: Options,
+        calibration: Calibration | None,
         data: int,
         held: int,
     ) -> None:
@@ -150,6 +157,7 @@ class _Work:
         self._units = units
         self._number = {step.names[0]: i for i, unit in enumerate(units) for step in unit}
         self._options = options
+        self._calibration = calibration
         self._data = data
         self._held = held
         self._done: dict[str, QModule] = {}
@@ -179,8 +187,9 @@ class _Work:
         assert step.scheme is not None
         old = self._model.get_submodule(step.names[0])
         twin = self._done.get(step.twin or "")
+        x_range = input_range(step, old, self._calibration)
         optimize = self._options.optimize
-        self._put(step, quantized_like_float(old, step.scheme, twin, optimize=optimize))
+        self._put(step, quantized_like_float(old, step.scheme, twin, x_range, optimize))
 
     def convert(self, group: Group, replay: Replay, store: Checkpoint | None) -> list[Step]:
         """Quantize the layers of a group, or take them from the checkpoint; says which."""
@@ -238,16 +247,17 @@ class _Work:
     def _solve(self, unit: list[Step], stats: LayerStatistics) -> Finished:
         old = [self._float_layer(step.names[0]) for step in unit]
         schemes = [step.scheme for step in unit if step.scheme is not None]
+        ranges = self._ranges(unit, old)
         options = self._options.for_layer(old[0])
         inputs = stats.held_out
         expected = [float_outputs(layer, inputs) for layer in old]
         nearest: list[float | None] = [None] * len(old)
         if inputs:
-            for i, (layer, scheme, y) in enumerate(zip(old, schemes, expected, strict=True)):
-                plain = quantized_like_float(layer, scheme)
-                nearest[i] = sqnr_db(y, plain, inputs)  # type: ignore[arg-type]
+            for i, (layer, scheme, x_range) in enumerate(zip(old, schemes, ranges, strict=True)):
+                plain = quantized_like_float(layer, scheme, None, x_range)
+                nearest[i] = sqnr_db(expected[i], plain, inputs)  # type: ignore[arg-type]
         solved = solve(_matrix(old[0]), schemes[0], stats, options)
-        layers = build(old, schemes, solved)
+        layers = build(old, schemes, ranges, solved)
         quality: list[tuple[float, float] | None] = []
         for layer, new, y, before in zip(old, layers, expected, nearest, strict=True):
             if "bias_correction" in options.method:
@@ -260,7 +270,7 @@ class _Work:
     def _restore(self, unit: list[Step], finished: Finished) -> None:
         old = [self._float_layer(step.names[0]) for step in unit]
         schemes = [step.scheme for step in unit if step.scheme is not None]
-        layers = build(old, schemes, finished.solved)
+        layers = build(old, schemes, self._ranges(unit, old), finished.solved)
         for new, bias in zip(layers, finished.biases, strict=True):
             if new.bias is not None and bias is not None:
                 new.bias.copy_(bias)
@@ -278,6 +288,10 @@ class _Work:
         old = self._model.get_submodule(step.names[0])
         replace_everywhere(self._model, step.names, old, new)
         self._done[step.names[0]] = new
+
+    def _ranges(self, unit: list[Step], old: list[FloatLayer]) -> list[Int8Range | None]:
+        pairs = zip(unit, old, strict=True)
+        return [input_range(step, layer, self._calibration) for step, layer in pairs]
 
     def _float_layer(self, name: str) -> FloatLayer:
         found = self._model.get_submodule(name)
@@ -332,7 +346,12 @@ def _units(model: nn.Module, steps: list[Step]) -> tuple[list[list[Step]], list[
 
 
 def _identity(
-    model: nn.Module, steps: list[Step], options: Options, data: list[Any], held: list[Any]
+    model: nn.Module,
+    steps: list[Step],
+    options: Options,
+    calibration: Calibration | None,
+    data: list[Any],
+    held: list[Any],
 ) -> str:
     settings = {
         "layers": [
@@ -341,6 +360,7 @@ def _identity(
         "options": [*options.method, options.optimize, options.act_order],
         "numbers": [options.damping, options.alpha],
         "batches": [len(data), len(held)],
+        "calibration": None if calibration is None else calibration.to_dict(),
     }
     state = (*model.parameters(), *model.buffers())
     return identity_of(settings, state, [*data, *held])

@@ -218,6 +218,37 @@ def test_scaling_is_for_linear_layers_only():
     assert type(model[0]) is nn.Conv2d
 
 
+@pytest.mark.parametrize("activation", ["symmetric", "asymmetric"])
+def test_static_inputs_keep_their_calibrated_ranges(activation, tmp_path):
+    scheme = qk.W8A8(static=True, activation=activation)
+    calibration = qk.calibrate(branches(), images(), "minmax")
+    model, plain = branches(), branches()
+    summary = qk.quantize_calibrated_(
+        model, images(), scheme, calibration=calibration, checkpoint=tmp_path
+    )
+    qk.quantize_(plain, scheme, calibration=calibration)
+    assert len(summary.converted) == 4
+    for name in ("wide", "narrow", "last", "head"):
+        layer, other = model.get_submodule(name), plain.get_submodule(name)
+        assert torch.equal(layer.x_scale, other.x_scale)
+        assert layer.x_zero_point is other.x_zero_point is None or torch.equal(
+            layer.x_zero_point, other.x_zero_point
+        )
+    assert not torch.equal(model.wide.packed, plain.wide.packed)
+    again = branches()
+    qk.quantize_calibrated_(again, images(), scheme, calibration=calibration, checkpoint=tmp_path)
+    assert torch.equal(again(images()[0]), model(images()[0]))
+
+    model = branches()
+    with pytest.raises(ValueError, match=r"quantize_calibrated_ cannot quantize .* calibration="):
+        qk.quantize_calibrated_(model, images(), scheme)
+    with pytest.raises(ValueError, match="changes the input of head, but its scheme W8A8"):
+        qk.quantize_calibrated_(model, images(), scheme, "smoothquant", calibration=calibration)
+    with pytest.raises(ValueError, match="^quantize_calibrated_: calibration is given but no"):
+        qk.quantize_calibrated_(model, images(), INT4, calibration=calibration)
+    assert type(model.wide) is nn.Conv2d
+
+
 def test_types_and_hooks_are_kept():
     model = branches().bfloat16()
     calls = []
