@@ -117,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for what is found")
     parser.add_argument("--only", default="", help="steps whose TASK/SEED/STAGE begins like this")
+    parser.add_argument("--exact", action="store_true", help="--only is the whole of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="folder for recovery.json and recovery.md")
     options = parser.parse_args()
@@ -126,7 +127,8 @@ def main() -> None:
             for stage in STAGES:
                 path = path_of(options.work, task, seed, stage)
                 known = stage == "float" or hasattr(TASKS[task], METHODS[stage])
-                wanted = f"{task}/{seed}/{stage}".startswith(options.only)
+                step = f"{task}/{seed}/{stage}"
+                wanted = step == options.only if options.exact else step.startswith(options.only)
                 if not known or not wanted or path.exists():
                     continue
                 result = run_stage(task, seed, stage, options.work)
