@@ -1,8 +1,8 @@
-"""Draw the results of the three examples: `python benchmarks/example_plots.py docs/images`.
+"""Draw the results of three examples: `python benchmarks/example_plots.py docs/images`.
 
-What is drawn is in benchmarks/results/: text_transfer.json (`examples/text_transfer.py --out`),
-vision_demo.json (`qkernels demo --vision`, its table.json), and ddp_qat_1.json and ddp_qat_2.json
-(`examples/ddp_qat.py --log`, in one process and in two).
+What is drawn is in benchmarks/results/: demo.json (`qkernels demo`), vision.json (`qkernels demo
+--vision`, its table.json), and ddp_qat_1.json and ddp_qat_2.json (`examples/ddp_qat.py --history`, in
+one process and in two).
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ def bars(axes: Axes, names: list[str], values: list[float], spread: list[float] 
 
 
 def draw_text(path: Path) -> None:
-    """The steps of the text example, in their order."""
-    rows = read("text_transfer.json")["rows"]
-    figure, axes = pyplot.subplots(figsize=(5.5, 3.4))
-    bars(axes, [row["name"] for row in rows], [100 * row["test"] for row in rows], None)
-    axes.set_title("MiniLM, ten classes of docstrings", fontsize=10)
+    """The models of the text demo: accuracy, and bytes in memory."""
+    rows = read("demo.json")["models"]
+    figure, axes = pyplot.subplots(figsize=(7, 3.4))
+    names = [f"{row['name']}\n{row['bytes'] / 2**20:.1f} MB" for row in rows]
+    bars(axes, names, [100 * row["accuracy"] for row in rows], None)
+    axes.set_title("MiniLM, ten classes of docstrings, quantized after training", fontsize=10)
     save(figure, path)
 
 
 def draw_vision(path: Path) -> None:
     """What is trained, then what is quantized: mean and standard deviation over the seeds."""
-    found = read("vision_demo.json")
+    found = read("vision.json")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4))
     ways = {n: e["test"] for n, e in found["transfer"].items() if n != "digits 0 to 4"}
     several = len(found["seeds"]) > 1

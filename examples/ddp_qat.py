@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--source-epochs", type=int, default=8, help="of training in float")
     parser.add_argument("--out", metavar="FILE", help="where to save the quantized model")
-    parser.add_argument("--log", metavar="FILE", help="write losses and accuracy to this JSON file")
+    parser.add_argument("--history", metavar="FILE", help="write the losses to this JSON file")
     options = parser.parse_args()
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if count > 1:
@@ -49,7 +49,7 @@ def main() -> None:
     model.stem.train()
     wrapped = DistributedDataParallel(model) if count > 1 else model
     schedule = qk.qat.Schedule(wrapped, freeze=max(1, options.steps // 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     generator, losses = torch.Generator().manual_seed(1), []
     for step in range(options.steps):
         chosen = torch.randint(len(data.train.x), (BATCH,), generator=generator)
@@ -72,10 +72,10 @@ def main() -> None:
         qk.convert_(model)
         reached = accuracy(model, data.test)
         print(f"{count} processes: int4 test accuracy {reached:.1%}")
-        if options.log:
+        if options.history:
             facts = {"processes": count, "loss": losses, "test": reached}
             text = json.dumps({**facts, "machine": machine_facts()}, indent=1)
-            write_atomically(options.log, text + "\n")
+            write_atomically(options.history, text + "\n")
         if options.out:
             qk.save_model(model, options.out)
     if count > 1:
