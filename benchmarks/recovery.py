@@ -10,7 +10,8 @@ Seeds 0 to 2 are those that settings were chosen with, so others are the fairer 
 
 The float model of a seed is fine-tuned on data drawn by that seed. What follows starts from it and
 trains for as many epochs: the float model itself (as a control, for more training alone may help),
-the model prepared for quantization (QAT), and adapters on its 4-bit weights (LoRA). Distilled: the target is what the float model answers, not the labels.
+the model prepared for quantization (QAT), and adapters on its 4-bit weights (LoRA). Distilled: the
+target is what the float model answers, not the labels.
 """
 
 from __future__ import annotations

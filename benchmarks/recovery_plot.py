@@ -1,6 +1,7 @@
 """Draw what recovery.py found: `python benchmarks/recovery_plot.py docs/images`.
 
-Of benchmarks/results/ it draws recovery.json and recovery_fresh.json, each into an image of its name.
+Of benchmarks/results/ it draws recovery.json and recovery_fresh.json, each into an image of its
+name.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +42,15 @@ def _patches_of(conv: nn.modules.conv._ConvNd, image: Tensor) -> Tensor:
     counts = [(size - d * (k - 1) - 1) // s + 1 for size, k, d, s in axes]
     taps = []
     for tap in itertools.product(*(range(k) for k in conv.kernel_size)):
-        where = (
+        where = [
             slice(t * d, t * d + (n - 1) * s + 1, s)
             for t, n, (_, _, d, s) in zip(tap, counts, axes, strict=True)
         )
         taps.append(padded[(0, slice(None), *where)].flatten(1))
     # [channels, positions, taps]
     grouped = torch.stack(taps, -1).unflatten(0, (conv.groups, -1))
-    return grouped.permute(0, 2, 3, 1).flatten(2)
+    rows: Tensor = grouped.permute(0, 2, 3, 1).flatten(2)
+    return rows
 
 
 def _padded(conv: nn.modules.conv._ConvNd, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:

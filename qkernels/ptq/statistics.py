@@ -81,9 +81,10 @@ class LayerStatistics:
     """
 
     def __init__(self, layer: nn.Linear | nn.modules.conv._ConvNd, moments: bool) -> None:
-        is_linear = isinstance(layer, nn.Linear)
-        columns = layer.in_features if is_linear else columns_of(layer)
-        count = 1 if is_linear else layer.groups
+        if isinstance(layer, nn.Linear):
+            count, columns = 1, layer.in_features
+        else:
+            count, columns = layer.groups, layer.weight.numel() // layer.out_channels
         self.groups = [InputStatistics(columns, moments) for _ in range(count)]
         self.held_out: list[Tensor] = []
 
@@ -118,12 +119,3 @@ class LayerStatistics:
             limit = HELD_OUT_IMAGES
         if len(x):
             self.held_out.append(x[:: max(1, len(x) * batches // limit)].float())
-
-
-def columns_of(conv: nn.modules.conv._ConvNd) -> int:
-    """Columns of a convolution's weight matrix.
-
-    Args:
-        conv: a float convolution.
-    """
-    return conv.weight.numel() // conv.out_channels

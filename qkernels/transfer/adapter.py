@@ -32,9 +32,7 @@ class LoRA(nn.Module):
     lora_a: nn.Parameter
     lora_b: nn.Parameter
 
-    def _set_up(
-        self, base: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool
-    ) -> None:
+    def _set_up(self, base: Any, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
         check_settings(type(self).__name__, rank, alpha, dropout)
         self.base = base
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
