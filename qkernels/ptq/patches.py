@@ -45,8 +45,9 @@ def _patches_of(conv: nn.modules.conv._ConvNd, image: Tensor) -> Tensor:
         where = [
             slice(t * d, t * d + (n - 1) * s + 1, s)
             for t, n, (_, _, d, s) in zip(tap, counts, axes, strict=True)
-        )
-        taps.append(padded[(0, slice(None), *where)].flatten(1))
+        ]
+        at: Any = (0, slice(None), *where)
+        taps.append(padded[at].flatten(1))
     # [channels, positions, taps]
     grouped = torch.stack(taps, -1).unflatten(0, (conv.groups, -1))
     rows: Tensor = grouped.permute(0, 2, 3, 1).flatten(2)
@@ -60,7 +61,8 @@ def _padded(conv: nn.modules.conv._ConvNd, image: Tensor) -> tuple[Tensor, tuple
         return F.pad(image, conv._reversed_padding_repeated_twice, mode=mode), conv.stride
     sizes = [(n - 1) * s + 1 for n, s in zip(image.shape[2:], conv.stride, strict=True)]
     apart = image.new_zeros(*image.shape[:2], *sizes)
-    apart[(..., *(slice(None, None, s) for s in conv.stride))] = image
+    places: Any = (..., *(slice(None, None, s) for s in conv.stride))
+    apart[places] = image
     assert not isinstance(conv.padding, str)
     around: list[int] = []
     axes = zip(conv.kernel_size, conv.dilation, conv.padding, conv.output_padding, strict=True)
