@@ -5,13 +5,13 @@
     python benchmarks/recovery.py --work FOLDER --output benchmarks/results
 
 Every step of a ladder (float, trained on, QAT, LoRA) leaves a file in the work folder, so an
-interrupted run goes on where it was. With --output, recovery.json and recovery.md are written from
-what is there.
+interrupted run goes on where it was. With --output, a table is written from what is there.
+Seeds 0 to 2 are those that settings were chosen with, so others are the fairer test.
 
 The float model of a seed is fine-tuned on data drawn by that seed. What follows starts from it and
 trains for as many epochs: the float model itself (as a control, for more training alone may help),
-the model prepared for quantization (QAT), and adapters on its 4-bit weights (LoRA; layers that are
-convolutions have none). Distilled: the target is what the float model answers, not the labels.
+the model prepared for quantization (QAT), and adapters on its 4-bit weights (LoRA). Distilled: the
+target is what the float model answers, not the labels.
 """
 
 from __future__ import annotations
@@ -117,8 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for what is found")
     parser.add_argument("--only", default="", help="steps whose TASK/SEED/STAGE begins like this")
+    parser.add_argument("--exact", action="store_true", help="--only is the whole of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, help="folder for recovery.json and recovery.md")
+    parser.add_argument("--output", type=Path, help="folder for NAME.json and NAME.md")
+    parser.add_argument("--name", default="recovery", help="of the files in it")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
@@ -126,7 +128,8 @@ def main() -> None:
             for stage in STAGES:
                 path = path_of(options.work, task, seed, stage)
                 known = stage == "float" or hasattr(TASKS[task], METHODS[stage])
-                wanted = f"{task}/{seed}/{stage}".startswith(options.only)
+                step = f"{task}/{seed}/{stage}"
+                wanted = step == options.only if options.exact else step.startswith(options.only)
                 if not known or not wanted or path.exists():
                     continue
                 result = run_stage(task, seed, stage, options.work)
@@ -137,10 +140,10 @@ def main() -> None:
         page = markdown(found, options.seeds, facts)
         document = {"seeds": options.seeds, "tasks": found, "machine": facts}
         write_atomically(
-            options.output / "recovery.json",
+            options.output / f"{options.name}.json",
             json.dumps(document, indent=2, ensure_ascii=False) + "\n",
         )
-        write_atomically(options.output / "recovery.md", page)
+        write_atomically(options.output / f"{options.name}.md", page)
         print(page)
 
 

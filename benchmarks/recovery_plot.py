@@ -1,4 +1,8 @@
-"""Draw benchmarks/results/recovery.json: `python benchmarks/recovery_plot.py docs/images`."""
+"""Draw what recovery.py found: `python benchmarks/recovery_plot.py docs/images`.
+
+Of benchmarks/results/ it draws recovery.json and recovery_fresh.json, each into an image of its
+name.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-RESULTS = Path(__file__).parent / "results" / "recovery.json"
+RESULTS = Path(__file__).parent / "results"
 # Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
@@ -43,4 +47,5 @@ def draw(found: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(json.loads(RESULTS.read_text()), Path(sys.argv[1]) / "recovery.png")
+    for name in ("recovery", "recovery_fresh"):
+        draw(json.loads((RESULTS / f"{name}.json").read_text()), Path(sys.argv[1]) / f"{name}.png")

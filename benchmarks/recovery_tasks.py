@@ -112,6 +112,11 @@ class Vision:
         self.train_on(teacher)
         qk.convert_(self.model)
 
+    def lora(self) -> None:
+        self.quantize()
+        qk.transfer.add_lora_(self.model, 8, 16, modules_to_save="head")
+        vision_train.fit(self.model, self.data, self.seed + 100, self.epochs, lr=3e-3)
+
     def accuracies(self) -> tuple[float, float]:
         val, test = (
             vision_train.accuracy(self.model, part) for part in (self.data.val, self.data.test)

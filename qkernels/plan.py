@@ -76,8 +76,8 @@ def make_plan(
         model: the model to be quantized.
         schemes: scheme by pattern, the last matching one counts.
         ignore: patterns of modules to leave.
-        op: what the plan is for: "quantize_" or "prepare_qat_", which also takes convolutions and
-            schemes whose input ranges are not known yet.
+        op: the function that was called, for messages; "prepare_qat_" also takes schemes whose
+            input ranges are not known yet.
         calibration: ranges for the layers whose scheme is static.
 
     Raises:

@@ -200,10 +200,20 @@ def quantized_like_float(
         new.packed = new.packing.parameter(search_scales(matrix, scheme, optimize))
     else:
         new.packed = twin.packed
-    if x_range is not None:
-        has_zero = scheme.activation == "asymmetric"
-        set_range(new, x_range.scale, x_range.zero_point if has_zero else None)
+    give_range(new, x_range)
     return new
+
+
+def give_range(module: QModule, x_range: Int8Range | None) -> None:
+    """Set the scale and zero point of a static layer's input.
+
+    Args:
+        module: the quantized layer.
+        x_range: what was calibrated, or None for a layer that is not static.
+    """
+    if x_range is not None:
+        has_zero = module.scheme.activation == "asymmetric"
+        set_range(module, x_range.scale, x_range.zero_point if has_zero else None)
 
 
 def replace_everywhere(
@@ -304,7 +314,7 @@ def plan_of(
         check_patterns(model, schemes, "scheme", op=op)
     if patterns != DEFAULT_IGNORE:
         check_patterns(model, patterns, "ignore", op=op)
-    _check_calibration(calibration, schemes)
+    _check_calibration(op, calibration, schemes)
     kind = base_of(model)
     if kind is not None:
         raise ValueError(
@@ -312,20 +322,20 @@ def plan_of(
             f"place; use {QUANTIZED[kind].__name__}.from_float(model, scheme), or put it into an "
             "nn.Sequential"
         )
-    return make_plan(model, schemes, patterns, calibration=calibration)
+    return make_plan(model, schemes, patterns, op, calibration)
 
 
-def _check_calibration(calibration: object, schemes: Mapping[str, Scheme]) -> None:
+def _check_calibration(op: str, calibration: object, schemes: Mapping[str, Scheme]) -> None:
     if calibration is None:
         return
     if not isinstance(calibration, Calibration):
         raise TypeError(
-            f"quantize_: calibration is {type(calibration).__name__}; expected what "
+            f"{op}: calibration is {type(calibration).__name__}; expected what "
             "qk.calibrate(model, batches) returns"
         )
     if not any(scheme.static for scheme in schemes.values()):
         raise ValueError(
-            "quantize_: calibration is given but no scheme uses it; use a static scheme, "
+            f"{op}: calibration is given but no scheme uses it; use a static scheme, "
             "qk.W8A8(static=True), or leave it out"
         )
 

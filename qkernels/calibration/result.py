@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qkernels import functional
+from qkernels.jsonfile import JsonFile
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -130,7 +128,7 @@ class LayerRanges:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(JsonFile):
     """The ranges of a model's layers: what `calibrate` returns and `quantize_` takes.
 
     Args:
@@ -227,43 +225,6 @@ class Calibration:
             raise ValueError(
                 f"this is not a calibration that this qkernels can read: {error}"
             ) from None
-
-    def save_json(self, path: str | PathLike[str]) -> None:
-        """Write the calibration as JSON; an existing file is replaced in one step or not at all.
-
-        Args:
-            path: the file to write.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        from qkernels.report.files import write_atomically
-
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-
-    @classmethod
-    def load_json(cls, path: str | PathLike[str]) -> Calibration:
-        """Read a file that `save_json` wrote.
-
-        Args:
-            path: the file.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it does not hold a calibration.
-
-        Example:
-            >>> model = nn.Sequential(nn.Linear(4, 4))
-            >>> calibration = qk.calibrate(model, [torch.randn(8, 4)])
-            >>> calibration.save_json(folder / "calibration.json")
-            >>> qk.Calibration.load_json(folder / "calibration.json") == calibration
-            True
-        """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls.from_dict(values)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: {error}") from None
 
     def __rich__(self) -> Table:
         from rich.markup import escape

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qkernels.jsonfile import JsonFile, json_safe
 from qkernels.mixed.quality import Quality
 from qkernels.schemes import Scheme
 
@@ -82,7 +80,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class PrecisionPlan(Mapping[str, Scheme]):
+class PrecisionPlan(Mapping[str, Scheme], JsonFile):
     """A scheme for every layer, with all that `qk.search` measured to choose it.
 
     It is a mapping from patterns to schemes, so it goes wherever `{"pattern": scheme}` goes:
@@ -265,7 +263,7 @@ class PrecisionPlan(Mapping[str, Scheme]):
         for layer, plain in zip(self.layers, values["layers"], strict=True):
             for option, entry in zip(layer.options, plain["options"], strict=True):
                 entry["scheme"] = None if option.scheme is None else option.scheme.to_dict()
-        plain_values: dict[str, Any] = _without_infinity(values)
+        plain_values: dict[str, Any] = json_safe(values)
         return plain_values
 
     @classmethod
@@ -308,35 +306,6 @@ class PrecisionPlan(Mapping[str, Scheme]):
                 f"this is not a precision plan that this qkernels can read: {error}"
             ) from None
 
-    def save_json(self, path: str | PathLike[str]) -> None:
-        """Write the plan as JSON; an existing file is replaced in one step or not at all.
-
-        Args:
-            path: the file to write.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        from qkernels.report.files import write_atomically
-
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-
-    @classmethod
-    def load_json(cls, path: str | PathLike[str]) -> PrecisionPlan:
-        """Read a file that `save_json` wrote.
-
-        Args:
-            path: the file.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it does not hold a plan.
-        """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: {error}") from None
-
     def __rich__(self) -> RenderableType:
         from qkernels.mixed.text import renderable
 
@@ -367,12 +336,3 @@ def _layer(values: Mapping[str, Any]) -> LayerPlan:
 
 def _cost(values: Mapping[str, Any]) -> Cost:
     return Cost(float(values["seconds"]), int(values["bytes"]), float(values["quality"]))
-
-
-def _without_infinity(value: Any) -> Any:
-    """JSON has no infinity: it becomes the string that `float` reads."""
-    if isinstance(value, dict):
-        return {key: _without_infinity(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_infinity(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -230,7 +230,7 @@ class Stop(BaseException):
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a Linear from the arguments of its call."""
+    """The input of a layer from the arguments of its call."""
     x = args[0] if args else kwargs["input"]
     assert isinstance(x, Tensor)
     return x

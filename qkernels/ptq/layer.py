@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qkernels.calibration import Int8Range
 from qkernels.functional import Quantized
 from qkernels.nn import QLinear
+from qkernels.nn.conv import QConvNd
+from qkernels.nn.kinds import quantized_from_shell
 from qkernels.optimize import search_scales
 from qkernels.ptq.gptq import gptq
+from qkernels.ptq.options import Options
 from qkernels.ptq.scaling import awq_factors, smoothquant_factors
-from qkernels.ptq.statistics import InputStatistics
+from qkernels.ptq.statistics import InputStatistics, LayerStatistics
+from qkernels.quantize import give_range
 from qkernels.schemes import Scheme
 
-
-@dataclass(frozen=True)
-class Options:
-    """What `quantize_calibrated_` was asked for; see there."""
-
-    method: tuple[str, ...]
-    optimize: str
-    act_order: str
-    damping: float
-    alpha: float | None
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether the method looks at how features of x go together."""
-        return "gptq" in self.method or ("awq" in self.method and self.alpha is None)
+FloatLayer = nn.Linear | nn.modules.conv._ConvNd
+QuantizedLayer = QLinear | QConvNd
 
 
 @dataclass(frozen=True)
@@ -49,16 +41,37 @@ class Solved:
     k_perm: Tensor | None = None
 
 
-def solve(weight: Tensor, scheme: Scheme, stats: InputStatistics, options: Options) -> Solved:
-    """Quantize a weight by the methods that were asked for.
+def solve(weight: Tensor, scheme: Scheme, stats: LayerStatistics, options: Options) -> Solved:
+    """Quantize a weight by the methods that were asked for, each group of channels for itself.
 
     Args:
-        weight: float [out_features, in_features].
+        weight: float [out_features, in_features], or a convolution's weight as a matrix.
         scheme: how it is to be stored.
         stats: of the layer's input; without any rows, scales are searched for without data.
-        options: the methods and their settings.
+        options: the methods and their settings; several groups have no input transform.
     """
     weight = weight.detach().float()
+    if len(stats.groups) == 1:
+        return _solve(weight, scheme, stats.groups[0], options)
+    rows = weight.chunk(len(stats.groups))
+    parts = [
+        _solve(part, scheme, of, options).weight
+        for part, of in zip(rows, stats.groups, strict=True)
+    ]
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    return Solved(
+        Quantized(
+            torch.cat([part.data for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zeros) if zeros else None,
+            scheme.format,
+            scheme.group_size,
+            weight.shape,
+        )
+    )
+
+
+def _solve(weight: Tensor, scheme: Scheme, stats: InputStatistics, options: Options) -> Solved:
     if stats.rows == 0:
         return Solved(search_scales(weight, scheme, options.optimize))
     factors = _factors(weight, scheme, stats, options)
@@ -99,57 +112,76 @@ def _factors(
     return None
 
 
-def build(old: Sequence[nn.Linear], schemes: Sequence[Scheme], solved: Solved) -> list[QLinear]:
+def build(
+    old: Sequence[FloatLayer],
+    schemes: Sequence[Scheme],
+    ranges: Sequence[Int8Range | None],
+    solved: Solved,
+) -> list[QuantizedLayer]:
     """Quantized layers for float ones that share a weight; they share its packed form.
 
     Args:
         old: the float layers.
         schemes: theirs, which store the weight in the same way.
+        ranges: of their inputs, None where a scheme is not static.
         solved: the weight.
     """
-    layers: list[QLinear] = []
-    for linear, scheme in zip(old, schemes, strict=True):
-        new = QLinear.shell(linear, scheme)
+    layers: list[QuantizedLayer] = []
+    for layer, scheme, x_range in zip(old, schemes, ranges, strict=True):
+        new = quantized_from_shell(layer, scheme)
+        assert isinstance(new, QLinear | QConvNd)
         new.packed = layers[0].packed if layers else new.packing.parameter(solved.weight)
-        new.set_input_transform(solved.x_premul, solved.k_perm)
+        if isinstance(new, QLinear):
+            new.set_input_transform(solved.x_premul, solved.k_perm)
+        give_range(new, x_range)
         layers.append(new)
     return layers
 
 
 @torch.no_grad()
-def correct_bias(old: nn.Linear, new: QLinear, stats: InputStatistics) -> None:
+def correct_bias(old: FloatLayer, new: QuantizedLayer, stats: LayerStatistics) -> None:
     """Add to the bias what rounding the weight took from the mean of the output.
 
     Nagel, van Baalen, Blankevoort and Welling, "Data-Free Quantization Through Weight Equalization
-    and Bias Correction", 2019: b + (W - Ŵ) E[x].
+    and Bias Correction", 2019: b + (W - Ŵ) E[x]. For a convolution x is what its kernel covers,
+    borders included, and the mean goes over all images and positions.
 
     Args:
         old: the float layer.
         new: the layer that replaces it, with the same bias, which is written to.
         stats: of the input of both.
     """
-    if new.bias is None or stats.rows == 0:
+    if new.bias is None or any(group.rows == 0 for group in stats.groups):
         return
-    lost = old.weight.double() - new.float_weight(torch.float64)
-    new.bias.add_((lost @ stats.mean).to(new.bias.dtype))
+    lost = new.matrix_of(old).double() - new.float_weight(torch.float64)
+    rows = lost.chunk(len(stats.groups))
+    shift = torch.cat([part @ of.mean for part, of in zip(rows, stats.groups, strict=True)])
+    new.bias.add_(shift.to(new.bias.dtype))
 
 
 @torch.no_grad()
-def sqnr_db(reference: Tensor, layer: QLinear, x: Tensor) -> float:
-    """Signal to noise of a layer's output in dB.
+def sqnr_db(reference: Sequence[Tensor], layer: QuantizedLayer, inputs: Sequence[Tensor]) -> float:
+    """Signal to noise of a layer's outputs in dB.
 
     Args:
-        reference: what it should be, [rows, out_features].
+        reference: what they should be.
         layer: the layer.
-        x: its input, float32 [rows, in_features].
+        inputs: its inputs, float32.
     """
-    noise = (layer(x) - reference).square().sum(dtype=torch.float64)
-    signal = reference.square().sum(dtype=torch.float64)
-    return float(10 * torch.log10(signal / noise))
+    signal = noise = 0.0
+    for x, y in zip(inputs, reference, strict=True):
+        noise += float((layer(x) - y).square().sum(dtype=torch.float64))
+        signal += float(y.square().sum(dtype=torch.float64))
+    ratio = torch.tensor(signal, dtype=torch.float64) / noise
+    return float(10 * torch.log10(ratio))
 
 
 @torch.no_grad()
-def float_output(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A float layer's output on float32 rows, whatever its type."""
-    bias = None if layer.bias is None else layer.bias.float()
-    return F.linear(x, layer.weight.float(), bias)
+def float_outputs(layer: FloatLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """A float layer's outputs on float32 inputs, whatever its type, and without its hooks."""
+    wide = copy.copy(layer)
+    wide._parameters = {
+        name: None if value is None else nn.Parameter(value.float(), requires_grad=False)
+        for name, value in layer._parameters.items()
+    }
+    return [type(layer).forward(wide, x) for x in inputs]  # type: ignore[arg-type]

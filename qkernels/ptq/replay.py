@@ -41,12 +41,13 @@ class Replay:
         self._block: str | None = None
         self._inputs: list[Arguments] = []
 
-    def run(self, group: Group, see: Callable[[int, Tensor], None]) -> None:
+    def run(self, group: Group, see: Callable[[int, str, Tensor], None]) -> None:
         """Show every input of a group of layers.
 
         Args:
             group: the layers; what they share is shown once.
-            see: called with the batch's number and x, without the rows of padding tokens.
+            see: called with the batch's number, the layer's name and x; a Linear's x comes without
+                the rows of padding tokens.
         """
         if group.block is not None:
             self._enter(group.block)
@@ -64,16 +65,17 @@ class Replay:
         i: int,
         group: Group,
         shown: set[str],
-        see: Callable[[int, Tensor], None],
+        see: Callable[[int, str, Tensor], None],
         tokens: Tokens | None,
     ) -> None:
         left = group.calls[i]
 
         def hook_for(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 nonlocal left
                 if name in shown:
-                    see(i, without_padding(input_of(args, kwargs), tokens))
+                    x = input_of(args, kwargs)
+                    see(i, name, without_padding(x, tokens) if isinstance(module, nn.Linear) else x)
                 left -= 1
                 if left == 0:
                     raise Stop

@@ -10,18 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.calibration import Calibration, Int8Range
 from qkernels.nn import QModule
 from qkernels.nn.fastpath import settle_fast_paths
-from qkernels.optimize import check_optimizer
+from qkernels.nn.kinds import QUANTIZED, base_of
 from qkernels.plan import Step
 from qkernels.ptq.blocks import Group, trace
 from qkernels.ptq.checkpoint import Checkpoint, Finished, identity_of
-from qkernels.ptq.gptq import ACT_ORDERS
-from qkernels.ptq.layer import Options, build, correct_bias, float_output, solve, sqnr_db
+from qkernels.ptq.layer import (
+    FloatLayer,
+    QuantizedLayer,
+    build,
+    correct_bias,
+    float_outputs,
+    solve,
+    sqnr_db,
+)
+from qkernels.ptq.options import OP, Options, check_layers, checked_options
 from qkernels.ptq.replay import Replay
-from qkernels.ptq.statistics import InputStatistics
+from qkernels.ptq.statistics import LayerStatistics
 from qkernels.quantize import (
     DEFAULT_IGNORE,
+    input_range,
     plan_of,
     quantized_like_float,
     replace_everywhere,
@@ -30,8 +40,6 @@ from qkernels.quantize import (
 )
 from qkernels.schemes import Scheme
 from qkernels.summary import Summary
-
-METHODS = ("awq", "smoothquant", "gptq", "bias_correction")
 
 
 @torch.inference_mode(False)  # what is made must be usable outside of it
@@ -43,6 +51,7 @@ def quantize_calibrated_(
     method: str | Sequence[str] = "gptq",
     *,
     ignore: str | Sequence[str] = DEFAULT_IGNORE,
+    calibration: Calibration | None = None,
     optimize: str = "mse",
     act_order: str = "static",
     damping: float = 0.01,
@@ -54,12 +63,15 @@ def quantize_calibrated_(
 ) -> Summary:
     """Replace the layers of a model by quantized ones that suit its data, in place.
 
-    Linear layers are quantized one after the other, in the order in which they run, each for the
-    inputs that the layers before it now give. Embeddings, layers that share their weight with one,
-    and layers that no batch reaches are quantized without data, with `optimize`. What is quantized
-    and what is left is decided as `quantize_` does. The inputs of one block of the model (a child
-    of an `nn.ModuleList` or `nn.Sequential`) are kept for all batches, and one layer's features ×
-    features matrix; a block runs once for each group of its layers that share an input.
+    Linear and Conv layers are quantized one after the other, in the order in which they run, each
+    for the inputs that the layers before it now give. Embeddings, layers that share their weight
+    with one, and layers that no batch reaches are quantized without data, with `optimize`. What is
+    quantized and what is left is decided as `quantize_` does. The inputs of one block of the model
+    (a child of an `nn.ModuleList` or `nn.Sequential`) are kept for all batches, and one layer's
+    features × features matrix; a block runs once for each group of its layers that share an input.
+    To a convolution, a feature is an input channel at one element of its kernel, and groups of
+    channels have matrices of their own. BatchNorms are left alone: fold them before, with
+    `qk.fold_batchnorm_`.
 
     Args:
         model: float model on the CPU. It is changed; if the run is interrupted, in part.
@@ -68,12 +80,14 @@ def quantize_calibrated_(
         scheme: one scheme for all layers, or schemes by pattern, as for `quantize_`.
         method: one or more of "gptq" (rounding that makes up for its errors), "awq" or
             "smoothquant" (factors between x and the weight, kept as the layer's `x_premul`; for
-            4-bit weights and for int8 activations), and "bias_correction" (of the output's mean;
-            layers without bias are left out).
+            4-bit weights and for int8 activations; Linear layers only), and "bias_correction" (of
+            the output's mean; layers without bias are left out).
         ignore: patterns of modules that stay float, as for `quantize_`.
+        calibration: what `qk.calibrate` returned for the float model; static schemes need it.
         optimize: how scales are chosen, "mse", "minmax" or "hqq", see `qk.optimize.search_scales`.
         act_order: for "gptq": columns with large inputs first, "static" with groups as they are,
-            "permute" with groups in that order (the layer gets a `k_perm`), or "none".
+            "permute" with groups in that order (the layer gets a `k_perm`; "static" for
+            convolutions), or "none".
         damping: for "gptq": share of the mean of the diagonal that is added to it.
         alpha: for "smoothquant", how much of the range of x goes to the weight, 0.5 by default; for
             "awq", the exponent, searched for by default.
@@ -100,16 +114,19 @@ def quantize_calibrated_(
         >>> all(row.sqnr > row.sqnr_nearest for row in summary.converted)
         True
     """
-    options = _options(method, optimize, act_order, damping, alpha)
-    steps = plan_of("quantize_calibrated_", model, scheme, ignore)
+    options = checked_options(method, optimize, act_order, damping, alpha)
+    steps = plan_of(OP, model, scheme, ignore, calibration=calibration)
     data, held = _split(batches, held_out)
     units, without_data = _units(model, steps)
+    check_layers(options, {s: model.get_submodule(s.names[0]) for unit in units for s in unit})
     with _evaluating(model):
         run = trace(model, [*data, *held], [tuple(s.names[0] for s in u) for u in units], call)
-        work = _Work(model, units, options, len(data), len(held))
+        work = _Work(model, units, options, calibration, len(data), len(held))
         store = None
         if checkpoint is not None:
-            store = Checkpoint(checkpoint, _identity(model, steps, options, data, held))
+            store = Checkpoint(
+                checkpoint, _identity(model, steps, options, calibration, data, held)
+            )
         replay = Replay(model, [*data, *held], run, call)
         with shown_progress("Calibrating", [s for s in steps if s.scheme], progress) as advance:
             for step in (*without_data, *work.unreached(run.groups)):
@@ -131,18 +148,24 @@ class _Work:
         model: nn.Module,
         units: list[list[Step]],
         options: Options,
+        calibration: Calibration | None,
         data: int,
         held: int,
     ) -> None:
         self.quality: dict[str, tuple[float, float]] = {}
-        self.notes: dict[str, str] = {}
         self._model = model
         self._units = units
         self._number = {step.names[0]: i for i, unit in enumerate(units) for step in unit}
         self._options = options
+        self._calibration = calibration
         self._data = data
         self._held = held
         self._done: dict[str, QModule] = {}
+        self.notes = {
+            name: note
+            for name in self._number
+            if (note := options.note_for(self._float_layer(name)))
+        }
 
     def kind(self, step: Step) -> str:
         """The class that a step's module has now."""
@@ -164,8 +187,9 @@ class _Work:
         assert step.scheme is not None
         old = self._model.get_submodule(step.names[0])
         twin = self._done.get(step.twin or "")
+        x_range = input_range(step, old, self._calibration)
         optimize = self._options.optimize
-        self._put(step, quantized_like_float(old, step.scheme, twin, optimize=optimize))
+        self._put(step, quantized_like_float(old, step.scheme, twin, x_range, optimize))
 
     def convert(self, group: Group, replay: Replay, store: Checkpoint | None) -> list[Step]:
         """Quantize the layers of a group, or take them from the checkpoint; says which."""
@@ -175,7 +199,8 @@ class _Work:
             assert store is not None
             first = self._units[number][0]
             assert first.scheme is not None
-            finished = store.load(number, first.scheme, self._float(first).weight.shape)
+            shape = _matrix(self._float_layer(first.names[0])).shape
+            finished = store.load(number, first.scheme, shape)
             if finished is not None:
                 found[number] = finished
         stats = None if len(found) == len(numbers) else self._statistics(group, replay)
@@ -185,59 +210,75 @@ class _Work:
                 self._restore(unit, found[number])
             else:
                 assert stats is not None
-                finished = self._solve(unit, stats)
+                finished = self._solve(unit, stats[number])
                 if store is not None:
                     store.save(number, finished)
         settle_fast_paths(self._model)
         return [step for number in numbers for step in self._units[number]]
 
-    def _statistics(self, group: Group, replay: Replay) -> InputStatistics:
-        features = self._model.get_submodule(group.layers[0]).in_features
-        assert isinstance(features, int)
-        stats = InputStatistics(features, self._options.needs_moments)
+    def _statistics(self, group: Group, replay: Replay) -> dict[int, LayerStatistics]:
+        """By number of the unit; units that read the same of their input share statistics."""
+        by_reading: dict[object, LayerStatistics] = {}
+        found: dict[int, LayerStatistics] = {}
+        layers: dict[str, FloatLayer] = {}
+        for name in group.layers:
+            layer = layers[name] = self._float_layer(name)
+            number = self._number[name]
+            if number not in found:
+                options, key = self._options.for_layer(layer), _reading(layer)
+                if key not in by_reading:
+                    by_reading[key] = LayerStatistics(layer, options.needs_moments)
+                found[number] = by_reading[key]
+        # Where layers share an input, it is shown once, for each way of reading it.
+        readers = {id(found[self._number[name]]): name for name in reversed(group.layers)}
 
-        def see(i: int, x: Tensor) -> None:
-            if i < self._data:
-                stats.add(x)
-            else:
-                stats.hold_out(x, self._held)
+        def see(i: int, name: str, x: Tensor) -> None:
+            names = readers.values() if len(found) > 1 else (name,)
+            for reader in names:
+                stats = found[self._number[reader]]
+                if i < self._data:
+                    stats.add(layers[reader], x)
+                else:
+                    stats.hold_out(layers[reader], x, self._held)
 
         replay.run(group, see)
-        return stats
+        return found
 
-    def _solve(self, unit: list[Step], stats: InputStatistics) -> Finished:
-        old = [self._float(step) for step in unit]
+    def _solve(self, unit: list[Step], stats: LayerStatistics) -> Finished:
+        old = [self._float_layer(step.names[0]) for step in unit]
         schemes = [step.scheme for step in unit if step.scheme is not None]
-        x = stats.held_out
-        expected = [None if x is None else float_output(linear, x) for linear in old]
-        nearest = []
-        for linear, scheme, y in zip(old, schemes, expected, strict=True):
-            if x is not None and y is not None:
-                plain = quantized_like_float(linear, scheme)
-                nearest.append(sqnr_db(y, plain, x))  # type: ignore[arg-type]
-        solved = solve(old[0].weight, schemes[0], stats, self._options)
-        layers = build(old, schemes, solved)
+        ranges = self._ranges(unit, old)
+        options = self._options.for_layer(old[0])
+        inputs = stats.held_out
+        expected = [float_outputs(layer, inputs) for layer in old]
+        nearest: list[float | None] = [None] * len(old)
+        if inputs:
+            for i, (layer, scheme, x_range) in enumerate(zip(old, schemes, ranges, strict=True)):
+                plain = quantized_like_float(layer, scheme, None, x_range)
+                nearest[i] = sqnr_db(expected[i], plain, inputs)  # type: ignore[arg-type]
+        solved = solve(_matrix(old[0]), schemes[0], stats, options)
+        layers = build(old, schemes, ranges, solved)
         quality: list[tuple[float, float] | None] = []
-        for i, (linear, new, y) in enumerate(zip(old, layers, expected, strict=True)):
-            if "bias_correction" in self._options.method:
-                correct_bias(linear, new, stats)
-            quality.append(None)
-            if x is not None and y is not None:
-                quality[i] = (nearest[i], sqnr_db(y, new, x))
+        for layer, new, y, before in zip(old, layers, expected, nearest, strict=True):
+            if "bias_correction" in options.method:
+                correct_bias(layer, new, stats)
+            quality.append(None if before is None else (before, sqnr_db(y, new, inputs)))
         finished = Finished(solved, tuple(new.bias for new in layers), tuple(quality))
         self._put_all(unit, layers, finished)
         return finished
 
     def _restore(self, unit: list[Step], finished: Finished) -> None:
-        old = [self._float(step) for step in unit]
+        old = [self._float_layer(step.names[0]) for step in unit]
         schemes = [step.scheme for step in unit if step.scheme is not None]
-        layers = build(old, schemes, finished.solved)
+        layers = build(old, schemes, self._ranges(unit, old), finished.solved)
         for new, bias in zip(layers, finished.biases, strict=True):
             if new.bias is not None and bias is not None:
                 new.bias.copy_(bias)
         self._put_all(unit, layers, finished)
 
-    def _put_all(self, unit: list[Step], layers: Sequence[QModule], finished: Finished) -> None:
+    def _put_all(
+        self, unit: list[Step], layers: Sequence[QuantizedLayer], finished: Finished
+    ) -> None:
         for step, new, quality in zip(unit, layers, finished.quality, strict=True):
             self._put(step, new)
             if quality is not None:
@@ -248,42 +289,34 @@ class _Work:
         replace_everywhere(self._model, step.names, old, new)
         self._done[step.names[0]] = new
 
-    def _float(self, step: Step) -> nn.Linear:
-        found = self._model.get_submodule(step.names[0])
-        assert isinstance(found, nn.Linear)
+    def _ranges(self, unit: list[Step], old: list[FloatLayer]) -> list[Int8Range | None]:
+        pairs = zip(unit, old, strict=True)
+        return [input_range(step, layer, self._calibration) for step, layer in pairs]
+
+    def _float_layer(self, name: str) -> FloatLayer:
+        found = self._model.get_submodule(name)
+        assert isinstance(found, FloatLayer)
         return found
 
 
-def _options(
-    method: str | Sequence[str], optimize: str, act_order: str, damping: float, alpha: float | None
-) -> Options:
-    op = "quantize_calibrated_"
-    names = (method,) if isinstance(method, str) else tuple(method)
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names or len(set(names)) != len(names):
-        raise ValueError(
-            f"{op}: method is {method!r}; expected one or more of {', '.join(map(repr, METHODS))}"
-        )
-    if {"awq", "smoothquant"} <= set(names):
-        raise ValueError(
-            f"{op}: method is {method!r}; awq and smoothquant both choose x_premul, so use one"
-        )
-    check_optimizer(op, optimize)
-    if act_order not in ACT_ORDERS:
-        raise ValueError(
-            f"{op}: act_order is {act_order!r}; expected one of {', '.join(map(repr, ACT_ORDERS))}"
-        )
-    if not 0 <= damping < 1e3:
-        raise ValueError(f"{op}: damping is {damping!r}; expected a number from 0, such as 0.01")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"{op}: alpha is {alpha!r}; expected a number from 0 to 1, or None")
-    return Options(names, optimize, act_order, float(damping), alpha)
+def _matrix(layer: FloatLayer) -> Tensor:
+    kind = base_of(layer)
+    assert kind is not None
+    return QUANTIZED[kind].matrix_of(layer)
+
+
+def _reading(layer: FloatLayer) -> object:
+    """The same for layers whose weights meet the same numbers if they get the same input."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    names = ("kernel_size", "stride", "padding", "dilation", "transposed", "output_padding")
+    return (*(getattr(layer, name) for name in (*names, "groups", "padding_mode")),)
 
 
 def _split(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list[Any], list[Any]]:
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
-            f"quantize_calibrated_: batches is a {type(batches).__name__}; expected several "
+            f"{OP}: batches is a {type(batches).__name__}; expected several "
             "batches, such as a list or a DataLoader"
         )
     data = list(batches)
@@ -292,7 +325,7 @@ def _split(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list
         count = max(1, len(data) // 8)
         data, held = data[:-count], data[-count:]
     if not data:
-        raise ValueError("quantize_calibrated_: batches is empty; pass at least one batch")
+        raise ValueError(f"{OP}: batches is empty; pass at least one batch")
     return data, held
 
 
@@ -305,7 +338,7 @@ def _units(model: nn.Module, steps: list[Step]) -> tuple[list[list[Step]], list[
 
     def takes_data(unit: list[Step]) -> bool:
         modules = [model.get_submodule(step.names[0]) for step in unit]
-        return all(isinstance(m, nn.Linear) and m.weight.numel() > 0 for m in modules)
+        return all(isinstance(m, FloatLayer) and m.weight.numel() > 0 for m in modules)
 
     calibrated = [unit for unit in units.values() if takes_data(unit)]
     rest = [step for unit in units.values() if not takes_data(unit) for step in unit]
@@ -313,7 +346,12 @@ def _units(model: nn.Module, steps: list[Step]) -> tuple[list[list[Step]], list[
 
 
 def _identity(
-    model: nn.Module, steps: list[Step], options: Options, data: list[Any], held: list[Any]
+    model: nn.Module,
+    steps: list[Step],
+    options: Options,
+    calibration: Calibration | None,
+    data: list[Any],
+    held: list[Any],
 ) -> str:
     settings = {
         "layers": [
@@ -322,6 +360,7 @@ def _identity(
         "options": [*options.method, options.optimize, options.act_order],
         "numbers": [options.damping, options.alpha],
         "batches": [len(data), len(held)],
+        "calibration": None if calibration is None else calibration.to_dict(),
     }
     state = (*model.parameters(), *model.buffers())
     return identity_of(settings, state, [*data, *held])

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from qkernels.jsonfile import json_safe
 from qkernels.report.files import write_atomically
 from qkernels.timing import Timing
 
@@ -159,7 +160,7 @@ class Report:
         plain["advice"] = self.advice
         plain["error_starts_at"] = self.error_starts_at
         plain["plan"] = None if self.plan is None else self.plan.to_dict()
-        result: dict[str, Any] = _json_safe(plain)
+        result: dict[str, Any] = json_safe(plain)
         return result
 
     def save_json(self, path: str | PathLike[str]) -> None:
@@ -195,13 +196,3 @@ class Report:
         from qkernels.terminal import plain_text
 
         return plain_text(renderable(self))
-
-
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json_safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_safe(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

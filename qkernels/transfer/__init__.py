@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qkernels.transfer.adapter import LoRALinear
+from qkernels.transfer.adapter import LoRAConv, LoRALinear
 from qkernels.transfer.files import load_adapters, save_adapters
 from qkernels.transfer.groups import parameter_groups
 from qkernels.transfer.head import replace_head_
@@ -24,6 +24,7 @@ __all__ = [
     "L1",
     "L2",
     "L2SP",
+    "LoRAConv",
     "LoRALinear",
     "Merged",
     "QColwiseParallel",

@@ -18,10 +18,9 @@ from qkernels.io.file import ModelFileError, checksum, open_tensors, raw_header,
 from qkernels.io.load import some
 from qkernels.io.save import checked_metadata, full_name, own_tensors, plain, uncompiled
 from qkernels.io.save import write_tensors as write
-from qkernels.nn import QLinear
 from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.plan import check_model
-from qkernels.transfer.adapter import LoRALinear, check_settings
+from qkernels.transfer.adapter import LoRA, adapter_for, adapter_shapes, check_settings
 from qkernels.transfer.lora import (
     SAVED_TOO,
     adapters,
@@ -142,8 +141,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     names = names_of(bare)
     for name in fresh:
         layer = bare.get_submodule(name)
-        assert isinstance(layer, nn.Linear | QLinear)
-        adapter = LoRALinear(layer, **asdict(header.adapters[name]))
+        adapter = adapter_for(layer, **asdict(header.adapters[name]))
         for part in _PARTS:
             value = values[f"{name}.{part}"].to(getattr(adapter, part).device)
             setattr(adapter, part, nn.Parameter(value))
@@ -166,11 +164,11 @@ def _bare(model: nn.Module) -> nn.Module:
     return uncompiled(inner) if isinstance(inner, nn.Module) else inner
 
 
-def _settings_of(adapter: LoRALinear) -> _Settings:
+def _settings_of(adapter: LoRA) -> _Settings:
     return _Settings(adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora)
 
 
-def _what_to_save(model: nn.Module, found: dict[str, LoRALinear]) -> Iterator[tuple[str, Tensor]]:
+def _what_to_save(model: nn.Module, found: dict[str, LoRA]) -> Iterator[tuple[str, Tensor]]:
     marked: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if hasattr(module, SAVED_TOO):
@@ -254,10 +252,8 @@ def _check_values(
     for key, value in values.items():
         name, _, part = key.rpartition(".")
         if name in fresh and part in _PARTS:
-            layer: Any = model.get_submodule(name)
-            rank = header.adapters[name].rank
-            sizes = (rank, layer.in_features) if part == "lora_a" else (layer.out_features, rank)
-            shape: tuple[int, ...] = sizes
+            shapes = adapter_shapes(model.get_submodule(name), header.adapters[name].rank)
+            shape = shapes[_PARTS.index(part)]
             dtype = value.dtype if value.is_floating_point() else torch.float32
         else:
             target = there.get(_before_wrapping(key, fresh))

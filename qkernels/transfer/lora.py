@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from qkernels.nn import QLinear
+from qkernels.nn import QLinear, QModule
 from qkernels.nn.carry import hand_over_hooks, why_not_replaceable
+from qkernels.nn.conv import QConvNd
 from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.plan import check_model, why_parent_needs_float
-from qkernels.transfer.adapter import LoRALinear, check_settings
+from qkernels.transfer.adapter import BASES, LoRA, adapter_for, check_settings
 from qkernels.transfer.parts import choose
 from qkernels.transfer.strategy import Strategy, what_trains
 
@@ -28,7 +29,7 @@ def add_lora_(
     rslora: bool = False,
     modules_to_save: str | Sequence[str] = (),
 ) -> Strategy:
-    """Freeze a model and give linear layers low-rank adapters that train, in place.
+    """Freeze a model and give linear and convolution layers low-rank adapters that train, in place.
 
     On a model that `quantize_` made this is QLoRA: 4-bit weights that stay as they are, and
     gradients through the kernels that run them. Patterns are those of `quantize_`.
@@ -38,7 +39,8 @@ def add_lora_(
         rank: of the updates.
         alpha: the updates are scaled by alpha / rank.
         targets: patterns of the layers that get adapters, but for the modules to save. By default
-            all quantized linear layers, or in a float model all linear layers.
+            all quantized linear and convolution layers, or all such layers of a float model, but
+            transposed convolutions.
         dropout: share of its input that an adapter does without while training.
         rslora: scale by alpha / sqrt(rank) instead.
         modules_to_save: patterns of float modules that train in full and are saved with the
@@ -64,7 +66,7 @@ def add_lora_(
     saved = _modules_to_save(model, modules_to_save)
     chosen = _targets(model, names, targets, saved)
     for layer in chosen:
-        wrap(model, names[layer], layer, LoRALinear(layer, rank, alpha, dropout, rslora))
+        wrap(model, names[layer], layer, adapter_for(layer, rank, alpha, dropout, rslora))
     for module in saved:
         setattr(module, SAVED_TOO, True)
     freeze_but_adapters(model)
@@ -95,13 +97,13 @@ def remove_(model: nn.Module) -> None:
     settle_fast_paths(model)
 
 
-def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+def adapters(model: nn.Module) -> dict[str, LoRA]:
     """The adapters of a model by the qualified name of the layer; of several names, the first.
 
     Args:
         model: any module.
     """
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
 
 
 def freeze_but_adapters(model: nn.Module) -> None:
@@ -113,14 +115,14 @@ def freeze_but_adapters(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRA):
             module.lora_a.requires_grad_(True)
             module.lora_b.requires_grad_(True)
         elif hasattr(module, SAVED_TOO):
             module.requires_grad_(True)
 
 
-def wrap(model: nn.Module, names: Sequence[str], layer: nn.Module, adapter: LoRALinear) -> None:
+def wrap(model: nn.Module, names: Sequence[str], layer: nn.Module, adapter: LoRA) -> None:
     """Put an adapter in the place of its base, whose hooks it takes over.
 
     Args:
@@ -134,7 +136,7 @@ def wrap(model: nn.Module, names: Sequence[str], layer: nn.Module, adapter: LoRA
         model.set_submodule(name, adapter)
 
 
-def unwrap(model: nn.Module, names: Sequence[str], adapter: LoRALinear) -> None:
+def unwrap(model: nn.Module, names: Sequence[str], adapter: LoRA) -> None:
     """The reverse of `wrap`.
 
     Args:
@@ -157,18 +159,21 @@ def why_no_adapter(model: nn.Module, names: Sequence[str], layer: nn.Module) -> 
         layer: the layer.
     """
     inside = names[0].rpartition(".")[0]
-    if isinstance(layer, LoRALinear) or isinstance(model.get_submodule(inside), LoRALinear):
+    if isinstance(layer, LoRA) or isinstance(model.get_submodule(inside), LoRA):
         return "it has an adapter already; merge_ or remove_ that first"
-    if type(layer) not in (nn.Linear, QLinear):
-        return f"it is a {type(layer).__name__}; adapters go on nn.Linear and QLinear"
-    if isinstance(layer, QLinear) and layer.epilogue != "none":
+    if type(layer) not in BASES:
+        return (
+            f"it is a {type(layer).__name__}; adapters go on nn.Linear, nn.Conv1d, nn.Conv2d, "
+            "nn.Conv3d and their quantized forms"
+        )
+    if isinstance(layer, QModule) and layer.epilogue != "none":
         return (
             f"it computes an activation function, {layer.epilogue}, with its result, which an "
             "adapter has to come before; call qk.unfuse_(model) first"
         )
     if not names[0]:
-        return "it is itself the model; use LoRALinear(layer)"
-    if type(layer) is nn.Linear:
+        return "it is itself the model; use LoRALinear(layer) or LoRAConv(layer)"
+    if not isinstance(layer, QModule):
         return why_not_replaceable(layer) or why_parent_needs_float(model, names)
     return None
 
@@ -205,23 +210,25 @@ def _targets(
     names: dict[nn.Module, list[str]],
     targets: str | Sequence[str] | None,
     saved: list[nn.Module],
-) -> list[nn.Linear | QLinear]:
-    fit: list[nn.Module]
+) -> list[nn.Module]:
     modules = {name: module for module, own in names.items() for name in own if name}
     if targets is None:
-        wanted = QLinear if any(type(m) is QLinear for m in names) else nn.Linear
+        is_quantized = any(isinstance(m, QModule) and type(m) in BASES for m in names)
         fit = [
             m
             for m in names
-            if type(m) is wanted and m not in saved and why_no_adapter(model, names[m], m) is None
+            if isinstance(m, QModule) == is_quantized
+            and m not in saved
+            and why_no_adapter(model, names[m], m) is None
         ]
-        what = "the model has no linear layer that could have an adapter"
+        what = "the model has no linear or convolution layer that could have an adapter"
     else:
         chosen = choose(model, targets, modules, "add_lora_", "targets")
         found = dict.fromkeys(modules[n] for n in modules if n in chosen)
-        kinds = (nn.Linear, QLinear, LoRALinear)
+        # Transposed convolutions and subclasses among them are refused below, with the reason.
+        kinds = (nn.Linear, nn.modules.conv._ConvNd, QLinear, QConvNd, LoRA)
         fit = [m for m in found if isinstance(m, kinds) and m not in saved]
-        what = f"targets={targets!r} matches no nn.Linear or QLinear"
+        what = f"targets={targets!r} matches no linear or convolution layer"
         reasons = [
             f"{names[m][0]}: {reason}"
             for m in fit
@@ -231,10 +238,10 @@ def _targets(
             raise ValueError(f"add_lora_: cannot add adapters: {'; '.join(reasons)}")
     if not fit:
         raise ValueError(f"add_lora_: {what}")
-    return [m for m in fit if isinstance(m, nn.Linear | QLinear)]
+    return fit
 
 
-def adapters_for(model: nn.Module, op: str) -> list[tuple[list[str], LoRALinear]]:
+def adapters_for(model: nn.Module, op: str) -> list[tuple[list[str], LoRA]]:
     """The adapters that are to go out of a model, each with all of its names.
 
     Args:
@@ -245,12 +252,12 @@ def adapters_for(model: nn.Module, op: str) -> list[tuple[list[str], LoRALinear]
         ValueError: there are none, or the model is itself one.
     """
     check_model(model, op)
-    found = [(n, m) for m, n in names_of(model).items() if isinstance(m, LoRALinear)]
+    found = [(n, m) for m, n in names_of(model).items() if isinstance(m, LoRA)]
     if not found:
         raise ValueError(f"{op}: {type(model).__name__} has no adapters; add_lora_ adds them")
     if not found[0][0][0]:
         raise ValueError(
-            f"{op}: the model is itself a LoRALinear, which cannot be replaced in place; put it "
-            "into a module, such as nn.Sequential"
+            f"{op}: the model is itself a {type(model).__name__}, which cannot be replaced in "
+            "place; put it into a module, such as nn.Sequential"
         )
     return found

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qkernels.nn import QLinear
+from qkernels.nn import QLinear, QModule
 from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.storage import quantize_weight
 from qkernels.summary import table_text
-from qkernels.transfer.adapter import LoRALinear
+from qkernels.transfer.adapter import LoRA, as_matrix, base_matrix
 from qkernels.transfer.lora import adapters_for, unwrap
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def merge_(model: nn.Module) -> Merged:
     """
     found = adapters_for(model, "merge_")
     for names, adapter in found:
-        if not _merged_weight(adapter).isfinite().all():
+        if not _merged_matrix(adapter).isfinite().all():
             raise ValueError(
                 f"merge_: the update of {names[0]} is not finite, so nothing was merged; training "
                 "has diverged: go back to an earlier checkpoint"
@@ -132,27 +132,25 @@ def merge_(model: nn.Module) -> Merged:
     return Merged(f"{type(model).__name__}: {len(rows)} adapters merged", tuple(rows))
 
 
-def _float_weight(base: nn.Linear | QLinear) -> Tensor:
-    weight = base.float_weight() if isinstance(base, QLinear) else base.weight.detach()
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+def _merged_matrix(adapter: LoRA) -> Tensor:
+    return base_matrix(adapter.base) + as_matrix(adapter.update())
 
 
-def _merged_weight(adapter: LoRALinear) -> Tensor:
-    return _float_weight(adapter.base) + adapter.update()
-
-
-def _merge(name: str, adapter: LoRALinear) -> MergedLayer:
+def _merge(name: str, adapter: LoRA) -> MergedLayer:
     base = adapter.base
-    before = _float_weight(base)
-    wanted = _merged_weight(adapter)
+    before = base_matrix(base)
+    wanted = _merged_matrix(adapter)
     # A parameter of its own: another module may share the old one.
-    if isinstance(base, QLinear):
-        base.packed = base.packing.parameter(quantize_weight(base.as_stored(wanted), base.scheme))
-        kind = f"QLinear {base.scheme}"
+    if isinstance(base, QModule):
+        stored = base.as_stored(wanted) if isinstance(base, QLinear) else wanted
+        base.packed = base.packing.parameter(quantize_weight(stored, base.scheme))
+        kind = f"{type(base).__name__} {base.scheme}"
     else:
-        base.weight = nn.Parameter(wanted.to(base.weight.dtype), requires_grad=False)
-        kind = f"Linear {str(base.weight.dtype).removeprefix('torch.')}"
-    error = (_float_weight(base).double() - wanted.double()).norm().item()
+        old = base.weight
+        merged = (old.detach().to(wanted.dtype) + adapter.update()).to(old.dtype)
+        base.weight = nn.Parameter(merged, requires_grad=False)
+        kind = f"{type(base).__name__} {str(old.dtype).removeprefix('torch.')}"
+    error = (base_matrix(base).double() - wanted.double()).norm().item()
     update, norm = adapter.update().double().norm().item(), wanted.double().norm().item()
     return MergedLayer(
         name=name,

@@ -276,7 +276,7 @@ def test_torchs_transformer_layers_run_with_adapters(quantized):
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"targets": "encoder"}, "targets names 'encoder', which matches no"),
-        ({"targets": "1"}, "targets='1' matches no nn.Linear or QLinear"),
+        ({"targets": "1"}, "targets='1' matches no linear or convolution layer"),
         ({"modules_to_save": "2"}, "2 (QLinear), whose quantized weight cannot train"),
     ],
 )
@@ -299,7 +299,7 @@ def test_two_adapters_on_one_layer_are_refused(mlp):
 
 
 def test_a_layer_alone_cannot_be_wrapped_in_place():
-    with pytest.raises(ValueError, match="no linear layer that could have an adapter"):
+    with pytest.raises(ValueError, match="no linear or convolution layer that could have"):
         add_lora_(nn.Linear(4, 4))
     with pytest.raises(TypeError, match="base is ReLU"):
         LoRALinear(nn.ReLU())

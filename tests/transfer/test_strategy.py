@@ -232,6 +232,13 @@ def test_gradual_unfreezing_goes_down_from_the_head(model):
         counts.append(sum(row.trainable > 0 for row in table))
     assert counts == [3, 5, 6, 6]
     assert schedule.done and trains(model) == {n for n, _ in model.named_parameters()}
+    # Howard and Ruder (2018), written out: after step n, the head and the 2n parts before it.
+    names = [set(part.parameters) for part in parts(model)]
+    for steps in range(4):
+        schedule = GradualUnfreezing(model, every=2)
+        for _ in range(steps):
+            schedule.step()
+        assert trains(model) == set().union(*names[max(0, len(names) - 1 - 2 * steps) :])
     other = Encoder()
     resumed = GradualUnfreezing(other, every=2)
     schedule = GradualUnfreezing(model, every=2)
