@@ -80,6 +80,8 @@ struct LinearArgs {
   bool is_static;  // scale and zero point are given below, not chosen per row
   float static_scale;
   int static_zero_point;
+  const float* device_scale;        // the same for kernels on a GPU, in its memory
+  const int8_t* device_zero_point;  // null: 0
 
   const void* bias;  // [n] or null
   DType bias_type;
