@@ -47,8 +47,8 @@ def test_copies_land_and_are_filled_up_with_zeros(ops: Any, valid: int) -> None:
 
 def test_a_copy_that_nobody_waited_for_is_poison(ops: Any) -> None:
     got, _ = copied(ops, 4, wait=False, barrier=True)
-    # All but those read after a thread before them has ended, which waits.
-    assert all(row.count(POISON) >= 62 for row in got)
+    # A thread waits before it ends, so the last ones to read find what the first ones waited for.
+    assert got[0].count(POISON) >= 62
 
 
 def test_a_missing_barrier_shows_in_one_order_or_the_other(ops: Any) -> None:
