@@ -88,6 +88,15 @@ void run_linear(const LinearArgs& whole) {
   }
 }
 
+void run_pack_columns(const Tensor& b, const BlockShape& shape, uint8_t* packed) {
+  const int64_t n = b.size(1);
+  parallel((n + kLanes - 1) / kLanes, grain_for(kPrepareGrain, kLanes * shape.k),
+           [&](int64_t begin, int64_t end) {
+             pack_int8_columns(b.const_data_ptr<int8_t>(), b.stride(0), b.stride(1), n, shape,
+                               packed, begin, end);
+           });
+}
+
 namespace {
 
 Tensor linear_backward_input(const Tensor& grad_any, const Tensor& packed_any, int64_t layout_id,
@@ -140,49 +149,9 @@ Tensor linear_backward_input(const Tensor& grad_any, const Tensor& packed_any, i
   return dx;
 }
 
-Tensor int_mm(const Tensor& a_any, const Tensor& b) {
-  const char* op = "int_mm";
-  check_dtype(op, "a", a_any, ScalarType::Char);
-  check_dtype(op, "b", b, ScalarType::Char);
-  if (a_any.dim() != 2 || b.dim() != 2 || a_any.size(1) != b.size(0)) {
-    fail(op, "a and b must have shapes (M, K) and (K, N), got ", shape_text(a_any), " and ",
-         shape_text(b));
-  }
-  const int64_t k = b.size(0), n = b.size(1);
-  const int64_t limit = max_accumulation(Format::int8, true);
-  if (k > limit) {
-    fail(op, "an int32 sum over K=", k, " products can overflow (the limit is ", limit,
-         "); split K and add in int64");
-  }
-  const Tensor x = dense(a_any);
-  Tensor y = empty_cpu({a_any.size(0), n}, ScalarType::Int);
-  LinearArgs a{};
-  a.x = x.const_data_ptr();
-  a.x_type = DType::i8;
-  a.rows = a_any.size(0);
-  a.n = n;
-  a.layout = {Format::int8, DType::f32, true, kDeviceX86, kLayoutVersion};
-  a.shape = block_shape(a.layout, k, -1);
-  a.activation = Activation::int8_symmetric;
-  a.y = y.mutable_data_ptr();
-  a.y_type = DType::i32;
-
-  const int64_t blocks = (n + kLanes - 1) / kLanes;
-  const Tensor packed = empty_cpu({blocks, a.shape.bytes}, ScalarType::Byte);
-  uint8_t* rows = packed.mutable_data_ptr<uint8_t>();
-  parallel(blocks, grain_for(kPrepareGrain, kLanes * k), [&](int64_t begin, int64_t end) {
-    pack_int8_columns(b.const_data_ptr<int8_t>(), b.stride(0), b.stride(1), n, a.shape, rows, begin,
-                      end);
-  });
-  a.packed = rows;
-  run_linear(a);
-  return y;
-}
-
 }  // namespace
 }  // namespace qkernels
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("linear_backward_input", TORCH_BOX(&qkernels::linear_backward_input));
-  m.impl("int_mm", TORCH_BOX(&qkernels::int_mm));
 }

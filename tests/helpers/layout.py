@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 
 from helpers.reference import F32, NF4, Format, fma, group_edges, unstore
 
@@ -59,3 +62,49 @@ def pack(
         if form is not NF4:
             block[at_bias + lane * 4 :][:4] = np.array([column_sum], F32).view(np.uint8)
     return packed
+
+
+def pack_cuda(w: Any) -> tuple[torch.Tensor, int]:
+    """A helpers.data.Weight in the CUDA layout, and its layout id."""
+    form, symmetric = w.kind.form, w.kind.symmetric
+    edges = group_edges(w.k, w.group_size)
+    padded = [up(end - begin, 32) for begin, end in edges]
+    starts = np.cumsum([0, *padded])
+    total = up(int(starts[-1]), 32 if form.bits == 8 else 64)
+    blocks = up(w.n, LANES) // LANES
+    codes = np.zeros((blocks * LANES, total), np.int64)
+    codes[:, :] = form.offset
+    for g, (begin, end) in enumerate(edges):
+        at = int(starts[g])
+        codes[: w.n, at : at + padded[g]] = w.zero[:, g : g + 1]
+        codes[: w.n, at : at + end - begin] = w.codes[:, begin:end]
+    # [block, half, g, chunk, t, e] to the order in which threads hold them
+    split = codes.reshape(blocks, 2, 8, total // 32, 4, 8)
+    if form.bits == 8:
+        body = split.transpose(0, 3, 2, 4, 1, 5) & 0xFF
+    else:
+        nibbles = split[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+        words = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4)  # 4 bytes
+        words = words.reshape(blocks, 2, 8, total // 64, 2, 4, 4)
+        body = words.transpose(0, 3, 2, 5, 4, 1, 6)
+    parts = [body.reshape(blocks, -1)]
+
+    def rows(values: np.ndarray) -> np.ndarray:  # [N, G, bytes] to [block, G * 16 * bytes]
+        wide = np.zeros((blocks * LANES, *values.shape[1:]), np.uint8)
+        wide[: w.n] = values
+        return wide.reshape(blocks, LANES, *values.shape[1:]).swapaxes(1, 2).reshape(blocks, -1)
+
+    scales = w.scale_tensor.contiguous().view(torch.uint8).numpy()
+    width = w.scale_tensor.element_size()
+    parts.append(rows(scales.reshape(w.n, len(edges), width)))
+    if not symmetric:
+        parts.append(rows((w.zero & 0xFF).astype(np.uint8)[..., None]))
+    column = np.zeros(w.n, F32)
+    for g, (begin, end) in enumerate(edges):
+        exact = w.codes[:, begin:end].sum(1) - w.zero[:, g] * (end - begin)
+        column = fma(exact.astype(F32), w.scale[:, g], column)
+    parts.append(rows(np.ascontiguousarray(column[:, None]).view(np.uint8).reshape(w.n, 1, 4)))
+    lines = [np.pad(p, ((0, 0), (0, up(p.shape[1], LINE) - p.shape[1]))) for p in parts]
+    packed = np.concatenate(lines, 1).astype(np.uint8)
+    scale_code = [torch.float32, torch.bfloat16, torch.float16].index(w.kind.scale_dtype)
+    return torch.from_numpy(packed), layout_id(form, scale_code, symmetric, device=2)
