@@ -135,7 +135,7 @@ struct PanelStages {
 // The products of one stage. after(half) follows each of its two chunks.
 template <class T, Format kFormat, class After>
 QK_DEVICE void multiply_stage(Sums<T>& sums, const uint8_t* weights, const uint8_t* tokens,
-                              const After& after) {
+                              uint32_t zero, const After& after) {
   const Corner<T> c = corner<T>();
   const uint8_t* from = weights + c.row * kRowBytes<kFormat> + threadIdx.x % kWarp * 16;
   uint4 codes[T::kRows];
@@ -147,7 +147,7 @@ QK_DEVICE void multiply_stage(Sums<T>& sums, const uint8_t* weights, const uint8
       const int at = i * kRowBytes<kFormat>;
       if (kFormat == Format::int8) codes[i] = load_shared_128(from + at + half * kCudaUnit);
       if (kFormat == Format::int4 && half == 0) codes[i] = load_shared_128(from + at);
-      weight_fragment<kFormat>(a[i], codes[i], half);
+      weight_fragment<kFormat>(a[i], codes[i], half, zero);
     }
 #pragma unroll
     for (int j = 0; j < T::kColumns; ++j) {
@@ -170,7 +170,7 @@ QK_DEVICE int chunks_of(const BlockShape& s, int64_t group) {
 // sums += the product over stages [begin, end). All threads may write to shared memory afterwards.
 template <class T, Format kFormat, class Weights, class Tokens, class After>
 QK_DEVICE void multiply(Sums<T>& sums, const Weights& weights, const Tokens& tokens, int begin,
-                        int end, const After& after) {
+                        int end, uint32_t zero, const After& after) {
   uint8_t* const shared = shared_memory<uint8_t>();
   constexpr int kBytes = kStageBytes<T, kFormat>;
   constexpr int kWeightBytes = kBytes - T::kTokenBytes;
@@ -192,7 +192,7 @@ QK_DEVICE void multiply(Sums<T>& sums, const Weights& weights, const Tokens& tok
     cp_async_wait<T::kStages - 2>();
     __syncthreads();
     copy(stage + T::kStages - 1);
-    multiply_stage<T, kFormat>(sums, shared + from, shared + from + kWeightBytes, after);
+    multiply_stage<T, kFormat>(sums, shared + from, shared + from + kWeightBytes, zero, after);
     from = from + kBytes == T::kStages * kBytes ? 0 : from + kBytes;
   }
   cp_async_wait<0>();

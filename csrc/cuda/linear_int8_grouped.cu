@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   const int stages = static_cast<int>(panel_pitch(a.shape) / kStageK);
   const WeightStages<T, kFormat> weights(a.packed, a.shape, row, (a.n + kLanes - 1) / kLanes);
   const PanelStages<T> tokens(a.panel, panel_pitch(a.shape), token, a.rows);
-  multiply<T, kFormat>(exact, weights, tokens, 0, stages, after);
+  multiply<T, kFormat>(exact, weights, tokens, 0, stages, opaque_zero(a.shape), after);
 
   uint32_t words[T::kRows][T::kColumns][4];
 #pragma unroll

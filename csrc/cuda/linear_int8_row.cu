@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   Sums<T> exact = {};
   const WeightStages<T, kFormat> weights(a.packed, a.shape, row, (a.n + kLanes - 1) / kLanes);
   const PanelStages<T> tokens(a.panel, panel_pitch(a.shape), token, a.rows);
-  multiply<T, kFormat>(exact, weights, tokens, begin, min(all, begin + stages), [] {});
+  multiply<T, kFormat>(exact, weights, tokens, begin, min(all, begin + stages),
+                       opaque_zero(a.shape), [] {});
 
   uint32_t words[T::kRows][T::kColumns][4];
 #pragma unroll

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
 #pragma unroll
       for (int half = 0; half < kChunks; ++half) {
         uint32_t fragment[4];
-        weight_fragment<kFormat>(fragment, codes, half);
+        weight_fragment<kFormat>(fragment, codes, half, opaque_zero(a.shape));
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const uint32_t b[2] = {x[half][j].x, x[half][j].y};

@@ -87,14 +87,15 @@ def pack_cuda(w: Any) -> tuple[torch.Tensor, int]:
         words = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4)  # 4 bytes
         words = words.reshape(blocks, 2, 8, total // 64, 2, 4, 4)
         body = words.transpose(0, 3, 2, 5, 4, 1, 6)
-    parts = [body.reshape(blocks, -1)]
+    parts = [body.reshape(blocks, total * LANES * form.bits // 8)]
 
     def rows(values: np.ndarray) -> np.ndarray:  # [N, G, bytes] to [block, G * 16 * bytes]
         wide = np.zeros((blocks * LANES, *values.shape[1:]), np.uint8)
         wide[: w.n] = values
-        return wide.reshape(blocks, LANES, *values.shape[1:]).swapaxes(1, 2).reshape(blocks, -1)
+        wide = wide.reshape(blocks, LANES, *values.shape[1:]).swapaxes(1, 2)
+        return wide.reshape(blocks, LANES * int(np.prod(values.shape[1:])))
 
-    scales = w.scale_tensor.contiguous().view(torch.uint8).numpy()
+    scales = w.scale_tensor.reshape(-1).view(torch.uint8).numpy()
     width = w.scale_tensor.element_size()
     parts.append(rows(scales.reshape(w.n, len(edges), width)))
     if not symmetric:
