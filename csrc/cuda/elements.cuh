@@ -12,6 +12,12 @@ inline bool vectors_fit(const void* data, int64_t cols) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols % kEight == 0;
 }
 
+// a / b, neither negative, in 32 bits where that will do: a 64-bit division takes many times as long.
+QK_DEVICE int64_t divide(int64_t a, int64_t b) {
+  if (static_cast<uint64_t>(a | b) >> 32 != 0) return a / b;
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
 template <DType kType>
 QK_DEVICE void load_eight(float (&x)[kEight], const void* data, int64_t at) {
   if constexpr (kType == DType::f32) {

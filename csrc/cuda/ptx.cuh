@@ -60,6 +60,16 @@ inline unsigned blocks_for(int64_t count, int64_t each) {
   return static_cast<unsigned>((count + each - 1) / each);
 }
 
+// Stops the kernel, and with it the process's use of the GPU, as an assertion of torch does.
+QK_DEVICE void device_assert(bool holds, const char* what) {
+  if (holds) return;
+#ifdef QKERNELS_HOST
+  host::fault(what);
+#else
+  __assert_fail(what, __FILE__, __LINE__, "qkernels");
+#endif
+}
+
 // ---- Memory -------------------------------------------------------------------------------------
 
 // The block's shared memory, of the size given to `launch`. Its content is undefined at the start.
