@@ -1,5 +1,5 @@
-// The instructions that kernels name, one function each, and `launch`. Nothing else in csrc/cuda holds
-// inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels are compiled as C++ and
+// The instructions that kernels name, one function each, and `launch`. Nothing else in csrc/cuda
+// holds inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels are compiled as C++ and
 // run on the emulator of tests/cuda/host, so each function has a second half that says what the
 // instruction does.
 #pragma once
@@ -258,7 +258,7 @@ QK_DEVICE T shuffle_down(T value, int delta) {
 }
 
 // Bit i is set if the predicate is true in lane i.
-QK_DEVICE uint32_t ballot(bool predicate) {
+QK_DEVICE uint32_t warp_ballot(bool predicate) {
 #ifdef QKERNELS_HOST
   return host::ballot(predicate);
 #else
