@@ -10,11 +10,15 @@ PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3.
   $(shell $(python) -c "import sys; assert sys.version_info >= (3, 10)" 2>/dev/null && echo $(python))) \
   python3)
 
-CPP := $(sort $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp'))
+CPP := $(sort $(shell find csrc tests/cuda/host -name '*.h' -o -name '*.inl' -o -name '*.cpp' \
+  -o -name '*.cu' -o -name '*.cuh'))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 # What pytest shall do besides, as in `make test PYTEST_ARGS="-x -k linear"`.
 PYTEST_ARGS ?=
+
+# Of the CUDA kernels, where nvcc is found. Each takes seconds per file; `make test-full` compiles for all.
+export QKERNELS_CUDA_ARCHS ?= 80;90a
 
 .PHONY: help demo test test-full bench lint format build clean
 .DELETE_ON_ERROR:

@@ -1,7 +1,12 @@
-"""Builds `qkernels._C`, the one C++ extension; everything else is declared in pyproject.toml."""
+"""Builds the compiled libraries; everything else is declared in pyproject.toml.
+
+`qkernels._C` is always built. `qkernels._C_cuda`, the CUDA kernels, is built where nvcc is found,
+with or without a GPU and whether or not torch itself knows CUDA.
+"""
 
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -30,6 +35,7 @@ if older(setuptools.__version__, 77):
 
 try:
     import torch
+    import torch.utils.cpp_extension as torch_build
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ModuleNotFoundError as missing:
     fail(
@@ -62,6 +68,19 @@ class BuildKernels(BuildExtension):
         version = self.distribution.get_version()
         self.define = [*(self.define or []), ("QKERNELS_VERSION", f'"{version}"')]
 
+    def build_extension(self, extension):
+        # Both libraries are built from some files of csrc/ops, each in its own way.
+        outer = self.build_temp
+        self.build_temp = os.path.join(outer, extension.name)
+        try:
+            super().build_extension(extension)
+        finally:
+            self.build_temp = outer
+
+    def get_ext_filename(self, name):
+        # There is no Python in the CUDA library, so one file serves every version.
+        return "qkernels/_C_cuda.so" if name == cuda_name else super().get_ext_filename(name)
+
 
 compile_args = [
     "-std=c++20",
@@ -80,17 +99,102 @@ if Path(".git").exists():
     # In a checkout only: users compile the sdist with compilers that nobody here has seen.
     compile_args.append("-Werror")
 
-extension = CppExtension(
-    "qkernels._C",
-    sorted(set(glob("csrc/cpu/*.cpp") + glob("csrc/ops/*.cpp")) - set(glob("csrc/ops/cuda_*.cpp"))),
-    include_dirs=[os.path.abspath("csrc")],
-    depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True)),
-    # The stable interface of torch 2.10: one build serves that release and every later one.
-    define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-    extra_compile_args=compile_args,
-)
-# The stable interface lives in libtorch_cpu; naming c10 or torch_python, as CppExtension does,
-# would tie the extension to one release of torch.
-extension.libraries = ["torch_cpu"]
+sources = {*glob("csrc/cpu/*.cpp"), *glob("csrc/ops/*.cpp")}
+headers = [path for end in ("h", "inl", "cuh") for path in glob(f"csrc/**/*.{end}", recursive=True)]
 
-setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": BuildKernels})
+
+def library(name, sources, macros, arguments):
+    extension = CppExtension(
+        name,
+        sorted(sources),
+        include_dirs=[os.path.abspath("csrc")],
+        depends=sorted(headers),
+        # The stable interface of torch 2.10: one build serves that release and every later one.
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), *macros],
+        extra_compile_args=arguments,
+    )
+    # The stable interface lives in libtorch_cpu; naming c10 or torch_python, as CppExtension does,
+    # would tie the extension to one release of torch.
+    extension.libraries = ["torch_cpu"]
+    return extension
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+cuda_name = "qkernels._C_cuda"
+# "a" is code for one architecture alone; "+PTX" is what later ones can translate.
+DEFAULT_ARCHS = "80+PTX;86;89;90a;100a;120a"
+
+
+def cuda_home():
+    """The folder of the CUDA toolkit, None where there is none."""
+    on_path = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places += [on_path and os.path.dirname(os.path.dirname(on_path)), "/usr/local/cuda"]
+    return next((p for p in places if p and os.path.exists(f"{p}/bin/nvcc")), None)
+
+
+def arch_flags(home):
+    """nvcc's flags for the architectures to build for; of the default ones, those that it knows."""
+    listing = [f"{home}/bin/nvcc", "--list-gpu-code"]
+    known = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split()
+    wanted = os.environ.get("QKERNELS_CUDA_ARCHS")
+    flags = []
+    for arch in (wanted or DEFAULT_ARCHS).replace(",", ";").split(";"):
+        number = arch.removesuffix("+PTX")
+        if f"sm_{number.rstrip('abcdefghijklmnopqrstuvwxyz')}" not in known:
+            if wanted:
+                fail(
+                    f"QKERNELS_CUDA_ARCHS names {arch!r}, which {listing[0]} does not know; name "
+                    f"architectures such as 80;90a, of {', '.join(known)}"
+                )
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def cuda_library():
+    """The extension in a list, which is empty where it is not to be built."""
+    asked = os.environ.get("QKERNELS_CUDA", "")
+    if asked not in ("", "0", "1"):
+        fail(f"QKERNELS_CUDA must be 0 (no CUDA kernels), 1 or not set, got {asked!r}")
+    home = cuda_home()
+    if asked == "0" or home is None:
+        if asked == "1":
+            fail("QKERNELS_CUDA=1 asks for CUDA kernels, but nvcc was not found; set CUDA_HOME")
+        return []
+    torch_build.CUDA_HOME = home  # None in a torch without CUDA
+    # These would let kernels read the host's tables, and get nothing, without a word.
+    torch_build.COMMON_NVCC_FLAGS.clear()
+    # Kernels share no CUDA runtime with torch, so nvcc may be of another release than its.
+    torch_build._check_cuda_version = lambda *_: None
+    ours = {path for path in glob("csrc/ops/*.cpp") if "/cpu_" not in path}
+    ours -= {"csrc/ops/introspect.cpp", "csrc/ops/schema.cpp"}
+    nvcc_args = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
+    if Path(".git").exists():
+        nvcc_args += ["-Werror=all-warnings"]
+    arguments = {"cxx": compile_args, "nvcc": [*nvcc_args, *arch_flags(home)]}
+    extension = library(
+        cuda_name, {*ours, *glob("csrc/cuda/*.cu")}, [("QKERNELS_CUDA", None)], arguments
+    )
+    extension.library_dirs += [f"{home}/lib64"]
+    extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+    # libtorch brings libtorch_cuda, where torch has it, and with that the current stream.
+    extension.extra_link_args = ["-Wl,--no-as-needed", "-ltorch"]
+    return [extension]
+
+
+setuptools.setup(
+    ext_modules=[
+        library(
+            "qkernels._C",
+            {path for path in sources if "/cuda_" not in path},
+            [],
+            compile_args,
+        ),
+        *cuda_library(),
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

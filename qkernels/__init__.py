@@ -35,6 +35,7 @@ except ImportError as failure:
     from qkernels.doctor import doctor
 else:
     _PROBLEM = ""
+    from qkernels import _cuda as _cuda
     from qkernels import calibration, functional, int8, io, nn, ops, ops_int8, optimize, qat
     from qkernels.calibrate import calibrate
     from qkernels.calibration import Calibration

@@ -125,7 +125,7 @@ def doctor() -> Doctor:
         ("Versions", _versions(library, failure)),
         ("CPU", _cpu(library)),
         ("Threads", _threads(libraries)),
-        ("CUDA", _cuda()),
+        ("CUDA", _cuda(library)),
         ("Memory", _memory(libraries)),
         ("Optional packages", _optional_packages()),
         ("Environment variables", _variables()),
@@ -228,15 +228,23 @@ def _threads(libraries: tuple[str, ...]) -> Iterator[Finding]:
         yield Finding("ok", "OpenMP runtime", runtimes[0] if runtimes else "none is mapped")
 
 
-def _cuda() -> Iterator[Finding]:
+def _cuda(library: ModuleType | None) -> Iterator[Finding]:
     if torch.version.cuda is None:
-        text = "this torch is built without CUDA"
+        yield Finding("info", "CUDA", "this torch is built without CUDA")
     else:
         count = torch.cuda.device_count()
         text = f"this torch is built for CUDA {torch.version.cuda} and sees {count} GPUs"
-    if importlib.util.find_spec("qkernels._C_cuda") is None:
-        text += "; this build of qkernels has no CUDA kernels: quantized modules run on the CPU"
-    yield Finding("info", "CUDA", text)
+        yield Finding("info", "CUDA", text)
+    if library is None:
+        return
+    from qkernels import _cuda
+
+    if not _cuda.PROBLEM:
+        yield Finding("ok", "CUDA kernels", f"{_cuda.LIBRARY} is loaded")
+        return
+    # Whoever has a GPU will miss them.
+    status = "warning" if torch.cuda.is_available() else "info"
+    yield Finding(status, "CUDA kernels", _cuda.PROBLEM)
 
 
 def _memory(libraries: tuple[str, ...]) -> Iterator[Finding]:

@@ -17,6 +17,15 @@ VARIABLES: dict[str, str] = {
         "the instruction set that kernels use: scalar, avx2, avx512 or avx512bf16; one that the "
         "machine lacks is an error. Not set: the best that the CPU can run."
     ),
+    "QKERNELS_CUDA": (
+        "read when qkernels is built from source: 0 leaves the CUDA kernels out, 1 makes it an "
+        "error if nvcc is missing. Not set: they are built where nvcc is found."
+    ),
+    "QKERNELS_CUDA_ARCHS": (
+        "read when qkernels is built from source: the GPU architectures to build for, as 80;90a; "
+        "+PTX behind one adds code that later GPUs translate. Not set: "
+        "80+PTX;86;89;90a;100a;120a, as far as nvcc knows them."
+    ),
 }
 
 # Variables of others that change what qkernels does or how fast.

@@ -1,4 +1,5 @@
-// Eight consecutive elements of a row, which is what a thread of an elementwise kernel takes.
+// What a thread of an elementwise kernel takes: eight consecutive elements of a row as vectors, or
+// the least that storage can hold.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -7,9 +8,22 @@ namespace qkernels::cuda {
 
 inline constexpr int kEight = 8;
 
-// Whether each row of `cols` elements holds whole eights that start on vectors.
-inline bool vectors_fit(const void* data, int64_t cols) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols % kEight == 0;
+// Elements per thread.
+QK_HD constexpr int unit_of(Format format, bool vectors) {
+  return vectors ? kEight : info(format).bits == 4 ? 2 : 1;
+}
+
+// Whether rows start on vectors and consist of eights that belong to one group each.
+template <class Args>
+bool vectors_fit(const void* data, const Args& a) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && a.cols % kEight == 0 &&
+         (a.groups == 1 || a.group_size % kEight == 0);
+}
+
+// a / b, neither negative, in 32 bits where that will do: a 64-bit division takes many times as long.
+QK_DEVICE int64_t divide(int64_t a, int64_t b) {
+  if (static_cast<uint64_t>(a | b) >> 32 != 0) return a / b;
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
 template <DType kType>
@@ -50,6 +64,57 @@ QK_DEVICE void store_eight(void* data, int64_t at, const float (&y)[kEight]) {
     }
     store_128(static_cast<uint16_t*>(data) + at,
               make_uint4(words[0], words[1], words[2], words[3]));
+  }
+}
+
+// Codes as they lie in storage.
+template <Format kFormat, int kUnit>
+QK_DEVICE void store_codes(uint8_t* to, const int (&codes)[kUnit]) {
+  constexpr int kBits = info(kFormat).bits;
+  if constexpr (kUnit == kEight) {
+    uint32_t words[kBits / 4] = {};
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) {
+      const uint32_t code = static_cast<uint32_t>(codes[i]) & ((1u << kBits) - 1);
+      words[i * kBits / 32] |= code << i * kBits % 32;
+    }
+    if constexpr (kBits == 16) {
+      store_128(to, make_uint4(words[0], words[1], words[2], words[3]));
+    } else if constexpr (kBits == 8) {
+      store_64(to, make_uint2(words[0], words[1]));
+    } else {
+      *reinterpret_cast<uint32_t*>(to) = words[0];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) store_code(to, kFormat, i, codes[i]);
+  }
+}
+
+template <Format kFormat, int kUnit>
+QK_DEVICE void load_codes(int (&codes)[kUnit], const uint8_t* from) {
+  constexpr int kBits = info(kFormat).bits;
+  if constexpr (kUnit == kEight) {
+    uint32_t words[kBits / 4];
+    if constexpr (kBits == 16) {
+      const uint4 v = load_128(from);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else if constexpr (kBits == 8) {
+      const uint2 v = load_64(from);
+      words[0] = v.x, words[1] = v.y;
+    } else {
+      words[0] = load_32(from);
+    }
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) {
+      const uint32_t code = words[i * kBits / 32] >> i * kBits % 32 & ((1u << kBits) - 1);
+      codes[i] = kBits == 8    ? static_cast<int8_t>(code)
+                 : kBits == 16 ? static_cast<int16_t>(code)
+                               : static_cast<int>(code);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) codes[i] = load_code(from, kFormat, i);
   }
 }
 

@@ -13,4 +13,10 @@ using Stream = void*;  // a cudaStream_t
 void quantize_with(const QuantizeArgs& args, int64_t rows, Stream stream);
 void dequantize(const DequantizeArgs& args, int64_t rows, Stream stream);
 
+void pack(const PackArgs& args, Stream stream);
+void unpack(const UnpackArgs& args, Stream stream);
+// An index that is out of range stops the kernel with an assertion, and the process cannot use the
+// GPU any more.
+void embedding(const EmbeddingArgs& args, int64_t count, Stream stream);
+
 }  // namespace qkernels::cuda

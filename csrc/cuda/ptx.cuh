@@ -1,5 +1,5 @@
-// The instructions that kernels name, one function each, and `launch`. Nothing else in csrc/cuda holds
-// inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels are compiled as C++ and
+// The instructions that kernels name, one function each, and `launch`. Nothing else in csrc/cuda
+// holds inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels are compiled as C++ and
 // run on the emulator of tests/cuda/host, so each function has a second half that says what the
 // instruction does.
 #pragma once
@@ -58,6 +58,16 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_byt
 // Blocks that cover `count` with `each`; grid.x goes to 2^31 - 1, y and z to 65535.
 inline unsigned blocks_for(int64_t count, int64_t each) {
   return static_cast<unsigned>((count + each - 1) / each);
+}
+
+// Stops the kernel, and with it the process's use of the GPU, as an assertion of torch does.
+QK_DEVICE void device_assert(bool holds, const char* what) {
+  if (holds) return;
+#ifdef QKERNELS_HOST
+  host::fault(what);
+#else
+  __assert_fail(what, __FILE__, __LINE__, "qkernels");
+#endif
 }
 
 // ---- Memory -------------------------------------------------------------------------------------
@@ -248,7 +258,7 @@ QK_DEVICE T shuffle_down(T value, int delta) {
 }
 
 // Bit i is set if the predicate is true in lane i.
-QK_DEVICE uint32_t ballot(bool predicate) {
+QK_DEVICE uint32_t warp_ballot(bool predicate) {
 #ifdef QKERNELS_HOST
   return host::ballot(predicate);
 #else

@@ -1,5 +1,6 @@
-// quantize_with: codes for given scales. A thread turns eight consecutive elements of a row into
-// codes, so that 16-bit x is read and 8-bit codes are written in whole vectors.
+// quantize_with: codes for given scales. A thread makes eight codes of one group where rows and
+// groups consist of eights, so that 16-bit x is read and 8-bit codes are written in whole vectors;
+// otherwise one code, or the two of a byte.
 #include "cuda/dispatch.cuh"
 #include "cuda/elements.cuh"
 
@@ -18,73 +19,46 @@ QK_DEVICE Affine affine_at(const QuantizeArgs& a, int64_t row, int64_t group) {
   return {scale, 1.0f / scale, zero};
 }
 
-// Codes as they lie in memory.
-template <Format kFormat, bool kVectors>
-QK_DEVICE void store_codes(uint8_t* row, int64_t begin, const int (&codes)[kEight], int count) {
-  constexpr int kBits = info(kFormat).bits;
-  uint32_t words[kBits / 4] = {};
-#pragma unroll
-  for (int i = 0; i < kEight; ++i) {
-    const uint32_t code = static_cast<uint32_t>(codes[i]) & ((1u << kBits) - 1);
-    words[i * kBits / 32] |= code << i * kBits % 32;
-  }
-  uint8_t* to = row + begin * kBits / 8;
-  if constexpr (kVectors && kBits == 16) {
-    store_128(to, make_uint4(words[0], words[1], words[2], words[3]));
-  } else if constexpr (kVectors && kBits == 8) {
-    store_64(to, make_uint2(words[0], words[1]));
-  } else if constexpr (kVectors) {
-    *reinterpret_cast<uint32_t*>(to) = words[0];
-  } else {
-    const int bytes = (count * kBits + 7) / 8;
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) {
-      if (i < bytes) to[i] = static_cast<uint8_t>(words[i / 4] >> i % 4 * 8);
-    }
-  }
-}
-
 template <Format kFormat, DType kType, bool kVectors>
 __global__ void __launch_bounds__(kThreads)
     quantize_with_kernel(const QuantizeArgs a, int64_t units, int64_t row_units) {
+  constexpr int kUnit = unit_of(kFormat, kVectors);
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (unit >= units) return;
-  const int64_t row = unit / row_units, begin = unit % row_units * kEight;
-  const int count = static_cast<int>(min(a.cols - begin, static_cast<int64_t>(kEight)));
+  const int64_t row = unit / row_units, begin = unit % row_units * kUnit;
 
-  float x[kEight] = {};
+  float x[kUnit];
   if constexpr (kVectors) {
     load_eight<kType>(x, a.x, row * a.cols + begin);
   } else {
-#pragma unroll
-    for (int i = 0; i < kEight; ++i) {
-      if (i < count) x[i] = load_element<kType>(a.x, row * a.cols + begin + i);
+    for (int i = 0; i < kUnit; ++i) {
+      x[i] = begin + i < a.cols ? load_element<kType>(a.x, row * a.cols + begin + i) : 0.0f;
     }
   }
   int64_t group = begin / a.group_size;
-  int64_t left = (group + 1) * a.group_size - begin;  // of this group
   Affine affine = affine_at<kFormat>(a, row, group);
-  int codes[kEight] = {};
+  int codes[kUnit];
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) {
-    if (left == 0 && i < count) {
+  for (int i = 0; i < kUnit; ++i) {
+    codes[i] = 0;
+    if (begin + i >= a.cols) continue;
+    if (!kVectors && begin + i == (group + 1) * a.group_size) {
       affine = affine_at<kFormat>(a, row, ++group);
-      left = a.group_size;
     }
-    --left;
-    codes[i] = i < count ? encode(x[i], kFormat, affine, a.symmetric) : 0;
+    codes[i] = encode(x[i], kFormat, affine, a.symmetric);
   }
   uint8_t* out = static_cast<uint8_t*>(a.data) + row * a.row_bytes;
-  store_codes<kFormat, kVectors>(out, begin, codes, count);
+  store_codes<kFormat>(out + begin * info(kFormat).bits / 8, codes);
 }
 
 }  // namespace
 
 void quantize_with(const QuantizeArgs& a, int64_t rows, Stream stream) {
-  const int64_t row_units = (a.cols + kEight - 1) / kEight;
+  const bool vectors = vectors_fit(a.x, a) && vectors_fit(a.data, a);
+  const int unit = unit_of(a.format, vectors);
+  const int64_t row_units = (a.cols + unit - 1) / unit;
   const int64_t units = rows * row_units;
   const dim3 grid(blocks_for(units, kThreads));
-  const bool vectors = vectors_fit(a.x, a.cols) && vectors_fit(a.data, a.cols);
   for_format(a.format, [&](auto format) {
     for_float(a.x_type, [&](auto type) {
       constexpr Format kFormat = decltype(format)::value;

@@ -77,6 +77,35 @@ def test_pybind11_is_in_one_file() -> None:
     assert users == ["ops/introspect.cpp"]
 
 
+# One place for what the emulator has to replace.
+ASSEMBLY = r"\basm\b|<<<|\b__shared__\b|\bcuda[A-Z]\w+\(|\b__(shfl|ldg|dp4a|byte_perm)\w*\("
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("cuda/")])
+def test_instructions_and_the_cuda_runtime_are_in_one_file(file: str) -> None:
+    code = re.sub(r"//.*", "", (CSRC / file).read_text())
+    assert file == "cuda/ptx.cuh" or not re.search(ASSEMBLY, code)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("cuda/")])
+def test_headers_of_cuda_stay_on_their_side(file: str) -> None:
+    """csrc/ops is compiled by g++ alone: launch.h is plain C++ and includes no .cuh."""
+    if file.endswith(".h"):
+        assert not [name for name in includes(file) if "cuda_" in name or ".cuh" in name]
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("ops/")])
+def test_ops_see_headers_of_kernels_only(file: str) -> None:
+    assert not [name for name in includes(file) if name.endswith('.cuh"')]
+
+
+def test_files_for_both_devices_do_not_include_the_cpu_kernels() -> None:
+    shared = [file for file in FILES if re.fullmatch(r"ops/(?!cpu_|introspect)\w+\.cpp", file)]
+    assert shared
+    for file in shared:
+        assert not [name for name in includes(file) if name.startswith('"cpu/')]
+
+
 # An ISA as a value of its own, or a kernel's name such as matmul_w4a8_avx512_8x48. A sentence that
 # a user reads may speak of AVX2.
 ISA_NAME = r"avx2|avx512\w*|amx\w*|sm_?[0-9]{2}a?"

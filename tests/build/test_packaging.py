@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ import pytest
 from qkernels import _C
 
 ROOT = Path(__file__).resolve().parents[2]
+CUDA = shutil.which("nvcc") is not None
 
 
 def output(*command: str | Path, **options) -> str:
@@ -94,7 +96,8 @@ def wheel(sdist: Path, clean_python: Path, tmp_path_factory: pytest.TempPathFact
     out = tmp_path_factory.mktemp("wheel")
     ninja = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     pip = [clean_python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
-    output(*pip, "--wheel-dir", out, sdist, cwd=out, env={**os.environ, "PATH": ninja})
+    environment = {**os.environ, "PATH": ninja, "QKERNELS_CUDA_ARCHS": "80"}
+    output(*pip, "--wheel-dir", out, sdist, cwd=out, env=environment)
     (archive,) = out.glob("qkernels-*.whl")
     return archive
 
@@ -113,10 +116,14 @@ def test_sdist_holds_the_sources(sdist: Path) -> None:
 def test_wheel_holds_what_runs_and_no_sources(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    extension = [name for name in names if re.fullmatch(r"qkernels/_C\.[\w-]+\.so", name)]
+    libraries = [name for name in names if name.endswith(".so")]
+    extension = [name for name in libraries if re.fullmatch(r"qkernels/_C\.[\w-]+\.so", name)]
     assert len(extension) == 1
+    # The CUDA kernels are in it if this machine could compile them.
+    assert set(libraries) - set(extension) == ({"qkernels/_C_cuda.so"} if CUDA else set())
     assert {"qkernels/py.typed", "qkernels/_C.pyi", "qkernels/__init__.py"} <= set(names)
-    assert not [name for name in names if "csrc" in name or name.endswith((".h", ".inl", ".o"))]
+    sources = (".h", ".inl", ".cu", ".cuh", ".o")
+    assert not [name for name in names if "csrc" in name or name.endswith(sources)]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qkernels"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     tracked = output("git", "ls-files", "qkernels", cwd=ROOT)
@@ -147,12 +154,48 @@ def test_wheel_installs_and_runs_elsewhere(wheel: Path, clean_python: Path, tmp_
     assert "doctor" in output(command, "--help", cwd=tmp_path)
 
 
+# setup.py up to the point where it has decided what to build.
+SETUP = """
+import os, sys
+import setuptools, torch.utils.cpp_extension
+setuptools.setup = lambda **_: sys.exit("nothing is wrong")
+{hidden}
+sys.argv = ["setup.py", "build_ext"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+
 NO_TORCH = """
 import sys
 sys.modules["torch"] = None
 sys.argv = ["setup.py", "build_ext"]
 exec(compile(open("setup.py").read(), "setup.py", "exec"))
 """
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"QKERNELS_CUDA": "yes"}, "QKERNELS_CUDA must be 0 (no CUDA kernels), 1 or not set"),
+        ({"QKERNELS_CUDA": "1", "NVCC": ""}, "asks for CUDA kernels, but nvcc was not found"),
+        ({"QKERNELS_CUDA_ARCHS": "80;12"}, "QKERNELS_CUDA_ARCHS names '12', which"),
+    ],
+)
+def test_building_says_what_is_wrong_with_cuda(variables, sentence, tmp_path: Path) -> None:
+    if "QKERNELS_CUDA_ARCHS" in variables and not CUDA:
+        pytest.skip("no nvcc here: nobody to ask which architectures there are")
+    hidden = "os.path.exists = lambda path: False" if "NVCC" in variables else ""
+    script = tmp_path / "build.py"
+    script.write_text(SETUP.format(hidden=hidden))
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert sentence in done.stderr and "Traceback" not in done.stderr
 
 
 def test_building_without_torch_says_so() -> None:

@@ -6,7 +6,7 @@ import torch
 
 from helpers import layout as packed_layout
 from helpers import reference as ref
-from helpers.data import FLOATS, KINDS
+from helpers.data import FLOATS, KINDS, Kind
 from qkernels import _C
 
 ops = torch.ops.qkernels
@@ -36,17 +36,19 @@ def test_layout_ids_say_everything() -> None:
     for form in ref.FORMATS[:3]:
         for code, dtype in enumerate(FLOATS):
             for symmetric in (True, False) if form.asymmetric else (True,):
-                layout = _C.layout(form.code, code, symmetric)
-                assert layout == packed_layout.layout_id(form, code, symmetric)
-                assert _C.describe_layout(layout) == {
-                    "format": form.name,
-                    "scale_dtype": str(dtype).removeprefix("torch."),
-                    "symmetric": symmetric,
-                    "device": "cpu",
-                    "version": _C.build_info()["layout_version"],
-                }
-                seen.add(layout)
-    assert len(seen) == 15
+                for family, device in ((1, "cpu"), (2, "cuda")):
+                    layout = _C.layout(form.code, code, symmetric, device)
+                    assert layout == packed_layout.layout_id(form, code, symmetric, family)
+                    assert _C.describe_layout(layout) == {
+                        "format": form.name,
+                        "scale_dtype": str(dtype).removeprefix("torch."),
+                        "symmetric": symmetric,
+                        "device": device,
+                        "version": _C.build_info()["layout_version"],
+                    }
+                    seen.add(layout)
+                assert _C.layout(form.code, code, symmetric) in seen  # the CPU, unless told
+    assert len(seen) == 30
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,11 @@ def test_layout_ids_say_everything() -> None:
 def test_layouts_that_do_not_exist(wrong: tuple[int, int, bool]) -> None:
     with pytest.raises(ValueError, match="no packed layout holds format .* formats are 0"):
         _C.layout(*wrong)
+
+
+def test_devices_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'mps'"):
+        _C.layout(0, 0, True, "mps")
 
 
 @pytest.mark.parametrize("layout", [-1, 2**62, 3 << 20 | 0x101, 0x10101 | 2 << 20])
@@ -72,6 +79,26 @@ def test_ids_that_are_no_layout(layout: int) -> None:
 def test_sizes_that_do_not_exist(sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="in_features must be from 0 to .* group_size -1 or >= 1"):
         _C.block_bytes(KINDS[0].layout, *sizes)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_sizes_of_cuda_blocks(kind: Kind) -> None:
+    """Chunks of 32 k, at 4 bits two to a unit; then scales, zero points and sums on lines."""
+    up = packed_layout.up
+    layout = _C.layout(kind.form.code, FLOATS.index(kind.scale_dtype), kind.symmetric, "cuda")
+    for k in (0, 1, 31, 32, 33, 64, 96, 1000):
+        for group_size in (-1, 1, 7, 32, 64, 100, 5000):
+            edges = ref.group_edges(k, group_size)
+            padded = sum(up(end - begin, 32) for begin, end in edges)
+            codes = up(padded, 256 // kind.form.bits) * 2 * kind.form.bits
+            scales = up(len(edges) * 16 * kind.scale_dtype.itemsize, 64)
+            zeros = 0 if kind.symmetric else up(len(edges) * 16, 64)
+            sums = 0 if kind.form is ref.NF4 else 64
+            want = codes + scales + zeros + sums
+            assert _C.block_bytes(layout, k, group_size) == want, (k, group_size)
+            data = torch.empty(17, (k + 1) // 2 if kind.form.bits == 4 else k, device="meta")
+            arguments = (data, data, None, layout, k, group_size)
+            assert ops.pack(*arguments).shape == (2, want)
 
 
 def test_packed_sizes_are_little_more_than_the_codes() -> None:

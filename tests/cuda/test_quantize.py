@@ -1,4 +1,4 @@
-"""quantize_with and dequantize as CUDA kernels, run by the emulator: the same bits as on the CPU."""
+"""quantize_with and dequantize as CUDA kernels in the emulator: the same bits as on the CPU."""
 
 from typing import Any
 

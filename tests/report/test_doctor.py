@@ -10,7 +10,7 @@ import torch
 
 import qkernels as qk
 from helpers.process import run_python
-from qkernels import _C, environment, selftest
+from qkernels import _C, _cuda, environment, selftest
 from qkernels.doctor import OPTIONAL, Doctor, Finding, Section, doctor
 from qkernels.environment import VARIABLES
 
@@ -150,11 +150,30 @@ def test_extras_are_those_of_the_package():
 
 
 def test_every_variable_that_is_read_is_listed():
-    sources = [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]
+    sources = [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*"), ROOT / "setup.py"]
     # What reads an environment variable: os.environ of Python, getenv of C++.
     reads = r'(?:environ(?:\.get)?[\[(]|getenv\()"(QKERNELS_\w+)"'
     names = {name for source in sources for name in re.findall(reads, source.read_text())}
     assert names == set(VARIABLES)
+
+
+def test_cuda_kernels_are_there_or_it_says_why(monkeypatch):
+    found = finding(doctor(), "CUDA kernels")
+    assert found.text == _cuda.PROBLEM or found.status == "ok"
+    monkeypatch.setattr(_cuda, "PROBLEM", "they are not here")
+    assert finding(doctor(), "CUDA kernels") == Finding("info", "CUDA kernels", "they are not here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert finding(doctor(), "CUDA kernels").status == "warning"
+
+
+def test_why_cuda_kernels_do_not_load(monkeypatch, tmp_path):
+    library = tmp_path / "_C_cuda.so"
+    assert "no nvcc was found when it was built" in _cuda.load(library)
+    library.write_bytes(b"not a library")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "this torch is built without CUDA" in _cuda.load(library)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "they do not load with torch" in _cuda.load(library)
 
 
 def test_unknown_variables_are_pointed_out(monkeypatch):

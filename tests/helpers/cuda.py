@@ -1,4 +1,4 @@
-"""Builds the CUDA sources: for the emulator with g++, and as GPU code with nvcc."""
+"""Builds the emulator's library with g++, and says how nvcc compiles the same sources."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ FLAGS = [
     *(f"-isystem{path}" for path in include_paths()),
     f"-include {HOST / 'cuda_host.h'}",
 ]
+
+
+# As setup.py compiles them.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]
+
+
+def nvcc() -> str | None:
+    """The compiler that setup.py takes."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [f"{home}/bin/nvcc"] if home else []
+    found = (shutil.which(place) for place in (*places, "nvcc", "/usr/local/cuda/bin/nvcc"))
+    return next(filter(None, found), None)
 
 
 def glue() -> list[Path]:
@@ -54,7 +66,7 @@ def emulated() -> Path:
         + " -ltorch_cpu",
     ]
     objects = []
-    for source in [*kernels(), *glue(), *sorted(HOST.glob("*.cpp"))]:
+    for source in [*kernels(), *glue(), *sorted(HOST.glob("*.c*"))]:
         objects.append(f"{source.parent.name}_{source.name}.o")
         lines.append(f"build {objects[-1]}: compile {source}")
     lines.append(f"build qkernels_host.so: link {' '.join(objects)}")

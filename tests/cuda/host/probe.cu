@@ -1,0 +1,147 @@
+// Kernels for tests/cuda/test_emulator.py: what instructions compute, and mistakes that the emulator
+// has to notice.
+#include "cuda/ptx.cuh"
+#include "ops/checks.h"
+
+namespace qkernels::cuda {
+namespace {
+
+// The fragments of a[16][k] and b[8][k] (rows of 32 bytes), as ptx.cuh describes them, and the
+// thread's place in d[16][8].
+struct Fragments {
+  uint32_t a[4], b[2];
+  int row, column;
+};
+
+QK_DEVICE Fragments fragments(const uint8_t* a, const uint8_t* b) {
+  const int g = host::lane() / 4, t = host::lane() % 4;
+  Fragments f;
+  for (int half = 0; half < 2; ++half) {
+    const int at = half * 16 + t * 4;
+    f.a[half * 2] = load_32(a + g * 32 + at);
+    f.a[half * 2 + 1] = load_32(a + (g + 8) * 32 + at);
+    f.b[half] = load_32(b + g * 32 + at);
+  }
+  f.row = g;
+  f.column = 2 * t;
+  return f;
+}
+
+template <class T>
+QK_DEVICE void store_fragment(void* to, const T (&d)[4], const Fragments& f) {
+  for (int i = 0; i < 4; ++i) {
+    static_cast<T*>(to)[(f.row + i / 2 * 8) * 8 + f.column + i % 2] = d[i];
+  }
+}
+
+__global__ void mma_kernel(const uint8_t* a, const uint8_t* b, void* d, int type) {
+  const Fragments f = fragments(a, b);
+  if (type == 0) {
+    int32_t sum[4] = {1, 1, 1, 1};
+    mma_s8(sum, f.a, f.b);
+    return store_fragment(d, sum, f);
+  }
+  float sum[4] = {1, 1, 1, 1};
+  if (type == 1) {
+    mma_bf16(sum, f.a, f.b);
+  } else {
+    mma_f16(sum, f.a, f.b);
+  }
+  store_fragment(d, sum, f);
+}
+
+// The A fragment by ldmatrix from rows of 32 bytes in shared memory.
+__global__ void ldmatrix_kernel(const uint8_t* a, uint32_t* to) {
+  uint8_t* rows = shared_memory<uint8_t>();
+  const int lane = host::lane();
+  cp_async<16>(rows + lane * 16, a + lane * 16);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  uint32_t r[4];
+  ldmatrix_x4(r, rows + lane % 16 * 32 + lane / 16 * 16);
+  for (int i = 0; i < 4; ++i) to[lane * 4 + i] = r[i];
+}
+
+// Each thread copies a word; what it then reads of its neighbour depends on the steps taken.
+__global__ void copy_kernel(const uint32_t* from, uint32_t* to, int valid, bool wait,
+                            bool barrier) {
+  uint32_t* words = shared_memory<uint32_t>();
+  const unsigned i = threadIdx.x;
+  cp_async<4>(words + i, from + i, valid);
+  cp_async_commit();
+  if (wait) cp_async_wait<0>();
+  if (barrier) __syncthreads();
+  to[blockIdx.x * blockDim.x + i] = words[(i + 1) % blockDim.x];
+  cp_async_wait<0>();
+}
+
+__global__ void unfinished_kernel(const uint32_t* from) {
+  cp_async<4>(shared_memory<char>(), from);
+}
+
+__global__ void stray_write_kernel(int64_t at) {
+  if (threadIdx.x == 0) shared_memory<uint8_t>()[at] = 1;
+}
+
+__global__ void stray_load_kernel(int64_t at) { load_shared_128(shared_memory<uint8_t>() + at); }
+
+__global__ void half_barrier_kernel() {
+  if (threadIdx.x < 40) return;
+  __syncthreads();
+}
+
+__global__ void two_ops_kernel() {
+  if (threadIdx.x % 2 == 0) {
+    shuffle(1, 0);
+  } else {
+    warp_max(1);
+  }
+}
+
+void mma(const Tensor& a, const Tensor& b, const Tensor& d, int64_t type) {
+  launch(mma_kernel, 1, 32, 0, nullptr, static_cast<const uint8_t*>(a.const_data_ptr()),
+         static_cast<const uint8_t*>(b.const_data_ptr()), d.mutable_data_ptr(),
+         static_cast<int>(type));
+}
+
+void ldmatrix(const Tensor& a, const Tensor& to) {
+  launch(ldmatrix_kernel, 1, 32, 512, nullptr, static_cast<const uint8_t*>(a.const_data_ptr()),
+         static_cast<uint32_t*>(to.mutable_data_ptr()));
+}
+
+void copy(const Tensor& from, const Tensor& to, int64_t valid, bool wait, bool barrier) {
+  launch(copy_kernel, 2, 64, 256, nullptr, static_cast<const uint32_t*>(from.const_data_ptr()),
+         static_cast<uint32_t*>(to.mutable_data_ptr()), static_cast<int>(valid), wait, barrier);
+}
+
+void mistake(const std::string& which) {
+  static const uint32_t word = 0;
+  if (which == "unfinished copy") launch(unfinished_kernel, 1, 32, 4, nullptr, &word);
+  if (which == "write past the end") launch(stray_write_kernel, 1, 32, 64, nullptr, int64_t{64});
+  if (which == "write before the start")
+    launch(stray_write_kernel, 1, 32, 64, nullptr, int64_t{-1});
+  if (which == "load past the end") launch(stray_load_kernel, 1, 32, 64, nullptr, int64_t{64});
+  if (which == "unaligned load") launch(stray_load_kernel, 1, 32, 64, nullptr, int64_t{4});
+  if (which == "half a barrier") launch(half_barrier_kernel, 1, 64, 0, nullptr);
+  if (which == "two instructions") launch(two_ops_kernel, 1, 32, 0, nullptr);
+  if (which == "half a warp") launch(half_barrier_kernel, 1, 48, 0, nullptr);
+  if (which == "too much memory") launch(half_barrier_kernel, 1, 64, 100 * 1024, nullptr);
+}
+
+}  // namespace
+}  // namespace qkernels::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qkernels_host, m) {
+  m.def("probe_mma(Tensor a, Tensor b, Tensor(a!) d, int type) -> ()");
+  m.def("probe_ldmatrix(Tensor a, Tensor(a!) to) -> ()");
+  m.def("probe_copy(Tensor a, Tensor(a!) to, int valid, bool wait, bool barrier) -> ()");
+  m.def("probe_mistake(str which) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels_host, CompositeExplicitAutograd, m) {
+  m.impl("probe_mma", TORCH_BOX(&qkernels::cuda::mma));
+  m.impl("probe_ldmatrix", TORCH_BOX(&qkernels::cuda::ldmatrix));
+  m.impl("probe_copy", TORCH_BOX(&qkernels::cuda::copy));
+  m.impl("probe_mistake", TORCH_BOX(&qkernels::cuda::mistake));
+}

@@ -1,0 +1,82 @@
+"""The emulator itself: what instructions compute, and which mistakes it notices."""
+
+from typing import Any
+
+import pytest
+import torch
+
+POISON = -1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16], ids=str)
+def test_mma(ops: Any, dtype: torch.dtype) -> None:
+    k = 32 // dtype.itemsize
+    a, b = (torch.randint(-128, 128, (rows, k)).to(dtype) for rows in (16, 8))
+    integers = dtype == torch.int8
+    d = torch.zeros(16, 8, dtype=torch.int32 if integers else torch.float32)
+    ops.probe_mma(a, b, d, [torch.int8, torch.bfloat16, torch.float16].index(dtype))
+    # Small integers: every sum is exact in float32 too.
+    assert torch.equal(d.double(), a.double() @ b.double().t() + 1)
+
+
+def test_ldmatrix_loads_the_fragment_of_a(ops: Any) -> None:
+    a = torch.randint(0, 256, (16, 32), dtype=torch.uint8)
+    got = torch.zeros(32, 4, dtype=torch.int32)
+    ops.probe_ldmatrix(a, got)
+    words = a.view(torch.int32)  # [row, quarter of a half]
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        want = [words[g, t], words[g + 8, t], words[g, 4 + t], words[g + 8, 4 + t]]
+        assert got[lane].tolist() == [int(word) for word in want]
+
+
+def copied(ops: Any, valid: int, wait: bool, barrier: bool) -> tuple[list[int], list[int]]:
+    """What two blocks of 64 threads read of their neighbours, and what was to be read."""
+    words = torch.arange(64, dtype=torch.int32) * 0x01010101
+    to = torch.zeros(2, 64, dtype=torch.int32)
+    ops.probe_copy(words, to, valid, wait, barrier)
+    want = words.roll(-1) & (1 << 8 * valid) - 1
+    return to.tolist(), want.tolist()
+
+
+@pytest.mark.parametrize("valid", [0, 1, 3, 4])
+def test_copies_land_and_are_filled_up_with_zeros(ops: Any, valid: int) -> None:
+    got, want = copied(ops, valid, wait=True, barrier=True)
+    assert got == [want, want]
+
+
+def test_a_copy_that_nobody_waited_for_is_poison(ops: Any) -> None:
+    got, _ = copied(ops, 4, wait=False, barrier=True)
+    # A thread waits before it ends, so the last ones to read find what the first ones waited for.
+    assert got[0].count(POISON) >= 62
+
+
+def test_a_missing_barrier_shows_in_one_order_or_the_other(ops: Any) -> None:
+    got, want = copied(ops, 4, wait=True, barrier=False)
+    assert got[0] != want and got[1] != want
+    assert POISON in got[0] and POISON in got[1]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "sentence"),
+    [
+        (
+            "unfinished copy",
+            "the thread ends with 1 copies in flight, in thread (0, 0, 0) of block",
+        ),
+        ("write past the end", "block (0, 0, 0) wrote to byte 64 of its 64 bytes of shared memory"),
+        ("write before the start", "wrote to byte -1 of its 64 bytes of shared memory"),
+        ("load past the end", "load_shared_128 at byte 64 of 64 bytes of shared memory"),
+        ("unaligned load", "load_shared_128 of 16 bytes at an address that is not a multiple"),
+        ("half a barrier", "24 threads wait in __syncthreads, 40 have returned"),
+        ("two instructions", "this thread is in warp_max but others of its warp are in shuffle"),
+        ("half a warp", "a block has whole warps and 32 to 1024 threads, got (48, 1, 1)"),
+        ("too much memory", "some GPUs have 99 KiB of shared memory, got 102400 bytes"),
+    ],
+)
+def test_mistakes_are_said(ops: Any, mistake: str, sentence: str) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        ops.probe_mistake(mistake)
+    assert sentence in str(raised.value)
+    # And the next kernel runs.
+    test_mma(ops, torch.int8)
