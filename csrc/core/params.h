@@ -63,6 +63,27 @@ struct FakeBackwardArgs {
   bool shared_scale;
 };
 
+// Storage layout to packed blocks, and back.
+struct PackArgs {
+  const void* data;        // [n, row_bytes], storage layout
+  const void* scale;       // [n, groups], in the layout's type
+  const void* zero_point;  // [n, groups] or null
+  uint8_t* packed;         // [blocks, shape.bytes]
+  int64_t n, row_bytes;
+  Layout layout;
+  BlockShape shape;
+};
+
+struct UnpackArgs {
+  const uint8_t* packed;
+  void* data;
+  void* scale;
+  void* zero_point;
+  int64_t n, row_bytes;
+  Layout layout;
+  BlockShape shape;
+};
+
 // y[rows, n] = x[rows, k] . packed[n, k], in two steps. `prepare` turns rows of x into what the
 // ISA's tiles read and writes the workspace; `linear` reads only the workspace and the weight.
 struct LinearArgs {
@@ -220,6 +241,7 @@ struct LookupArgs {
 
 struct EmbeddingArgs {
   const int64_t* indices;
+  int64_t n;  // output features of the weight
   const uint8_t* packed;
   Layout layout;
   BlockShape shape;

@@ -94,27 +94,9 @@ extern const int kIsaCount;
 
 // ---- Packing: byte shuffles, the same for every ISA (pack.cpp) ----------------------------------
 
-struct PackArgs {
-  const void* data;        // [n, row_bytes], storage layout
-  const void* scale;       // [n, groups], in the layout's type
-  const void* zero_point;  // [n, groups] or null
-  uint8_t* packed;         // [blocks, shape.bytes]
-  int64_t n, row_bytes;
-  Layout layout;
-  BlockShape shape;
-};
 // Blocks [begin, end).
 void pack_blocks(const PackArgs&, int64_t begin, int64_t end);
 
-struct UnpackArgs {
-  const uint8_t* packed;
-  void* data;
-  void* scale;
-  void* zero_point;
-  int64_t n, row_bytes;
-  Layout layout;
-  BlockShape shape;
-};
 void unpack_blocks(const UnpackArgs&, int64_t begin, int64_t end);
 
 // Blocks of a packed convolution's weight [rows, taps of a row, channels filled up to 4] without

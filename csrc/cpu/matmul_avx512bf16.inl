@@ -35,8 +35,8 @@ template <Format Fmt>
 constexpr Words32<Fmt> words32() {
   Words32<Fmt> t{};
   for (int i = 0; i < 32; ++i) {
-    t.of[i] =
-        bf16_of(Fmt == Format::nf4 ? kNf4Levels.at[i % 16] : static_cast<float>(i < 16 ? i : i - 32));
+    t.of[i] = bf16_of(Fmt == Format::nf4 ? kNf4Levels.at[i % 16]
+                                         : static_cast<float>(i < 16 ? i : i - 32));
   }
   return t;
 }

@@ -1,5 +1,5 @@
-// dequantize. A thread takes eight codes of one group where rows and groups consist of eights, otherwise
-// one code, or the two of a byte.
+// dequantize. A thread takes eight codes of one group where rows and groups consist of eights,
+// otherwise one code, or the two of a byte.
 #include "cuda/dispatch.cuh"
 #include "cuda/elements.cuh"
 

@@ -1,5 +1,5 @@
-// What a thread of an elementwise kernel takes: eight consecutive elements of a row as vectors, or the
-// least that storage can hold.
+// What a thread of an elementwise kernel takes: eight consecutive elements of a row as vectors, or
+// the least that storage can hold.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -18,6 +18,12 @@ template <class Args>
 bool vectors_fit(const void* data, const Args& a) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && a.cols % kEight == 0 &&
          (a.groups == 1 || a.group_size % kEight == 0);
+}
+
+// a / b, neither negative, in 32 bits where that will do: a 64-bit division takes many times as long.
+QK_DEVICE int64_t divide(int64_t a, int64_t b) {
+  if (static_cast<uint64_t>(a | b) >> 32 != 0) return a / b;
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
 template <DType kType>

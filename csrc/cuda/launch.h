@@ -13,7 +13,6 @@ using Stream = void*;  // a cudaStream_t
 void quantize_with(const QuantizeArgs& args, int64_t rows, Stream stream);
 void dequantize(const DequantizeArgs& args, int64_t rows, Stream stream);
 
-
 // linear with int8 activations, and int_mm (x and y int8 and int32). The workspace is on the device
 // and starts on 256 bytes.
 int64_t linear_int8_workspace(const LinearArgs& args);
@@ -23,5 +22,11 @@ void linear_int8(const LinearArgs& args, void* workspace, Stream stream);
 // scales.
 void pack_int8_columns(const int8_t* b, int64_t k_stride, int64_t n_stride, int64_t n,
                        const BlockShape& shape, uint8_t* packed, Stream stream);
+
+void pack(const PackArgs& args, Stream stream);
+void unpack(const UnpackArgs& args, Stream stream);
+// An index that is out of range stops the kernel with an assertion, and the process cannot use the
+// GPU any more.
+void embedding(const EmbeddingArgs& args, int64_t count, Stream stream);
 
 }  // namespace qkernels::cuda

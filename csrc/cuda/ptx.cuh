@@ -1,5 +1,5 @@
-// The instructions that kernels name, one function each, and `launch`. Nothing else in csrc/cuda holds
-// inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels are compiled as C++ and
+// The instructions that kernels name, one function each, and `launch`. Nothing else in csrc/cuda
+// holds inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels are compiled as C++ and
 // run on the emulator of tests/cuda/host, so each function has a second half that says what the
 // instruction does.
 #pragma once
@@ -71,6 +71,16 @@ inline int multiprocessors() {
     throw std::runtime_error("qkernels: the CUDA device does not answer");
   }
   return count;
+#endif
+}
+
+// Stops the kernel, and with it the process's use of the GPU, as an assertion of torch does.
+QK_DEVICE void device_assert(bool holds, const char* what) {
+  if (holds) return;
+#ifdef QKERNELS_HOST
+  host::fault(what);
+#else
+  __assert_fail(what, __FILE__, __LINE__, "qkernels");
 #endif
 }
 

@@ -1,5 +1,5 @@
-// quantize_with: codes for given scales. A thread makes eight codes of one group where rows and groups
-// consist of eights, so that 16-bit x is read and 8-bit codes are written in whole vectors;
+// quantize_with: codes for given scales. A thread makes eight codes of one group where rows and
+// groups consist of eights, so that 16-bit x is read and 8-bit codes are written in whole vectors;
 // otherwise one code, or the two of a byte.
 #include "cuda/dispatch.cuh"
 #include "cuda/elements.cuh"

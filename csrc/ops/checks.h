@@ -129,8 +129,8 @@ inline ScalarType storage_type(Format format) {
   return format == Format::int8 ? ScalarType::Char : ScalarType::Byte;
 }
 
-// int4 zero points are codes; a larger one would spill into the neighbouring nibble. A GPU's kernels
-// take the low four bits instead.
+// int4 zero points are codes; a larger one would spill into the neighbouring nibble. The kernels of a
+// GPU take the low four bits instead.
 inline void check_zero_points(const char* op, const Tensor& zero_point, Format format) {
   if (!kReadable || format != Format::int4) return;
   const uint8_t* at = zero_point.const_data_ptr<uint8_t>();

@@ -1,5 +1,5 @@
-// ops/device.h for CUDA. With QKERNELS_HOST the CPU stands for the GPU: the tests build the same glue
-// and kernels for it, as torch.ops.qkernels_host.
+// ops/device.h for CUDA. With QKERNELS_HOST the CPU stands for the GPU: the tests build the same
+// glue and kernels for it, as torch.ops.qkernels_host.
 #pragma once
 
 #include <string>

@@ -83,7 +83,7 @@ def test_sizes_that_do_not_exist(sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_sizes_of_cuda_blocks(kind: Kind) -> None:
-    """Chunks of 32 k, two to a unit at 4 bits; scales, zero points and sums on lines of their own."""
+    """Chunks of 32 k, at 4 bits two to a unit; then scales, zero points and sums on lines."""
     up = packed_layout.up
     layout = _C.layout(kind.form.code, FLOATS.index(kind.scale_dtype), kind.symmetric, "cuda")
     for k in (0, 1, 31, 32, 33, 64, 96, 1000):

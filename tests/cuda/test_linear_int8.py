@@ -10,7 +10,6 @@ from torch import Tensor
 from helpers import reference as ref
 from helpers.check import same_bits, same_tensor
 from helpers.data import FLOATS, INTEGER_KINDS, Kind, Weight, awkward, floats, rng, strided, weight
-from helpers.layout import pack_cuda
 
 cpu = torch.ops.qkernels
 SYMMETRIC, ASYMMETRIC = 1, 2
@@ -27,12 +26,18 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda count: monkeypatch.setenv("QKERNELS_HOST_MULTIPROCESSORS", str(count))
 
 
+def pack(ops: Any, w: Weight) -> tuple[Tensor, tuple[int, ...]]:
+    """The weight in the CUDA layout, and what an op must know of it."""
+    layout = w.kind.cuda_layout
+    stored = (w.data, w.scale_tensor, w.zero_tensor)
+    return ops.pack(*stored, layout, w.k, w.group_size), (layout, w.k, w.n, w.group_size)
+
+
 def linear(
     ops: Any, w: Weight, x: Tensor, activation: int, bias: Tensor | None = None,
     extra: tuple[Tensor | None, ...] = (None,) * 4, epilogue: int = 0,
 ) -> Tensor:  # fmt: skip
-    packed, layout = pack_cuda(w)
-    sizes = (layout, w.k, w.n, w.group_size)
+    packed, sizes = pack(ops, w)
     y = ops.linear(x, packed, bias, *extra, *sizes, activation, epilogue)
     want = cpu.linear(x, w.packed, bias, *extra, *w.sizes, activation, epilogue)
     same_tensor(y, want)
@@ -142,9 +147,9 @@ def test_any_strides_and_nothing_at_all(ops: Any, device: Any) -> None:
 def test_indices_from_nowhere_read_nothing(ops: Any) -> None:
     """The CPU refuses them; a GPU's glue cannot look, so the rows are NaN."""
     w = weight(INTEGER_KINDS[0], 5, 8)
-    packed, layout = pack_cuda(w)
+    packed, sizes = pack(ops, w)
     perm = torch.tensor([0, 1, 2, 3, 4, 5, 6, 1 << 40])
-    y = ops.linear(torch.ones(2, 8), packed, None, None, None, None, perm, layout, 8, 5, -1, 1, 0)
+    y = ops.linear(torch.ones(2, 8), packed, None, None, None, None, perm, *sizes, 1, 0)
     assert y.isnan().all()
 
 

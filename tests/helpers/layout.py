@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 
 from helpers.reference import F32, NF4, Format, fma, group_edges, unstore
 
@@ -64,48 +61,63 @@ def pack(
     return packed
 
 
-def pack_cuda(w: Any) -> tuple[torch.Tensor, int]:
-    """A helpers.data.Weight in the CUDA layout, and its layout id."""
-    form, symmetric = w.kind.form, w.kind.symmetric
-    edges = group_edges(w.k, w.group_size)
-    padded = [up(end - begin, 32) for begin, end in edges]
-    starts = np.cumsum([0, *padded])
-    total = up(int(starts[-1]), 32 if form.bits == 8 else 64)
-    blocks = up(w.n, LANES) // LANES
-    codes = np.zeros((blocks * LANES, total), np.int64)
-    codes[:, :] = form.offset
-    for g, (begin, end) in enumerate(edges):
-        at = int(starts[g])
-        codes[: w.n, at : at + padded[g]] = w.zero[:, g : g + 1]
-        codes[: w.n, at : at + end - begin] = w.codes[:, begin:end]
-    # [block, half, g, chunk, t, e] to the order in which threads hold them
-    split = codes.reshape(blocks, 2, 8, total // 32, 4, 8)
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+CHUNK = 32  # k
+NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight k the nibbles of a word hold
+
+
+def cuda_place(form: Format, kp: int, lane: int) -> tuple[int, int]:
+    """Byte and bit of the code of padded k `kp`."""
+    chunk, e = kp // CHUNK, kp % 8
+    thread = lane % 8 * 4 + kp % CHUNK // 8
     if form.bits == 8:
-        body = split.transpose(0, 3, 2, 4, 1, 5) & 0xFF
-    else:
-        nibbles = split[..., [0, 2, 4, 6, 1, 3, 5, 7]]
-        words = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4)  # 4 bytes
-        words = words.reshape(blocks, 2, 8, total // 64, 2, 4, 4)
-        body = words.transpose(0, 3, 2, 5, 4, 1, 6)
-    parts = [body.reshape(blocks, total * LANES * form.bits // 8)]
+        return chunk * 512 + thread * 16 + lane // 8 * 8 + e, 0
+    word = chunk % 2 * 2 + lane // 8
+    bit = NIBBLES.index(e) * 4
+    return chunk // 2 * 512 + thread * 16 + word * 4 + bit // 8, bit % 8
 
-    def rows(values: np.ndarray) -> np.ndarray:  # [N, G, bytes] to [block, G * 16 * bytes]
-        wide = np.zeros((blocks * LANES, *values.shape[1:]), np.uint8)
-        wide[: w.n] = values
-        wide = wide.reshape(blocks, LANES, *values.shape[1:]).swapaxes(1, 2)
-        return wide.reshape(blocks, LANES * int(np.prod(values.shape[1:])))
 
-    scales = w.scale_tensor.reshape(-1).view(torch.uint8).numpy()
-    width = w.scale_tensor.element_size()
-    parts.append(rows(scales.reshape(w.n, len(edges), width)))
-    if not symmetric:
-        parts.append(rows((w.zero & 0xFF).astype(np.uint8)[..., None]))
-    column = np.zeros(w.n, F32)
-    for g, (begin, end) in enumerate(edges):
-        exact = w.codes[:, begin:end].sum(1) - w.zero[:, g] * (end - begin)
-        column = fma(exact.astype(F32), w.scale[:, g], column)
-    parts.append(rows(np.ascontiguousarray(column[:, None]).view(np.uint8).reshape(w.n, 1, 4)))
-    lines = [np.pad(p, ((0, 0), (0, up(p.shape[1], LINE) - p.shape[1]))) for p in parts]
-    packed = np.concatenate(lines, 1).astype(np.uint8)
-    scale_code = [torch.float32, torch.bfloat16, torch.float16].index(w.kind.scale_dtype)
-    return torch.from_numpy(packed), layout_id(form, scale_code, symmetric, device=2)
+def pack_cuda(
+    data: np.ndarray, scale: np.ndarray, scale_bytes: np.ndarray, zero: np.ndarray | None,
+    form: Format, cols: int, group_size: int,
+) -> np.ndarray:  # fmt: skip
+    """As pack, in the layout of CUDA."""
+    n = len(data)
+    codes = unstore(data, form, cols)
+    edges = group_edges(cols, group_size)
+    starts = np.cumsum([0, *(up(end - begin, CHUNK) for begin, end in edges)])
+    padded = up(int(starts[-1]), CHUNK if form.bits == 8 else 2 * CHUNK)
+    width = scale_bytes.shape[-1]
+
+    at_scales = padded * LANES * form.bits // 8
+    at_zeros = up(at_scales + len(edges) * LANES * width, LINE)
+    at_bias = up(at_zeros + (0 if zero is None else len(edges) * LANES), LINE)
+    total = up(at_bias + (0 if form is NF4 else LANES * 4), LINE)
+
+    packed = np.zeros((up(n, LANES) // LANES, total), np.uint8)
+    for row in range(up(n, LANES)):
+        block, lane, exists = packed[row // LANES], row % LANES, row < n
+        # What fills up stands for 0: also outputs that do not exist, whose zero points are 0.
+        fill = 7 if form is NF4 else form.offset if zero is None else 0
+        line = np.full(padded, fill)
+        column_sum = np.zeros((), F32)
+        for g, (begin, end) in enumerate(edges):
+            if not exists:
+                continue
+            middle = fill if zero is None else int(zero[row, g])
+            start = int(starts[g])
+            line[start:] = middle
+            line[start : start + end - begin] = codes[row, begin:end]
+            at = g * LANES + lane
+            block[at_scales + at * width :][:width] = scale_bytes[row, g]
+            if zero is not None:
+                block[at_zeros + at] = zero[row, g] & 0xFF
+            exact = int(codes[row, begin:end].sum()) - middle * (end - begin)
+            column_sum = fma(F32(exact), scale[row, g], column_sum)
+        for kp, code in enumerate(line):
+            byte, bit = cuda_place(form, kp, lane)
+            block[byte] |= (int(code) & (1 << form.bits) - 1) << bit
+        if form is not NF4:
+            block[at_bias + lane * 4 :][:4] = np.array([column_sum], F32).view(np.uint8)
+    return packed

@@ -1,4 +1,4 @@
-// What CUDA's compiler has built in, for g++: included before every .cu file that the emulator runs.
+// What CUDA's compiler has built in, for g++: included before every .cu file that is emulated.
 // A block's threads are fibers of one thread, and blocks run one after the other; see
 // docs/TESTING.md.
 #pragma once
@@ -74,8 +74,8 @@ void copy_async(void* to, const void* from, int bytes, int valid);
 void commit_async();
 void wait_async(int pending);
 
-// All 32 lanes of the warp meet in the same `op`; the last to come calls whole(lanes), where lanes[i]
-// is the argument of lane i, and then all go on.
+// All 32 lanes of the warp meet in the same `op`; the last to come calls whole(lanes), where
+// lanes[i] is the argument of lane i, and then all go on.
 void meet(const char* op, void* mine, const std::function<void(void* const*)>& whole);
 
 // ---- Instructions -------------------------------------------------------------------------------

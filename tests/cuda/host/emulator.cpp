@@ -11,7 +11,8 @@
 
 #include "cuda_host.h"
 
-// Saves the registers that a call preserves and the stack pointer, and takes those of another fiber.
+// Saves the registers that a call preserves and the stack pointer, and takes those of another
+// fiber.
 extern "C" void qkernels_switch(void** from, void* to);
 asm(R"(
 .text
@@ -235,8 +236,8 @@ void run(dim3 grid, dim3 size, int64_t shared_bytes, const std::function<void()>
     }
   } reset;
   block = &b;
-  // Every other block runs its threads from the last to the first, so that an order which no barrier
-  // enforces shows.
+  // Every other block runs its threads from the last to the first, so that an order which no
+  // barrier enforces shows.
   bool backwards = false;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {

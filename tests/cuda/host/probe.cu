@@ -1,12 +1,13 @@
-// Kernels for tests/cuda/test_emulator.py: what instructions compute, and mistakes that the emulator has
-// to notice.
+// Kernels for tests/cuda/test_emulator.py: what instructions compute, and mistakes that the emulator
+// has to notice.
 #include "cuda/ptx.cuh"
 #include "ops/checks.h"
 
 namespace qkernels::cuda {
 namespace {
 
-// Fills the fragments of a[16][k], b[8][k] (bytes; rows of 32) and d[16][8], as ptx.cuh describes them.
+// The fragments of a[16][k] and b[8][k] (rows of 32 bytes), as ptx.cuh describes them, and the
+// thread's place in d[16][8].
 struct Fragments {
   uint32_t a[4], b[2];
   int row, column;
