@@ -41,6 +41,7 @@ struct FakeQuantizeArgs {
   const void* scale;
   DType scale_type;
   const void* zero_point;  // null when symmetric, or chosen
+  bool float_zeros;  // zero points are float32 and count as the codes they round to; CUDA alone
   int64_t cols, groups, group_size;
   Format format;
   bool symmetric;
@@ -55,6 +56,7 @@ struct FakeBackwardArgs {
   const void* scale;
   DType scale_type;
   const void* zero_point;  // null when symmetric
+  bool float_zeros;        // as above
   float* scale_grad;       // [rows, groups], also of a shared scale
   float* zero_grad;        // the same, or null
   int64_t cols, groups, group_size;

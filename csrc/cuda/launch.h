@@ -10,6 +10,9 @@ namespace qkernels::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// `workspace` of quantize_workspace bytes.
+void quantize(const QuantizeArgs& args, int64_t rows, void* workspace, Stream stream);
+int64_t quantize_workspace(const QuantizeArgs& args, int64_t rows);
 void quantize_with(const QuantizeArgs& args, int64_t rows, Stream stream);
 void dequantize(const DequantizeArgs& args, int64_t rows, Stream stream);
 
@@ -22,6 +25,14 @@ void linear_int8(const LinearArgs& args, void* workspace, Stream stream);
 // scales.
 void pack_int8_columns(const int8_t* b, int64_t k_stride, int64_t n_stride, int64_t n,
                        const BlockShape& shape, uint8_t* packed, Stream stream);
+
+void fake_quantize(const FakeQuantizeArgs& args, int64_t rows, void* workspace, Stream stream);
+int64_t fake_quantize_workspace(const FakeQuantizeArgs& args, int64_t rows);
+void fake_quantize_backward(const FakeBackwardArgs& args, int64_t rows, Stream stream);
+// *sum = the sum of the values, in double and in order.
+void ordered_sum(const float* values, int64_t count, float* sum, Stream stream);
+
+void linear_backward_input(const BackwardArgs& args, Stream stream);
 
 void pack(const PackArgs& args, Stream stream);
 void unpack(const UnpackArgs& args, Stream stream);

@@ -341,6 +341,19 @@ QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
+// The same, and each matrix transposed: r[j] is column g, rows 2t and 2t + 1, of matrix j.
+QK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+#ifdef QKERNELS_HOST
+  host::check_shared("ldmatrix_x4_trans", row, 16);
+  host::ldmatrix_x4_trans(r, row);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+#endif
+}
+
 // d += A . B, k = 16.
 QK_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef QKERNELS_HOST

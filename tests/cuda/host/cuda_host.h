@@ -123,6 +123,7 @@ uint32_t reduce(const char* op, uint32_t value, F join) {
 
 uint32_t ballot(bool predicate);
 void ldmatrix_x4(uint32_t (&r)[4], const void* row);
+void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
 
 using Widen = float (*)(uint16_t);
 using Narrow = uint16_t (*)(float);
