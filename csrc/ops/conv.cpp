@@ -128,9 +128,8 @@ Tensor conv(const Tensor& x_any, const Tensor& packed_any, const std::optional<T
   if (groups < 1 || a.channels % groups != 0) {
     fail(op, "x has ", a.channels, " channels, which groups=", groups, " does not divide");
   }
-  const ConvWeight w =
-      check_conv_weight(op, layout_id, a.taps(), a.channels / groups, groups, out_channels,
-                        group_size);
+  const ConvWeight w = check_conv_weight(op, layout_id, a.taps(), a.channels / groups, groups,
+                                         out_channels, group_size);
   check_packed_shape(op, packed_any, w);
   a.depthwise = w.packing.depthwise;
   a.group_channels = w.packing.channels;
