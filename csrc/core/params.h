@@ -41,6 +41,7 @@ struct FakeQuantizeArgs {
   const void* scale;
   DType scale_type;
   const void* zero_point;  // null when symmetric, or chosen
+  bool float_zeros;  // zero points are float32 and count as the codes they round to; CUDA alone
   int64_t cols, groups, group_size;
   Format format;
   bool symmetric;
@@ -55,12 +56,34 @@ struct FakeBackwardArgs {
   const void* scale;
   DType scale_type;
   const void* zero_point;  // null when symmetric
+  bool float_zeros;        // as above
   float* scale_grad;       // [rows, groups], also of a shared scale
   float* zero_grad;        // the same, or null
   int64_t cols, groups, group_size;
   Format format;
   bool symmetric;
   bool shared_scale;
+};
+
+// Storage layout to packed blocks, and back.
+struct PackArgs {
+  const void* data;        // [n, row_bytes], storage layout
+  const void* scale;       // [n, groups], in the layout's type
+  const void* zero_point;  // [n, groups] or null
+  uint8_t* packed;         // [blocks, shape.bytes]
+  int64_t n, row_bytes;
+  Layout layout;
+  BlockShape shape;
+};
+
+struct UnpackArgs {
+  const uint8_t* packed;
+  void* data;
+  void* scale;
+  void* zero_point;
+  int64_t n, row_bytes;
+  Layout layout;
+  BlockShape shape;
 };
 
 // y[rows, n] = x[rows, k] . packed[n, k], in two steps. `prepare` turns rows of x into what the
@@ -80,6 +103,8 @@ struct LinearArgs {
   bool is_static;  // scale and zero point are given below, not chosen per row
   float static_scale;
   int static_zero_point;
+  const float* device_scale;        // the same for kernels on a GPU, in its memory
+  const int8_t* device_zero_point;  // null: 0
 
   const void* bias;  // [n] or null
   DType bias_type;
@@ -114,6 +139,15 @@ struct ImageCodes {
   bool plain;  // chosen for the image's own numbers: no quotient is NaN or far out of range
 };
 
+// Scale and zero point of a tensor of codes: numbers for kernels on a CPU, pointers for those on a
+// GPU, where a zero point that is null is 0.
+struct GivenCodes {
+  float scale = 1.0f;
+  int zero = 0;
+  const float* device_scale = nullptr;
+  const int8_t* device_zero = nullptr;
+};
+
 // A convolution with int8 weights and activations, in two steps. `conv_prepare` lays x out as
 // `image`: int8 codes with the channels innermost and zeros around and between, in a form that the
 // ISA chooses. `conv` reads the image. Spatial dimensions that x lacks come first and have size 1.
@@ -135,6 +169,8 @@ struct ConvArgs {
   DType x_type;   // i8: the codes themselves
   bool x_channels_last;
   bool symmetric;  // the codes of x
+  bool is_static;  // x_codes are given for all images, not chosen for each
+  GivenCodes x_codes;
 
   const uint8_t* packed;  // a group's blocks before the next one's
   BlockShape shape;
@@ -144,11 +180,13 @@ struct ConvArgs {
   DType bias_type;
   const void* residual;  // as y, in a type of its own, or null
   DType residual_type;   // i8: codes
+  GivenCodes residual_codes;
   float residual_scale;
   int residual_zero;
   Epilogue epilogue;
   void* y;       // [batch, out_channels, out]
   DType y_type;  // i8: codes
+  GivenCodes y_codes;
   float y_inverse;
   int y_zero;
   bool y_channels_last;
@@ -156,21 +194,21 @@ struct ConvArgs {
   const uint8_t* image;     // workspace, or x itself, [batch, grid, pixel_codes()] codes
   const ImageCodes* codes;  // [batch]
 
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
-  int64_t group_outputs() const { return out_channels / groups; }
+  QK_HD int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  QK_HD int64_t group_outputs() const { return out_channels / groups; }
   // Blocks of 16 outputs of a group; a depthwise convolution has one group for this purpose.
-  int64_t group_blocks() const {
+  QK_HD int64_t group_blocks() const {
     return ((depthwise ? out_channels : group_outputs()) + kLanes - 1) / kLanes;
   }
-  int64_t blocks() const { return depthwise ? group_blocks() : groups * group_blocks(); }
+  QK_HD int64_t blocks() const { return depthwise ? group_blocks() : groups * group_blocks(); }
   // Codes of a pixel of the image.
-  int64_t pixel_codes() const {
+  QK_HD int64_t pixel_codes() const {
     if (compact) return channels;
     return depthwise ? round_up(channels, kLanes) : groups * group_channels;
   }
-  int64_t row_codes() const { return round_up(kernel[2] * channels, 4); }
-  int64_t image_codes() const { return grid[0] * grid[1] * grid[2] * pixel_codes(); }
-  int64_t pixels() const { return out[0] * out[1] * out[2]; }  // of an image of y
+  QK_HD int64_t row_codes() const { return round_up(kernel[2] * channels, 4); }
+  QK_HD int64_t image_codes() const { return grid[0] * grid[1] * grid[2] * pixel_codes(); }
+  QK_HD int64_t pixels() const { return out[0] * out[1] * out[2]; }  // of an image of y
 };
 
 // The largest or the mean code of every window of an image of int8 codes. Spatial dimensions that x
@@ -218,6 +256,7 @@ struct LookupArgs {
 
 struct EmbeddingArgs {
   const int64_t* indices;
+  int64_t n;  // output features of the weight
   const uint8_t* packed;
   Layout layout;
   BlockShape shape;

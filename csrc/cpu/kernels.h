@@ -72,9 +72,6 @@ inline constexpr int64_t kBackwardColumns = 256;
 inline constexpr int64_t kBackwardStep = 64;
 inline constexpr int64_t kBackwardScratch = kBackwardColumns * (512 + 256 + 9);
 
-// Most taps of a convolution.
-inline constexpr int64_t kConvTaps = 1024;
-
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avxvnni_kernels();
@@ -96,27 +93,9 @@ extern const int kIsaCount;
 
 // ---- Packing: byte shuffles, the same for every ISA (pack.cpp) ----------------------------------
 
-struct PackArgs {
-  const void* data;        // [n, row_bytes], storage layout
-  const void* scale;       // [n, groups], in the layout's type
-  const void* zero_point;  // [n, groups] or null
-  uint8_t* packed;         // [blocks, shape.bytes]
-  int64_t n, row_bytes;
-  Layout layout;
-  BlockShape shape;
-};
 // Blocks [begin, end).
 void pack_blocks(const PackArgs&, int64_t begin, int64_t end);
 
-struct UnpackArgs {
-  const uint8_t* packed;
-  void* data;
-  void* scale;
-  void* zero_point;
-  int64_t n, row_bytes;
-  Layout layout;
-  BlockShape shape;
-};
 void unpack_blocks(const UnpackArgs&, int64_t begin, int64_t end);
 
 // Blocks of a packed convolution's weight [rows, taps of a row, channels filled up to 4] without

@@ -22,6 +22,19 @@ void for_format(Format format, const F& f) {
   }
 }
 
+// The same of the formats that a packed weight may have.
+template <class F>
+void for_packed(Format format, const F& f) {
+  switch (format) {
+    case Format::int8:
+      return f(std::integral_constant<Format, Format::int8>{});
+    case Format::int4:
+      return f(std::integral_constant<Format, Format::int4>{});
+    default:
+      return f(std::integral_constant<Format, Format::nf4>{});
+  }
+}
+
 // The same of the three float types.
 template <class F>
 void for_float(DType type, const F& f) {

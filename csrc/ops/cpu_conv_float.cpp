@@ -1,4 +1,5 @@
-// conv on the CPU where activations stay floats: gathered rows go through the matrix product.
+// conv on the CPU where activations stay floats: rows are gathered and go through the matrix
+// product.
 #include <algorithm>
 
 #include "cpu/kernels.h"
@@ -78,8 +79,9 @@ void run_depthwise_float(const ConvArgs& a, const ConvWeight& w) {
   std::vector<float> rows(a.channels * a.taps()), weight(rows.size());
   std::vector<int64_t> indices(a.channels);
   for (int64_t c = 0; c < a.channels; ++c) indices[c] = c;
-  kernels().embedding({indices.data(), a.packed, w.layout, w.shape, rows.data(), DType::f32}, 0,
-                      a.channels);
+  const EmbeddingArgs every{indices.data(), a.channels,  a.packed,  w.layout,
+                            w.shape,        rows.data(), DType::f32};
+  kernels().embedding(every, 0, a.channels);
   for (int64_t c = 0; c < a.channels; ++c) {
     for (int64_t tap = 0; tap < a.taps(); ++tap) {
       weight[tap * a.channels + c] = rows[c * a.taps() + tap];

@@ -68,6 +68,11 @@ class Kind:
     def layout(self) -> int:
         return _C.layout(self.form.code, FLOATS.index(self.scale_dtype), self.symmetric)
 
+    @property
+    def cuda_layout(self) -> int:
+        scale = FLOATS.index(self.scale_dtype)
+        return _C.layout(self.form.code, scale, self.symmetric, "cuda")
+
     def __str__(self) -> str:
         zero = "" if self.symmetric else "-asymmetric"
         return f"{self.form.name}{zero}-{str(self.scale_dtype).removeprefix('torch.')}"

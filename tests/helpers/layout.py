@@ -59,3 +59,65 @@ def pack(
         if form is not NF4:
             block[at_bias + lane * 4 :][:4] = np.array([column_sum], F32).view(np.uint8)
     return packed
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+CHUNK = 32  # k
+NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight k the nibbles of a word hold
+
+
+def cuda_place(form: Format, kp: int, lane: int) -> tuple[int, int]:
+    """Byte and bit of the code of padded k `kp`."""
+    chunk, e = kp // CHUNK, kp % 8
+    thread = lane % 8 * 4 + kp % CHUNK // 8
+    if form.bits == 8:
+        return chunk * 512 + thread * 16 + lane // 8 * 8 + e, 0
+    word = chunk % 2 * 2 + lane // 8
+    bit = NIBBLES.index(e) * 4
+    return chunk // 2 * 512 + thread * 16 + word * 4 + bit // 8, bit % 8
+
+
+def pack_cuda(
+    data: np.ndarray, scale: np.ndarray, scale_bytes: np.ndarray, zero: np.ndarray | None,
+    form: Format, cols: int, group_size: int,
+) -> np.ndarray:  # fmt: skip
+    """As pack, in the layout of CUDA."""
+    n = len(data)
+    codes = unstore(data, form, cols)
+    edges = group_edges(cols, group_size)
+    starts = np.cumsum([0, *(up(end - begin, CHUNK) for begin, end in edges)])
+    padded = up(int(starts[-1]), CHUNK if form.bits == 8 else 2 * CHUNK)
+    width = scale_bytes.shape[-1]
+
+    at_scales = padded * LANES * form.bits // 8
+    at_zeros = up(at_scales + len(edges) * LANES * width, LINE)
+    at_bias = up(at_zeros + (0 if zero is None else len(edges) * LANES), LINE)
+    total = up(at_bias + (0 if form is NF4 else LANES * 4), LINE)
+
+    packed = np.zeros((up(n, LANES) // LANES, total), np.uint8)
+    for row in range(up(n, LANES)):
+        block, lane, exists = packed[row // LANES], row % LANES, row < n
+        # What fills up stands for 0: also outputs that do not exist, whose zero points are 0.
+        fill = 7 if form is NF4 else form.offset if zero is None else 0
+        line = np.full(padded, fill)
+        column_sum = np.zeros((), F32)
+        for g, (begin, end) in enumerate(edges):
+            if not exists:
+                continue
+            middle = fill if zero is None else int(zero[row, g])
+            start = int(starts[g])
+            line[start:] = middle
+            line[start : start + end - begin] = codes[row, begin:end]
+            at = g * LANES + lane
+            block[at_scales + at * width :][:width] = scale_bytes[row, g]
+            if zero is not None:
+                block[at_zeros + at] = zero[row, g] & 0xFF
+            exact = int(codes[row, begin:end].sum()) - middle * (end - begin)
+            column_sum = fma(F32(exact), scale[row, g], column_sum)
+        for kp, code in enumerate(line):
+            byte, bit = cuda_place(form, kp, lane)
+            block[byte] |= (int(code) & (1 << form.bits) - 1) << bit
+        if form is not NF4:
+            block[at_bias + lane * 4 :][:4] = np.array([column_sum], F32).view(np.uint8)
+    return packed
