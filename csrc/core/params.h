@@ -103,6 +103,8 @@ struct LinearArgs {
   bool is_static;  // scale and zero point are given below, not chosen per row
   float static_scale;
   int static_zero_point;
+  const float* device_scale;        // the same for kernels on a GPU, in its memory
+  const int8_t* device_zero_point;  // null: 0
 
   const void* bias;  // [n] or null
   DType bias_type;
@@ -150,6 +152,9 @@ struct ConvArgs {
   // 0; a depthwise weight as [channels, taps].
   bool depthwise;
   int64_t group_channels;
+  // Fewer than 4 channels, side by side in image and weight: a row of the kernel is one of
+  // row_codes() codes. The last ones belong to what follows in the image, and have weight 0.
+  bool compact;
 
   const void* x;  // [batch, channels, in]
   DType x_type;   // i8: the codes themselves
@@ -173,7 +178,7 @@ struct ConvArgs {
   int y_zero;
   bool y_channels_last;
 
-  uint8_t* image;           // workspace, [batch, grid, pixel_codes()] codes
+  const uint8_t* image;     // workspace, or x itself, [batch, grid, pixel_codes()] codes
   const ImageCodes* codes;  // [batch]
 
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
@@ -185,8 +190,10 @@ struct ConvArgs {
   int64_t blocks() const { return depthwise ? group_blocks() : groups * group_blocks(); }
   // Codes of a pixel of the image.
   int64_t pixel_codes() const {
+    if (compact) return channels;
     return depthwise ? round_up(channels, kLanes) : groups * group_channels;
   }
+  int64_t row_codes() const { return round_up(kernel[2] * channels, 4); }
   int64_t image_codes() const { return grid[0] * grid[1] * grid[2] * pixel_codes(); }
   int64_t pixels() const { return out[0] * out[1] * out[2]; }  // of an image of y
 };

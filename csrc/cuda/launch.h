@@ -16,6 +16,16 @@ int64_t quantize_workspace(const QuantizeArgs& args, int64_t rows);
 void quantize_with(const QuantizeArgs& args, int64_t rows, Stream stream);
 void dequantize(const DequantizeArgs& args, int64_t rows, Stream stream);
 
+// linear with int8 activations, and int_mm (x and y int8 and int32). The workspace is on the device
+// and starts on 256 bytes.
+int64_t linear_int8_workspace(const LinearArgs& args);
+void linear_int8(const LinearArgs& args, void* workspace, Stream stream);
+
+// Codes of b [k, n], elements `k_stride` and `n_stride` apart, packed as an int8 weight [n, k] without
+// scales.
+void pack_int8_columns(const int8_t* b, int64_t k_stride, int64_t n_stride, int64_t n,
+                       const BlockShape& shape, uint8_t* packed, Stream stream);
+
 void fake_quantize(const FakeQuantizeArgs& args, int64_t rows, void* workspace, Stream stream);
 int64_t fake_quantize_workspace(const FakeQuantizeArgs& args, int64_t rows);
 void fake_quantize_backward(const FakeBackwardArgs& args, int64_t rows, Stream stream);

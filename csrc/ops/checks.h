@@ -143,11 +143,14 @@ inline void check_zero_points(const char* op, const Tensor& zero_point, Format f
 }
 
 // Scale and zero point of a whole tensor.
-inline float read_scale(const char* op, const char* name, const Tensor& t) {
-  check_dtype(op, name, t, ScalarType::Float);
+inline void check_single(const char* op, const char* name, const Tensor& t, ScalarType type) {
+  check_dtype(op, name, t, type);
   if (t.numel() != 1) {
     fail(op, name, " must have one element (per tensor), got ", shape_text(t));
   }
+}
+inline float read_scale(const char* op, const char* name, const Tensor& t) {
+  check_single(op, name, t, ScalarType::Float);
   const float scale = *t.const_data_ptr<float>();
   if (!(scale >= kSmallestScale && scale < INFINITY)) {
     fail(op, name, " must be a positive, finite, normal number, got ", scale, "; calibrate again");
@@ -155,10 +158,7 @@ inline float read_scale(const char* op, const char* name, const Tensor& t) {
   return scale;
 }
 inline int read_zero_point(const char* op, const char* name, const Tensor& t) {
-  check_dtype(op, name, t, ScalarType::Char);
-  if (t.numel() != 1) {
-    fail(op, name, " must have one element (per tensor), got ", shape_text(t));
-  }
+  check_single(op, name, t, ScalarType::Char);
   return *t.const_data_ptr<int8_t>();
 }
 

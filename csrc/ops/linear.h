@@ -2,11 +2,18 @@
 #pragma once
 
 #include "core/params.h"
+#include "ops/torch_api.h"
 
 namespace qkernels {
 
-// Allocates the workspace and computes y on torch's threads. Everything in the arguments is set but
-// the workspace.
+// Allocates the workspace and computes y: on a CPU on torch's threads, on a GPU in the order of the
+// current stream. Everything in the arguments is set but the workspace.
 void run_linear(const LinearArgs& whole);
+
+// The part of it for int8 activations, on a GPU.
+void run_linear_int8(const LinearArgs& args);
+
+// Packs b, int8 [k, n], as a weight of int8 [n, k] without scales.
+void run_pack_columns(const Tensor& b, const BlockShape& shape, uint8_t* packed);
 
 }  // namespace qkernels

@@ -51,6 +51,9 @@ namespace qkernels::host {
 // Runs `thread` for every thread of every block, and throws what went wrong.
 void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()>& thread);
 
+// QKERNELS_HOST_MULTIPROCESSORS, which says how large a device the kernels are chosen for.
+int multiprocessors();
+
 // The running thread.
 struct Place {
   dim3 thread, block, block_size, grid;

@@ -1,0 +1,404 @@
+// y = x . W with 16-bit x, by mma.m16n8k16: outputs are the 16 rows of a tensor core's tile and rows
+// of x its 8 columns, so few rows waste little.
+//
+// A team goes along k in steps of 64. Of x, scales and zero points it keeps kStages steps in a ring in
+// shared memory, filled in the background; of the weight each warp keeps kDepth steps in registers,
+// since no other warp wants them. Products of a group are summed up by the tensor cores; the group's
+// scale is applied once, to the sums. See linear_float.h for the order of sums.
+//
+//   GEMV: a team is a warp, and the warps of a thread block have a slice of k each.
+//   GEMM: a team is a thread block, whose warps have outputs of their own. It does all slices, or
+//         (cuts > 1) one.
+#pragma once
+
+#include "cuda/fragments.cuh"
+#include "cuda/linear_float.h"
+
+namespace qkernels::cuda {
+
+struct FloatKernelArgs {
+  const uint16_t* x;  // [rows, ld]; zeros where the weight is padding
+  int64_t ld, rows, n;
+  const uint8_t* packed;
+  int64_t row_bytes, scales, zeros;
+  DType scale_type;
+  bool asymmetric;
+  int zero;  // of all groups, when symmetric
+  int chunks, groups, group_chunks;
+  int steps, slices, slice_steps, cuts;
+  int row_tiles;
+  LevelBytes levels;  // of nf4
+  float* sums;        // [cuts, rows, n], instead of y; or null
+  const void* bias;
+  DType bias_type;
+  Epilogue epilogue;
+  void* y;  // [rows, n], of x's type
+};
+
+template <Format kFormat_, DType kType_, int kBlocks_, int kTiles_, int kWarps_, bool kGemv_>
+struct FloatTile {
+  static constexpr Format kFormat = kFormat_;
+  static constexpr DType kType = kType_;
+  static constexpr int kBlocks = kBlocks_, kTiles = kTiles_;  // of a warp
+  static constexpr bool kGemv = kGemv_;
+  static constexpr int kTeamBlocks = kBlocks * kWarps_;
+  static constexpr int kTeam = kWarp * kWarps_;  // threads
+  static constexpr int kRows = 8 * kTiles;
+  // A GEMV's block has a warp for each of up to 16 slices; with four blocks of outputs, up to 4.
+  static constexpr int kMaxThreads = !kGemv ? kTeam : kBlocks == 1 ? 16 * kWarp : 4 * kWarp;
+  // The largest tile needs all registers, the other GEMMs have two blocks on a multiprocessor.
+  static constexpr int kMinBlocks = kGemv && kBlocks == 1 || kTiles == 8 ? 1 : 2;
+
+  static constexpr int kUnits = info(kFormat).bits == 8 ? 2 : 1;  // 16-byte loads in a step
+  static constexpr int kStages = kTiles == 8 ? 3 : 4;
+  // Steps of the largest tile are so long that one ahead is enough.
+  static constexpr int kDepth = kTiles == 8 ? 2 / kUnits : kBlocks == 1 ? 4 : 4 / kUnits;
+
+  // Of a step: x, then for each block two groups' scales and two groups' zero points.
+  static constexpr int kScaleBytes = kLanes * 4;
+  static constexpr int kBlockBytes = 2 * (kScaleBytes + kLanes);
+  static constexpr int kStageBytes = kRows * 128 + kTeamBlocks * kBlockBytes;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kSumBytes = kBlocks * kTiles * 4 * 4;  // of a thread
+};
+
+// Which group the next chunk of 32 k belongs to, and how far its ends are.
+struct GroupCursor {
+  int group, chunks_left, steps_left;  // of the slice
+
+  QK_DEVICE GroupCursor(const FloatKernelArgs& a, int step)
+      : group(2 * step / a.group_chunks),
+        chunks_left(a.group_chunks - 2 * step % a.group_chunks),
+        steps_left(a.slice_steps - step % a.slice_steps) {}
+  QK_DEVICE bool group_ends() const { return chunks_left == 1; }
+  QK_DEVICE bool slice_ends() const { return steps_left == 1; }
+  QK_DEVICE void next_chunk(const FloatKernelArgs& a) {
+    if (--chunks_left == 0) {
+      ++group;
+      chunks_left = a.group_chunks;
+    }
+  }
+  QK_DEVICE void next_step(const FloatKernelArgs& a) {
+    if (--steps_left == 0) steps_left = a.slice_steps;
+  }
+};
+
+// Writes y of a row and output, or the sum alone.
+template <DType kType>
+QK_DEVICE void finish(const FloatKernelArgs& a, int64_t cut, int64_t row, int64_t output,
+                      float sum) {
+  if (a.sums != nullptr) {
+    a.sums[(cut * a.rows + row) * a.n + output] = sum;
+    return;
+  }
+  const float bias = a.bias == nullptr ? 0.0f : load_float(a.bias, a.bias_type, output);
+  store_element<kType>(a.y, row * a.n + output, apply_epilogue(sum + bias, a.epilogue));
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
+    linear_float_kernel(const FloatKernelArgs a) {
+  using C = Codes<T::kFormat, T::kType>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int g = lane / 4, t = lane % 4;
+  const int member = T::kGemv ? lane : static_cast<int>(threadIdx.x);
+
+  const int row_tile = static_cast<int>(blockIdx.x) % a.row_tiles;
+  const int64_t team_block =
+      static_cast<int64_t>(static_cast<int>(blockIdx.x) / a.row_tiles) * T::kTeamBlocks;
+  const int64_t last_block = (a.n + kLanes - 1) / kLanes - 1;
+  const int64_t block = team_block + (T::kGemv ? 0 : warp * T::kBlocks);
+  const int64_t first_row = static_cast<int64_t>(row_tile) * T::kRows;
+  const int rows = static_cast<int>(min(a.rows - first_row, static_cast<int64_t>(T::kRows)));
+
+  const int cut = T::kGemv ? warp : static_cast<int>(blockIdx.y);
+  const int begin = cut * a.slice_steps;
+  const int end = !T::kGemv && a.cuts == 1 ? a.steps : min(a.steps, begin + a.slice_steps);
+
+  uint8_t* shared = shared_memory<uint8_t>();
+  uint8_t* ring = shared + (T::kGemv ? warp * T::kRingBytes : 0);
+
+  // ---- Into the ring ----
+  // A row of a step is a line of eight 16-byte pieces. Odd rows have the halves of their line swapped:
+  // the eight threads that read together want the same half of an even and an odd row, and so meet
+  // in no bank.
+  const int piece = member % 8;
+  constexpr int kCopies = T::kRows * 8 / T::kTeam;
+  const uint16_t* source[kCopies];
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) {
+    const int row = member / 8 + i * (T::kTeam / 8);
+    source[i] = a.x + (first_row + min(row, rows - 1)) * a.ld + piece * 8;
+  }
+  const int copy_to = member / 8 * 128 + (piece ^ member / 8 % 2 * 4) * 16;
+  // Four threads to a block fetch its scales and zero points, four lanes each.
+  const int quarter = member % 4;
+  const uint8_t* meta =
+      a.packed + min(team_block + member / 4, last_block) * a.row_bytes;
+  const int meta_to = T::kRows * 128 + member / 4 * T::kBlockBytes;
+
+  auto fetch_scale = [&](uint8_t* to, int group) {
+    const int64_t at = static_cast<int64_t>(min(group, a.groups - 1)) * kLanes + quarter * 4;
+    if (a.scale_type == DType::f32) {
+      cp_async<16>(to + quarter * 16, meta + a.scales + at * 4);
+    } else {
+      cp_async<8>(to + quarter * 8, meta + a.scales + at * 2);
+    }
+  };
+  auto fetch_zero = [&](uint8_t* to, int group) {
+    const int64_t at = static_cast<int64_t>(min(group, a.groups - 1)) * kLanes + quarter * 4;
+    cp_async<4>(to + quarter * 4, meta + a.zeros + at);
+  };
+  GroupCursor ahead(a, begin);
+  auto fill = [&](int step, int stage) {
+    if (step < end) {
+      uint8_t* to = ring + stage * T::kStageBytes;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        // Few rows are not worth filling a tile up; many read a row twice.
+        if (T::kTiles > 1 || member / 8 + i * (T::kTeam / 8) < rows) {
+          cp_async<16>(to + copy_to + i * (T::kTeam / 8) * 128,
+                       source[i] + static_cast<int64_t>(step) * kStep);
+        }
+      }
+      const bool mine = member < T::kTeamBlocks * 4;
+      uint8_t* scale_to = to + meta_to;
+      uint8_t* zero_to = scale_to + 2 * T::kScaleBytes;
+      if (mine && ahead.group_ends()) fetch_scale(scale_to, ahead.group);
+      if (mine && a.asymmetric) fetch_zero(zero_to, ahead.group);
+      ahead.next_chunk(a);
+      if (mine && (ahead.group_ends() || ahead.slice_ends() || step + 1 == end)) {
+        fetch_scale(scale_to + T::kScaleBytes, ahead.group);
+      }
+      if (mine && a.asymmetric) fetch_zero(zero_to + kLanes, ahead.group);
+      ahead.next_chunk(a);
+      ahead.next_step(a);
+    }
+    cp_async_commit();
+  };
+
+  // ---- Into registers ----
+  const uint8_t* weight[T::kBlocks];
+#pragma unroll
+  for (int r = 0; r < T::kBlocks; ++r) {
+    weight[r] = a.packed + min(block + r, last_block) * a.row_bytes + lane * 16;
+  }
+  uint4 words[T::kDepth][T::kBlocks][T::kUnits];
+  auto load = [&](uint4(&w)[T::kBlocks][T::kUnits], int step, int u) {
+    if (step >= end) return;
+    const int unit = step * T::kUnits + u;
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+      // An odd number of int8 chunks ends in the middle of a step.
+      w[r][u] = T::kUnits == 1 || unit < a.chunks
+                    ? load_stream_128(weight[r] + static_cast<int64_t>(unit) * kCudaUnit)
+                    : make_uint4(0, 0, 0, 0);
+    }
+  };
+
+  // ---- Products ----
+  float products[T::kBlocks][T::kTiles][4] = {}, sums[T::kBlocks][T::kTiles][4] = {};
+  typename C::Zero zero[T::kBlocks][2];
+#pragma unroll
+  for (int r = 0; r < T::kBlocks; ++r) zero[r][0] = zero[r][1] = C::zero(a.zero);
+  // With one tile, columns without a row of x read the last row's; the results go nowhere.
+  const int x_from = (T::kTiles == 1 ? min(g, rows - 1) : g) * 128;
+  const int x_swap = (T::kTiles == 1 ? min(g, rows - 1) : g) % 2 * 4;
+  const int my_meta = T::kRows * 128 + (T::kGemv ? 0 : warp * T::kBlocks) * T::kBlockBytes;
+
+  auto fold = [&](const uint8_t* scales) {
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+      const uint8_t* at = scales + r * T::kBlockBytes;
+      const float scale[2] = {load_float(at, a.scale_type, g), load_float(at, a.scale_type, g + 8)};
+#pragma unroll
+      for (int j = 0; j < T::kTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[r][j][i] = std::fma(products[r][j][i], scale[i / 2], sums[r][j][i]);
+          products[r][j][i] = 0.0f;
+        }
+      }
+    }
+  };
+
+  // Half 0 or 1 of a step: a chunk of 32 k, which is two products of 16.
+  auto operands = [&](uint32_t(&left)[T::kBlocks][2][4], const uint4(&w)[T::kBlocks][T::kUnits],
+                      int half) {
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+      const uint4 unit = w[r][T::kUnits == 1 ? 0 : half];
+      uint32_t pairs[2][4];
+      if constexpr (T::kUnits == 1) {
+        const uint32_t low[1] = {half == 0 ? unit.x : unit.z};
+        const uint32_t high[1] = {half == 0 ? unit.y : unit.w};
+        C::pairs(pairs[0], low, zero[r][0], a.levels);
+        C::pairs(pairs[1], high, zero[r][1], a.levels);
+      } else {
+        C::pairs(pairs[0], {unit.x, unit.y}, zero[r][0], a.levels);
+        C::pairs(pairs[1], {unit.z, unit.w}, zero[r][1], a.levels);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) left[r][i / 4][i % 4] = pairs[i % 2][i / 2];
+    }
+  };
+  auto multiply = [&](const uint8_t* stage, const uint32_t(&left)[T::kBlocks][2][4], int half) {
+    const uint8_t* x = stage + x_from + ((half * 4 + t) ^ x_swap) * 16;
+#pragma unroll
+    for (int j = 0; j < T::kTiles; ++j) {
+      const uint4 b = load_shared_128(x + j * 8 * 128);
+#pragma unroll
+      for (int r = 0; r < T::kBlocks; ++r) {
+        mma_float<T::kType>(products[r][j], left[r][0], b.x, b.y);
+      }
+#pragma unroll
+      for (int r = 0; r < T::kBlocks; ++r) {
+        mma_float<T::kType>(products[r][j], left[r][1], b.z, b.w);
+      }
+    }
+  };
+  auto zero_points = [&](const uint8_t* zeros) {
+    if (!a.asymmetric) return;
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+      for (int i = 0; i < 2; ++i) {
+        const uint8_t byte = zeros[r * T::kBlockBytes + g + 8 * i];
+        zero[r][i] = C::zero(T::kFormat == Format::int8 ? static_cast<int8_t>(byte) : byte & 15);
+      }
+    }
+  };
+
+  // Sums of the slices before this one wait in shared memory, a column for each thread.
+  float* parked = reinterpret_cast<float*>(shared + T::kRingBytes) + threadIdx.x;
+  auto end_slice = [&](bool first, bool last) {
+#pragma unroll
+    for (int i = 0; i < T::kBlocks * T::kTiles * 4; ++i) {
+      float& sum = sums[i / (T::kTiles * 4)][i / 4 % T::kTiles][i % 4];
+      if (!first) sum = parked[i * T::kTeam] + sum;
+      if (last) continue;
+      parked[i * T::kTeam] = sum;
+      sum = 0.0f;
+    }
+  };
+
+#pragma unroll
+  for (int i = 0; i < T::kStages - 1; ++i) fill(begin + i, i);
+#pragma unroll
+  for (int d = 0; d < T::kDepth; ++d) {
+#pragma unroll
+    for (int u = 0; u < T::kUnits; ++u) load(words[d], begin + d, u);
+  }
+  GroupCursor here(a, begin);
+  int stage = 0, freed = T::kStages - 1;
+  for (int base = begin; base < end; base += T::kDepth) {
+#pragma unroll
+    for (int d = 0; d < T::kDepth; ++d) {
+      const int step = base + d;
+      if (step >= end) break;
+      cp_async_wait<T::kStages - 2>();
+      // What others copied is here, and what was read in the last step may be written.
+      if constexpr (T::kGemv) {
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
+      fill(step + T::kStages - 1, freed);
+      const uint8_t* at = ring + stage * T::kStageBytes;
+      const uint8_t* scales = at + my_meta;
+      const uint8_t* zeros = scales + 2 * T::kScaleBytes;
+      uint32_t left[T::kBlocks][2][4];
+      zero_points(zeros);
+      operands(left, words[d], 0);
+      if (T::kUnits == 2) load(words[d], step + T::kDepth, 0);
+      multiply(at, left, 0);
+      if (here.group_ends()) fold(scales);
+      here.next_chunk(a);
+      zero_points(zeros + kLanes);
+      operands(left, words[d], 1);
+      load(words[d], step + T::kDepth, T::kUnits - 1);
+      multiply(at, left, 1);
+      const bool slice_ends = here.slice_ends() || step + 1 == end;
+      if (here.group_ends() || slice_ends) fold(scales + T::kScaleBytes);
+      if (!T::kGemv && slice_ends) {
+        const bool first = step < begin + a.slice_steps, last = step + 1 == end;
+        if (!(first && last)) end_slice(first, last);
+      }
+      here.next_chunk(a);
+      here.next_step(a);
+      freed = stage;
+      stage = stage + 1 == T::kStages ? 0 : stage + 1;
+    }
+  }
+  cp_async_wait<0>();
+
+  // ---- Out ----
+  if constexpr (!T::kGemv) {
+#pragma unroll
+    for (int i = 0; i < T::kBlocks * T::kTiles * 4; ++i) {
+      const int r = i / (T::kTiles * 4), j = i / 4 % T::kTiles;
+      const int row = j * 8 + t * 2 + i % 2;
+      const int64_t output = (block + r) * kLanes + g + i % 4 / 2 * 8;
+      if (row < rows && output < a.n) {
+        finish<T::kType>(a, cut, first_row + row, output, sums[r][j][i % 4]);
+      }
+    }
+  } else {
+    float* slices = shared_memory<float>();
+    constexpr int kSums = T::kBlocks * 4 * kWarp;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < T::kBlocks * 4; ++i) {
+      slices[warp * kSums + i * kWarp + lane] = sums[i / 4][0][i % 4];
+    }
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kSums; i += static_cast<int>(blockDim.x)) {
+      const int row = lane % 4 * 2 + i / kWarp % 2;
+      const int64_t output =
+          (block + i / (4 * kWarp)) * kLanes + lane / 4 + i / kWarp % 4 / 2 * 8;
+      if (row >= rows || output >= a.n) continue;
+      float sum = slices[i];
+      for (int slice = 1; slice < a.slices; ++slice) sum = sum + slices[slice * kSums + i];
+      finish<T::kType>(a, 0, row, output, sum);
+    }
+  }
+}
+
+template <class T>
+void launch_tile(const FloatKernelArgs& a, Stream stream) {
+  const int64_t blocks = (a.n + kLanes - 1) / kLanes;
+  const int64_t columns = (blocks + T::kTeamBlocks - 1) / T::kTeamBlocks;
+  const unsigned warps = T::kGemv ? static_cast<unsigned>(a.slices) : T::kTeam / kWarp;
+  int64_t bytes = T::kRingBytes;
+  if (T::kGemv) bytes = warps * max(bytes, static_cast<int64_t>(T::kBlocks * 4 * kWarp * 4));
+  if (!T::kGemv && a.cuts == 1 && a.slices > 1) bytes += T::kTeam * T::kSumBytes;
+  const dim3 grid(static_cast<unsigned>(columns * a.row_tiles), static_cast<unsigned>(a.cuts));
+  launch(linear_float_kernel<T>, grid, warps * kWarp, bytes, stream, a);
+}
+
+template <Format kFormat, DType kType>
+void launch_plan(const FloatPlan& plan, const FloatKernelArgs& a, Stream stream) {
+  if (plan.gemv) {
+    plan.blocks == 4 ? launch_tile<FloatTile<kFormat, kType, 4, 1, 1, true>>(a, stream)
+                     : launch_tile<FloatTile<kFormat, kType, 1, 1, 1, true>>(a, stream);
+  } else if (plan.tiles == 2) {
+    launch_tile<FloatTile<kFormat, kType, 2, 2, 4, false>>(a, stream);
+  } else if (plan.tiles == 4) {
+    launch_tile<FloatTile<kFormat, kType, 2, 4, 4, false>>(a, stream);
+  } else {
+    launch_tile<FloatTile<kFormat, kType, 2, 8, 8, false>>(a, stream);
+  }
+}
+
+// One source file for each type of x, to be compiled beside each other.
+template <DType kType>
+void launch_format(Format format, const FloatPlan& plan, const FloatKernelArgs& a, Stream stream) {
+  if (format == Format::int8) return launch_plan<Format::int8, kType>(plan, a, stream);
+  if (format == Format::int4) return launch_plan<Format::int4, kType>(plan, a, stream);
+  launch_plan<Format::nf4, kType>(plan, a, stream);
+}
+
+void linear_bf16(Format format, const FloatPlan& plan, const FloatKernelArgs& a, Stream stream);
+void linear_f16(Format format, const FloatPlan& plan, const FloatKernelArgs& a, Stream stream);
+
+}  // namespace qkernels::cuda

@@ -1,0 +1,133 @@
+// linear with float activations: what runs for which shape. Plain C++, so that `explain` can ask.
+#pragma once
+
+#include "core/params.h"
+#include "cuda/launch.h"
+
+namespace qkernels::cuda {
+
+// A kernel goes along k in steps, which are what a 128-byte line of 16-bit x holds.
+inline constexpr int64_t kStep = 64;
+
+// Rows of x up to which warps share out k instead of outputs.
+inline constexpr int64_t kGemvRows = 8;
+
+// Of a large GPU (A100: 108, H100 and RTX 4090: 128 or more). Only speed depends on it.
+inline constexpr int64_t kMultiprocessors = 128;
+
+// K is cut into slices of consecutive steps. Each is summed up from 0, in order, and then their sums
+// are added in order. That is what a result's bits depend on, and so the cut may depend on N and K
+// alone: never on the number of rows, the kernel, or the GPU.
+struct Slices {
+  int64_t count;
+  int64_t steps;  // of each but the last
+};
+
+inline Slices slices_of(int64_t n, const BlockShape& shape) {
+  const int64_t steps = (shape.k_padded + kStep - 1) / kStep;
+  const int64_t blocks = (n + kLanes - 1) / kLanes;
+  // So many warps that together they have enough loads in flight, 16 for each multiprocessor, but
+  // each with work for a while.
+  int64_t count = 1;
+  while (count < 16 && count * blocks < 16 * kMultiprocessors && count * 8 <= steps) count *= 2;
+  const int64_t each = steps == 0 ? 1 : (steps + count - 1) / count;
+  return {steps == 0 ? 1 : (steps + each - 1) / each, each};
+}
+
+// Products with float32 x have 24-bit significands, a tensor core's have 8 with bfloat16. So x is
+// split into three bfloat16 that add up to it, without error, and each makes a row of its own; so are
+// the levels of nf4. Codes less their zero point fit as they are.
+inline constexpr int64_t kParts = 3;
+
+struct FloatPlan {
+  Slices slices;
+  int64_t parts;   // rows of the panel for each row of x
+  int64_t levels;  // times that the weight is read, each time with other levels
+  int64_t rows;    // of x at a time; more are done in turns
+  bool panel;      // x must be copied to be read: permuted, padded, split, or not on a line
+  bool gemv;
+  int blocks;    // of 16 outputs, of a warp
+  int tiles;     // of 8 rows, of a warp
+  int warps;     // that share the rows of x, with outputs of their own
+  int64_t cuts;  // blocks of threads that share out the slices of an output
+  // Slice sums go to memory and are added up by a second kernel.
+  bool partial() const { return cuts > 1 || parts > 1; }
+};
+
+// Sums that wait in memory for the second kernel, at most.
+inline constexpr int64_t kMostSums = int64_t{1} << 26;
+
+inline FloatPlan float_plan(const LinearArgs& a) {
+  FloatPlan p{};
+  const bool wide = a.x_type == DType::f32;
+  const BlockShape& s = a.shape;
+  const int64_t blocks = (a.n + kLanes - 1) / kLanes;
+  p.slices = slices_of(a.n, s);
+  p.parts = wide ? kParts : 1;
+  p.levels = wide && a.layout.format == Format::nf4 ? kParts : 1;
+  p.panel = wide || a.premul != nullptr || a.perm != nullptr || s.k != s.k_padded ||
+            s.k % kStep != 0 || (s.groups > 1 && s.group_size != s.group_padded) ||
+            reinterpret_cast<uintptr_t>(a.x) % 16 != 0;
+  p.rows = a.rows;
+  if (wide) {
+    const int64_t each = a.n * p.parts * p.levels * p.slices.count;
+    p.rows = each * p.rows <= kMostSums ? p.rows : each >= kMostSums ? 1 : kMostSums / each;
+  }
+  const int64_t rows = p.rows * p.parts;
+  p.gemv = rows <= kGemvRows;
+  if (p.gemv) {
+    // A warp that reads x for four blocks of outputs needs less of it from the cache, but there must
+    // be warps enough.
+    p.blocks = rows > 2 && blocks >= 4 * kMultiprocessors ? 4 : 1;
+    p.tiles = 1;
+    p.warps = 1;
+    p.cuts = 1;
+    return p;
+  }
+  p.blocks = 2;
+  auto choose = [&](int tiles) {
+    p.tiles = tiles;
+    p.warps = tiles == 8 ? 8 : 4;
+    const int64_t columns = (blocks + p.blocks * p.warps - 1) / (p.blocks * p.warps);
+    return columns * ((rows + 8 * tiles - 1) / (8 * tiles)) >= kMultiprocessors * 3 / 4;
+  };
+  // The largest tile that fills the GPU; or tiles of less rows, or else with k cut up.
+  const int natural = rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+  p.cuts = 1;
+  if (choose(natural) || (natural > 2 && choose(natural / 2))) return p;
+  choose(natural);
+  p.cuts = p.slices.count;
+  return p;
+}
+
+// What a call needs besides its arguments.
+struct FloatWorkspace {
+  int64_t panel_bytes;  // LinearArgs::panel
+  int64_t sums;         // floats
+};
+
+inline FloatWorkspace linear_float_workspace(const LinearArgs& a) {
+  const FloatPlan p = float_plan(a);
+  const int64_t rows = p.rows * p.parts;
+  // Of float32 x the last turn may have less rows, and so more cuts.
+  const int64_t sums = p.levels * (p.parts > 1 ? p.slices.count : p.cuts);
+  return {p.panel ? rows * round_up(a.shape.k_padded, kStep) * 2 : 0,
+          p.partial() ? sums * rows * a.n : 0};
+}
+
+// The kernel's name, which depends on the format and type of x, and whether there are few rows.
+inline const char* linear_float_name(Format format, DType x_type, int64_t rows) {
+  constexpr const char* kNames[][4] = {
+      {"mma_w8a16_gemm", "mma_w8a16_gemv", "mma_w8a16_gemm_f32x3", "mma_w8a16_gemv_f32x3"},
+      {"mma_w4a16_gemm", "mma_w4a16_gemv", "mma_w4a16_gemm_f32x3", "mma_w4a16_gemv_f32x3"},
+      {"mma_nf4a16_gemm", "mma_nf4a16_gemv", "mma_nf4a16_gemm_f32x3", "mma_nf4a16_gemv_f32x3"},
+  };
+  const bool wide = x_type == DType::f32;
+  const bool few = rows * (wide ? kParts : 1) <= kGemvRows;
+  return kNames[static_cast<int>(format)][wide * 2 + few];
+}
+
+// y = f(x . W + bias); `sums` and args.panel as linear_float_workspace says.
+void linear_float(const LinearArgs& args, float* sums, Stream stream);
+
+}  // namespace qkernels::cuda

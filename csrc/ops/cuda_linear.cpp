@@ -1,0 +1,26 @@
+// How a GPU runs linear.
+#include "cuda/linear_float.h"
+#include "ops/device.h"
+#include "ops/linear.h"
+
+namespace qkernels {
+
+void run_linear(const LinearArgs& args) {
+  if (args.rows == 0 || args.n == 0) return;
+  if (args.activation != Activation::float_) return run_linear_int8(args);
+  const cuda::FloatWorkspace needed = cuda::linear_float_workspace(args);
+  LinearArgs a = args;
+  std::optional<Tensor> panel, partial;
+  if (needed.panel_bytes > 0) {
+    panel = workspace_on_device(needed.panel_bytes);
+    a.panel = panel->mutable_data_ptr<uint8_t>();
+  }
+  float* sums = nullptr;
+  if (needed.sums > 0) {
+    partial = workspace_on_device(needed.sums * static_cast<int64_t>(sizeof(float)));
+    sums = reinterpret_cast<float*>(partial->mutable_data_ptr<uint8_t>());
+  }
+  cuda::linear_float(a, sums, current_stream());
+}
+
+}  // namespace qkernels
