@@ -139,6 +139,15 @@ struct ImageCodes {
   bool plain;  // chosen for the image's own numbers: no quotient is NaN or far out of range
 };
 
+// Scale and zero point of a tensor of codes: numbers for kernels on a CPU, pointers for those on a
+// GPU, where a zero point that is null is 0.
+struct GivenCodes {
+  float scale = 1.0f;
+  int zero = 0;
+  const float* device_scale = nullptr;
+  const int8_t* device_zero = nullptr;
+};
+
 // A convolution with int8 weights and activations, in two steps. `conv_prepare` lays x out as
 // `image`: int8 codes with the channels innermost and zeros around and between, in a form that the
 // ISA chooses. `conv` reads the image. Spatial dimensions that x lacks come first and have size 1.
@@ -160,6 +169,8 @@ struct ConvArgs {
   DType x_type;   // i8: the codes themselves
   bool x_channels_last;
   bool symmetric;  // the codes of x
+  bool is_static;  // x_codes are given for all images, not chosen for each
+  GivenCodes x_codes;
 
   const uint8_t* packed;  // a group's blocks before the next one's
   BlockShape shape;
@@ -169,11 +180,13 @@ struct ConvArgs {
   DType bias_type;
   const void* residual;  // as y, in a type of its own, or null
   DType residual_type;   // i8: codes
+  GivenCodes residual_codes;
   float residual_scale;
   int residual_zero;
   Epilogue epilogue;
   void* y;       // [batch, out_channels, out]
   DType y_type;  // i8: codes
+  GivenCodes y_codes;
   float y_inverse;
   int y_zero;
   bool y_channels_last;

@@ -72,9 +72,6 @@ inline constexpr int64_t kBackwardColumns = 256;
 inline constexpr int64_t kBackwardStep = 64;
 inline constexpr int64_t kBackwardScratch = kBackwardColumns * (512 + 256 + 9);
 
-// Most taps of a convolution.
-inline constexpr int64_t kConvTaps = 1024;
-
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

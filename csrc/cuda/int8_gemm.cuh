@@ -199,12 +199,11 @@ QK_DEVICE void multiply(Sums<T>& sums, const Weights& weights, const Tokens& tok
   __syncthreads();
 }
 
-// Hands the results to whoever stores them: body(token, feature, words) for four consecutive
-// features of a token at a time, both counted in the tile. A thread always gets the same features.
-// Words of a token are kFeatures + 4 apart, so that the four tokens that a warp writes at once,
-// eight words each, lie in different banks.
-template <class T, class Body>
-QK_DEVICE void exchange(const uint32_t (&words)[T::kRows][T::kColumns][4], const Body& body) {
+// Hands the results, of 32 bits each, to the whole block: body(shared, first) for kRound tokens from
+// `first` on, whose words are kRoundPitch apart. That is kFeatures + 4, so that the four tokens that
+// a warp writes at once, eight words each, lie in different banks.
+template <class T, class Word, class Body>
+QK_DEVICE void exchange_words(const Word (&words)[T::kRows][T::kColumns][4], const Body& body) {
   uint32_t* const shared = shared_memory<uint32_t>();
   const Corner<T> c = corner<T>();
   static_assert(T::kRound * T::kRoundPitch * 4 <= kSharedBytes<T, Format::int4>);
@@ -219,21 +218,30 @@ QK_DEVICE void exchange(const uint32_t (&words)[T::kRows][T::kColumns][4], const
           for (int e = 0; e < 4; ++e) {
             const int token = c.token - round + j * 8 + c.t * 2 + e % 2;
             const int feature = (c.row + i) * kLanes + c.g + e / 2 * 8;
-            shared[token * T::kRoundPitch + feature] = words[i][j][e];
+            shared[token * T::kRoundPitch + feature] = bit_cast<uint32_t>(words[i][j][e]);
           }
         }
       }
     }
     __syncthreads();
+    body(static_cast<const uint32_t*>(shared), round);
+    __syncthreads();
+  }
+}
+
+// The same, body(token, words) for four consecutive features of a token at a time. A thread always
+// gets those from exchanged_feature() on.
+template <class T, class Word, class Body>
+QK_DEVICE void exchange(const Word (&words)[T::kRows][T::kColumns][4], const Body& body) {
+  exchange_words<T>(words, [&](const uint32_t* shared, int first) {
     constexpr int kFours = T::kFeatures / 4;
     const int feature = threadIdx.x % kFours * 4;
     for (int token = threadIdx.x / kFours; token < T::kRound; token += T::kThreads / kFours) {
       const uint4 v = load_shared_128(shared + token * T::kRoundPitch + feature);
       const uint32_t four[4] = {v.x, v.y, v.z, v.w};
-      body(round + token, four);
+      body(first + token, four);
     }
-    __syncthreads();
-  }
+  });
 }
 
 // First feature of the tile that `exchange` gives a thread.

@@ -34,6 +34,10 @@ void ordered_sum(const float* values, int64_t count, float* sum, Stream stream);
 
 void linear_backward_input(const BackwardArgs& args, Stream stream);
 
+// conv with int8 activations; everything in the arguments is set but image and codes.
+int64_t conv_int8_workspace(const ConvArgs& args);
+void conv_int8(const ConvArgs& args, void* workspace, Stream stream);
+
 void pack(const PackArgs& args, Stream stream);
 void unpack(const UnpackArgs& args, Stream stream);
 // An index that is out of range stops the kernel with an assertion, and the process cannot use the

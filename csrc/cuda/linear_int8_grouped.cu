@@ -104,18 +104,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   const PanelStages<T> tokens(a.panel, panel_pitch(a.shape), token, a.rows);
   multiply<T, kFormat>(exact, weights, tokens, 0, stages, opaque_zero(a.shape), after);
 
-  uint32_t words[T::kRows][T::kColumns][4];
-#pragma unroll
-  for (int i = 0; i < T::kRows; ++i) {
-#pragma unroll
-    for (int j = 0; j < T::kColumns; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) words[i][j][e] = bit_cast<uint32_t>(sums[i][j][e]);
-    }
-  }
   const Outputs<4> outputs =
       load_outputs<4>(a, place.features * T::kFeatures + exchanged_feature<T>());
-  exchange<T>(words, [&](int at, const uint32_t(&four)[4]) {
+  exchange<T>(sums, [&](int at, const uint32_t(&four)[4]) {
     if (token + at >= a.rows) return;
     const float floats[4] = {bit_cast<float>(four[0]), bit_cast<float>(four[1]),
                              bit_cast<float>(four[2]), bit_cast<float>(four[3])};

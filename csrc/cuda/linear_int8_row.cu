@@ -27,19 +27,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   multiply<T, kFormat>(exact, weights, tokens, begin, min(all, begin + stages),
                        opaque_zero(a.shape), [] {});
 
-  uint32_t words[T::kRows][T::kColumns][4];
-#pragma unroll
-  for (int i = 0; i < T::kRows; ++i) {
-#pragma unroll
-    for (int j = 0; j < T::kColumns; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) words[i][j][e] = static_cast<uint32_t>(exact[i][j][e]);
-    }
-  }
   const int64_t feature = place.features * T::kFeatures + exchanged_feature<T>();
   if (partial != nullptr) {
     const int64_t pitch = round_up(a.n, 4);
-    exchange<T>(words, [&](int at, const uint32_t(&four)[4]) {
+    exchange<T>(exact, [&](int at, const uint32_t(&four)[4]) {
       if (token + at >= a.rows || feature >= a.n) return;
       const int64_t line = blockIdx.y * a.rows + token + at;
       store_128(partial + line * pitch + feature, make_uint4(four[0], four[1], four[2], four[3]));
@@ -47,7 +38,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     return;
   }
   const Outputs<4> outputs = load_outputs<4>(a, feature);
-  exchange<T>(words, [&](int at, const uint32_t(&four)[4]) {
+  exchange<T>(exact, [&](int at, const uint32_t(&four)[4]) {
     if (token + at < a.rows) finish_exact<kFormat, 4>(a, token + at, outputs, four);
   });
 }

@@ -6,6 +6,7 @@
 #include "cuda/dispatch.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/int8.cuh"
+#include "cuda/range.cuh"
 
 namespace qkernels::cuda {
 namespace {
@@ -62,25 +63,6 @@ QK_DEVICE void load_piece(const LinearArgs& a, int64_t row, uint32_t eight, floa
 }
 
 // ---- Scales -------------------------------------------------------------------------------------
-
-// The range of the whole block. Its ends are 0 or of one sign, so their bits compare as integers.
-QK_DEVICE Range block_range(Range r) {
-  const uint32_t low = warp_max(bit_cast<uint32_t>(r.min) & 0x7fffffff);
-  const uint32_t high = warp_max(bit_cast<uint32_t>(r.max) & 0x7fffffff);
-  const uint32_t magnitude = warp_max(r.magnitude);
-  uint32_t* parts = shared_memory<uint32_t>();  // [warps][3]
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  if (threadIdx.x % kWarp == 0) {
-    uint32_t* part = parts + threadIdx.x / kWarp * 3;
-    part[0] = low, part[1] = high, part[2] = magnitude;
-  }
-  __syncthreads();
-  uint32_t all[3] = {};
-  for (int w = 0; w < warps; ++w) {
-    for (int i = 0; i < 3; ++i) all[i] = max(all[i], parts[w * 3 + i]);
-  }
-  return {-bit_cast<float>(all[0]), bit_cast<float>(all[1]), all[2]};
-}
 
 QK_DEVICE Affine row_affine(const LinearArgs& a, const Range& range) {
   if (a.device_scale == nullptr) {
@@ -240,12 +222,11 @@ void prepare_int8(const LinearArgs& a, Stream stream) {
   if (a.x_type == DType::i8) {
     return launch(copy_codes_kernel, grid, threads, 0, stream, a);
   }
-  const int64_t shared = kThreads / kWarp * 3 * int64_t{sizeof(uint32_t)};
   for_float(a.x_type, [&](auto type) {
     constexpr DType kType = decltype(type)::value;
     const auto kernel =
         vectors_fit(a) ? prepare_kernel<kType, true> : prepare_kernel<kType, false>;
-    launch(kernel, grid, threads, shared, stream, a);
+    launch(kernel, grid, threads, kRangeBytes, stream, a);
   });
 }
 

@@ -1,8 +1,6 @@
-// Packing of conv's weights on the CPU.
-#include <algorithm>
-
-#include "cpu/kernels.h"
+// Packing of conv's weights, for the CPU and for CUDA.
 #include "ops/conv.h"
+#include "ops/weights.h"
 
 namespace qkernels {
 
@@ -41,6 +39,7 @@ namespace {
 Tensor pack_conv(const Tensor& data_any, const Tensor& scale_any,
                  const std::optional<Tensor>& zero_point, int64_t layout_id, int64_t taps,
                  int64_t group_channels, int64_t groups, int64_t group_size) {
+  const DeviceGuard guard(data_any);
   const char* op = "pack_conv";
   if (data_any.dim() != 2) {
     fail(op, "data must have two dimensions (out_channels, taps * channels of a group as stored), ",
@@ -70,20 +69,20 @@ Tensor pack_conv(const Tensor& data_any, const Tensor& scale_any,
   Tensor data = dense(data_any);
   const Tensor scale = dense(scale_any);
   if (w.packing.columns != given) {  // channels are filled up
-    const Tensor padded = empty_cpu({out_channels, w.packing.columns}, ScalarType::Char);
-    const int8_t* from = data.const_data_ptr<int8_t>();
-    int8_t* to = padded.mutable_data_ptr<int8_t>();
-    for (int64_t o = 0; o < out_channels; ++o) {
-      const int zero = zeros ? zeros->const_data_ptr<int8_t>()[o] : 0;
-      for (int64_t tap = 0; tap < taps; ++tap, to += w.packing.channels) {
-        std::fill(to, to + w.packing.channels, static_cast<int8_t>(zero));
-        to = std::copy(from, from + group_channels, to) - group_channels;
-        from += group_channels;
-      }
+    const int64_t channels = w.packing.channels, rest = channels - group_channels;
+    Tensor padded = empty_on_device({out_channels, taps, channels}, ScalarType::Char);
+    const Shape stored{out_channels, taps, group_channels};
+    Tensor front = torch::stable::narrow(padded, 2, 0, group_channels);
+    torch::stable::copy_(front, torch::stable::reshape(data, stored));
+    Tensor behind = torch::stable::narrow(padded, 2, group_channels, rest);
+    if (zeros) {
+      torch::stable::copy_(behind, torch::stable::reshape(*zeros, {out_channels, 1, 1}));
+    } else {
+      torch::stable::zero_(behind);
     }
     data = padded;
   }
-  const Tensor packed = empty_cpu({w.packing.blocks(), w.shape.bytes}, ScalarType::Byte);
+  const Tensor packed = empty_on_device({w.packing.blocks(), w.shape.bytes}, ScalarType::Byte);
   PackArgs a{};
   a.layout = layout;
   a.shape = w.shape;
@@ -101,7 +100,7 @@ Tensor pack_conv(const Tensor& data_any, const Tensor& scale_any,
     a.scale = scales + row * w.shape.groups * scale_size;
     a.zero_point = zero_codes == nullptr ? nullptr : zero_codes + row * w.shape.groups;
     a.packed = packed.mutable_data_ptr<uint8_t>() + group * blocks * w.shape.bytes;
-    pack_blocks(a, 0, blocks);
+    run_pack(a);
   }
   return packed;
 }
@@ -109,6 +108,7 @@ Tensor pack_conv(const Tensor& data_any, const Tensor& scale_any,
 std::tuple<Tensor, Tensor, Tensor> unpack_conv(const Tensor& packed_any, int64_t layout_id,
                                                int64_t taps, int64_t group_channels, int64_t groups,
                                                int64_t out_channels, int64_t group_size) {
+  const DeviceGuard guard(packed_any);
   const char* op = "unpack_conv";
   const ConvWeight w =
       check_conv_weight(op, layout_id, taps, group_channels, groups, out_channels, group_size);
@@ -116,10 +116,10 @@ std::tuple<Tensor, Tensor, Tensor> unpack_conv(const Tensor& packed_any, int64_t
   const Tensor packed = dense(packed_any);
   const ScalarType type = storage_type(w.layout.format);
   const int64_t row_bytes = storage_bytes(w.layout.format, w.packing.columns);
-  Tensor data = empty_cpu({out_channels, row_bytes}, type);
-  Tensor scale = empty_cpu({out_channels, w.shape.groups}, scalar_type(w.layout.scale));
+  Tensor data = empty_on_device({out_channels, row_bytes}, type);
+  Tensor scale = empty_on_device({out_channels, w.shape.groups}, scalar_type(w.layout.scale));
   Tensor zeros =
-      empty_cpu(w.layout.symmetric ? Shape{0} : Shape{out_channels, w.shape.groups}, type);
+      empty_on_device(w.layout.symmetric ? Shape{0} : Shape{out_channels, w.shape.groups}, type);
   UnpackArgs a{};
   a.layout = w.layout;
   a.shape = w.shape;
@@ -135,17 +135,14 @@ std::tuple<Tensor, Tensor, Tensor> unpack_conv(const Tensor& packed_any, int64_t
     a.zero_point = w.layout.symmetric
                        ? nullptr
                        : static_cast<uint8_t*>(zeros.mutable_data_ptr()) + row * w.shape.groups;
-    unpack_blocks(a, 0, blocks);
+    run_unpack(a);
   }
   const int64_t given = taps * group_channels;
   if (w.packing.columns != given) {
-    const Tensor plain = empty_cpu({out_channels, given}, ScalarType::Char);
-    const int8_t* from = data.const_data_ptr<int8_t>();
-    int8_t* to = plain.mutable_data_ptr<int8_t>();
-    for (int64_t i = 0; i < out_channels * taps; ++i, from += w.packing.channels) {
-      to = std::copy(from, from + group_channels, to);
-    }
-    data = plain;
+    Tensor wide =
+        torch::stable::reshape(data, {out_channels, taps, w.packing.channels});
+    const Tensor plain = dense(torch::stable::narrow(wide, 2, 0, group_channels));
+    data = torch::stable::reshape(plain, {out_channels, given});
   }
   return {data, scale, zeros};
 }
@@ -153,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack_conv(const Tensor& packed_any, int64_t
 }  // namespace
 }  // namespace qkernels
 
-STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+QK_OPS(m) {
   m.impl("pack_conv", TORCH_BOX(&qkernels::pack_conv));
   m.impl("unpack_conv", TORCH_BOX(&qkernels::unpack_conv));
 }
