@@ -70,8 +70,8 @@ QK_DEVICE Tile tile_of(const BackwardArgs& a, int tokens, int columns) {
 
 // ---- 16-bit dy: tensor cores --------------------------------------------------------------------
 // W is rounded to the type of dy. Eight warps, two along the tokens and four along the columns,
-// make 64 x 32 each. The 16-byte segments of a row of shared memory are permuted so that neither writing
-// nor ldmatrix finds two of eight in the same banks.
+// make 64 x 32 each. The 16-byte segments of a row of shared memory are permuted so that neither
+// writing nor ldmatrix finds two of eight in the same banks.
 
 constexpr int kTokens = 128, kColumns = 128;
 constexpr int kWarpTokens = 64, kWarpColumns = 32;

@@ -89,8 +89,8 @@ QK_DEVICE void store_eight(void* data, int64_t at, const float (&y)[kEight]) {
 }
 
 // encode() of core/codec.h. Its 15 comparisons for nf4 would take longer than memory does; the
-// guess and what it is good for are those of csrc/cpu/codes.inl. Lanes may ask for different middles at
-// once, since the table is in global memory and on one or two lines of the L1 cache.
+// guess and what it is good for are those of csrc/cpu/codes.inl. Lanes may ask for different
+// middles at once, since the table is in global memory and on one or two lines of the L1 cache.
 template <Format kFormat>
 QK_DEVICE int encode_element(float x, const Affine& affine, bool symmetric) {
   if constexpr (kFormat != Format::nf4) {

@@ -101,7 +101,7 @@ QK_HD constexpr int held_eights(DType type) { return type == DType::f32 ? 4 : 8;
 
 // A block takes a group. Its shared memory holds a Range for each warp.
 template <class Job>
-__global__ void __launch_bounds__(kLongThreads) long_groups_kernel(const Job job) {
+__global__ void __launch_bounds__(kLongThreads, 1) long_groups_kernel(const Job job) {
   constexpr DType kType = Job::kType;
   constexpr int kHeld = held_eights(kType);
   const auto& a = job.args;
