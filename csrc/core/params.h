@@ -194,21 +194,21 @@ struct ConvArgs {
   const uint8_t* image;     // workspace, or x itself, [batch, grid, pixel_codes()] codes
   const ImageCodes* codes;  // [batch]
 
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
-  int64_t group_outputs() const { return out_channels / groups; }
+  QK_HD int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  QK_HD int64_t group_outputs() const { return out_channels / groups; }
   // Blocks of 16 outputs of a group; a depthwise convolution has one group for this purpose.
-  int64_t group_blocks() const {
+  QK_HD int64_t group_blocks() const {
     return ((depthwise ? out_channels : group_outputs()) + kLanes - 1) / kLanes;
   }
-  int64_t blocks() const { return depthwise ? group_blocks() : groups * group_blocks(); }
+  QK_HD int64_t blocks() const { return depthwise ? group_blocks() : groups * group_blocks(); }
   // Codes of a pixel of the image.
-  int64_t pixel_codes() const {
+  QK_HD int64_t pixel_codes() const {
     if (compact) return channels;
     return depthwise ? round_up(channels, kLanes) : groups * group_channels;
   }
-  int64_t row_codes() const { return round_up(kernel[2] * channels, 4); }
-  int64_t image_codes() const { return grid[0] * grid[1] * grid[2] * pixel_codes(); }
-  int64_t pixels() const { return out[0] * out[1] * out[2]; }  // of an image of y
+  QK_HD int64_t row_codes() const { return round_up(kernel[2] * channels, 4); }
+  QK_HD int64_t image_codes() const { return grid[0] * grid[1] * grid[2] * pixel_codes(); }
+  QK_HD int64_t pixels() const { return out[0] * out[1] * out[2]; }  // of an image of y
 };
 
 // The largest or the mean code of every window of an image of int8 codes. Spatial dimensions that x

@@ -28,8 +28,8 @@ struct ImageStages {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int64_t pixel = first + token + i * kStep;
-      corners[i] = pixel < pixels ? a.image + corner_of(a, pixel) + group * a.group_channels
-                                  : nullptr;
+      corners[i] =
+          pixel < pixels ? a.image + corner_of(a, pixel) + group * a.group_channels : nullptr;
     }
     pieces = tables.pieces + piece;
     const int byte = piece * kPiece;
@@ -41,8 +41,8 @@ struct ImageStages {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const bool there = offset >= 0 && corners[i] != nullptr;
-      cp_async<kPiece>(stage_memory + to + i * kStep * kStageK,
-                       corners[i] + (there ? offset : 0), there ? kPiece : 0);
+      cp_async<kPiece>(stage_memory + to + i * kStep * kStageK, corners[i] + (there ? offset : 0),
+                       there ? kPiece : 0);
     }
   }
 };
@@ -94,7 +94,8 @@ void launch_as(const ConvArgs& a, const ConvTables& tables, Stream stream) {
 constexpr int kPixels = 32, kDepthwiseThreads = kPixels * 4;
 
 // 16 channels of 32 pixels: a thread has four channels of a pixel, whose codes are a word.
-__global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(const ConvArgs a, const int32_t* offsets) {
+__global__ void __launch_bounds__(kDepthwiseThreads)
+    depthwise_kernel(const ConvArgs a, const int32_t* offsets) {
   const uint8_t* const packed = a.packed + blockIdx.y * a.shape.bytes;
   const int taps = static_cast<int>(a.taps());
   int8_t* const weights = shared_memory<int8_t>();  // [taps][16]

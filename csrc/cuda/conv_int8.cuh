@@ -7,14 +7,14 @@ namespace qkernels::cuda {
 
 // Memory of a call on the device, besides ConvArgs::image and codes.
 struct ConvTables {
-  // For every piece of a packed row's k (16 or 4 codes; depthwise: for every tap) where in the image
-  // it is, counted in codes from a pixel's corner; -1 in the padding.
+  // For every piece of a packed row's k (16 or 4 codes; depthwise: for every tap) where in the
+  // image it is, counted in codes from a pixel's corner; -1 in the padding.
   int32_t* pieces;
   int32_t* weight_sums;  // [blocks][16]: of the weight's codes, where images have zero points
 };
 
-// y's element of output `o` and pixel `pixel`, counted over all images. `sum` is the exact sum of the
-// products of codes; what the zero point adds to it is taken off.
+// y's element of output `o` and pixel `pixel`, counted over all images. `sum` is the exact sum of
+// the products of codes; what the zero point adds to it is taken off.
 QK_DEVICE void finish_conv(const ConvArgs& a, int64_t pixel, int64_t o, int32_t sum,
                            const uint8_t* packed, int lane, int32_t weight_sum) {
   const int64_t n = pixel / a.pixels();
@@ -66,8 +66,8 @@ QK_DEVICE int64_t tap_offset(const ConvArgs& a, int64_t tap) {
 // Blocks that share the search for an image's range.
 inline constexpr int kRangeParts = 32;
 
-// Fills the tables and `codes`, and the image unless it is x itself. `ranges` has room for kRangeParts
-// of each image.
+// Fills the tables and `codes`, and the image unless it is x itself. `ranges` has room for
+// kRangeParts of each image.
 void conv_prepare(const ConvArgs& a, const ConvTables& tables, Range* ranges, ImageCodes* codes,
                   uint8_t* image, int piece, Stream stream);
 void conv_tiles(const ConvArgs& a, const ConvTables& tables, int piece, Stream stream);

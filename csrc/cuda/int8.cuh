@@ -27,9 +27,10 @@ QK_DEVICE int zero_factor(int zero) {
 // of int8 they are that chunk, of 4 bits the pair. The order of k within eight is that in which
 // `prepare` writes the codes of x (k_order).
 //
-// `zero` is 0, but not to the compiler. The tensor cores want the words of int8 in another order than
-// they are loaded in, in four registers side by side. Without an operation on each, the compiler
-// copies them anew for nearly every product: 144 moves for 64 products instead of 32 operations.
+// `zero` is 0, but not to the compiler. The tensor cores want the words of int8 in another order
+// than they are loaded in, in four registers side by side. Without an operation on each, the
+// compiler copies them anew for nearly every product: 144 moves for 64 products instead of 32
+// operations.
 template <Format kFormat>
 QK_DEVICE void weight_fragment(uint32_t (&a)[4], uint4 v, int half, uint32_t zero) {
   if constexpr (kFormat == Format::int8) {
@@ -56,7 +57,7 @@ QK_DEVICE uint32_t opaque_zero(const BlockShape& s) {
 template <int kCount>
 struct Outputs {
   int64_t feature;
-  int count;                // of them that exist
+  int count;                 // of them that exist
   float weight_sum[kCount];  // of the dequantized weight
   float bias[kCount];
 };
@@ -88,8 +89,7 @@ QK_DEVICE float scale_at(const LinearArgs& a, int64_t feature, int64_t group) {
 template <Format kFormat>
 QK_DEVICE int zero_factor_at(const LinearArgs& a, int64_t feature, int64_t group) {
   const uint8_t* row = a.packed + feature / kLanes * a.shape.bytes;
-  const int zero =
-      load_zero_point(row + a.shape.zeros, kFormat, group * kLanes + feature % kLanes);
+  const int zero = load_zero_point(row + a.shape.zeros, kFormat, group * kLanes + feature % kLanes);
   return zero_factor<kFormat>(zero);
 }
 

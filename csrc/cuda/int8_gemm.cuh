@@ -1,6 +1,6 @@
 // The tile of an int8 product: weights on the m16 side of mma.m16n8k32, tokens (or pixels) on n8.
-// A block multiplies kFeatures outputs with kTokens tokens, 64 k at a time, which are a stage. Copies
-// of the next stages are under way meanwhile.
+// A block multiplies kFeatures outputs with kTokens tokens, 64 k at a time, which are a stage.
+// Copies of the next stages are under way meanwhile.
 //
 // Shared memory, per stage:
 //   weights  [kFeatures / 16][unit or pair of units], as they are packed. A warp reads 512
@@ -23,8 +23,8 @@ struct Tile {
   static constexpr int kAcross = kFeatures / kWarpFeatures;  // warps side by side
   static constexpr int kWarps = kAcross * (kTokens / kWarpTokens);
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kRows = kWarpFeatures / 16;   // m16 tiles of a warp
-  static constexpr int kColumns = kWarpTokens / 8;   // n8 tiles of a warp
+  static constexpr int kRows = kWarpFeatures / 16;  // m16 tiles of a warp
+  static constexpr int kColumns = kWarpTokens / 8;  // n8 tiles of a warp
   static constexpr int kTokenBytes = kTokens * kStageK;
   // Results leave by shared memory, so many tokens at once.
   static constexpr int kRound = kTokens < 64 ? kTokens : 64;
@@ -199,9 +199,9 @@ QK_DEVICE void multiply(Sums<T>& sums, const Weights& weights, const Tokens& tok
   __syncthreads();
 }
 
-// Hands the results, of 32 bits each, to the whole block: body(shared, first) for kRound tokens from
-// `first` on, whose words are kRoundPitch apart. That is kFeatures + 4, so that the four tokens that
-// a warp writes at once, eight words each, lie in different banks.
+// Hands the results, of 32 bits each, to the whole block: body(shared, first) for kRound tokens
+// from `first` on, whose words are kRoundPitch apart. That is kFeatures + 4, so that the four
+// tokens that a warp writes at once, eight words each, lie in different banks.
 template <class T, class Word, class Body>
 QK_DEVICE void exchange_words(const Word (&words)[T::kRows][T::kColumns][4], const Body& body) {
   uint32_t* const shared = shared_memory<uint32_t>();

@@ -21,8 +21,8 @@ void dequantize(const DequantizeArgs& args, int64_t rows, Stream stream);
 int64_t linear_int8_workspace(const LinearArgs& args);
 void linear_int8(const LinearArgs& args, void* workspace, Stream stream);
 
-// Codes of b [k, n], elements `k_stride` and `n_stride` apart, packed as an int8 weight [n, k] without
-// scales.
+// Codes of b [k, n], elements `k_stride` and `n_stride` apart, packed as an int8 weight [n, k]
+// without scales.
 void pack_int8_columns(const int8_t* b, int64_t k_stride, int64_t n_stride, int64_t n,
                        const BlockShape& shape, uint8_t* packed, Stream stream);
 

@@ -17,8 +17,8 @@ void prepare_int8(const LinearArgs& a, Stream stream);
 // Up to 32 tokens.
 void linear_int8_skinny(const LinearArgs& a, Stream stream);
 
-// Any number of tokens. `partial` is plan.parts times [rows, n rounded up to 4] if there are several
-// parts.
+// Any number of tokens. `partial` is plan.parts times [rows, n rounded up to 4] if there are
+// several parts.
 void linear_int8_row(const LinearArgs& a, const Int8Plan& plan, int32_t* partial, Stream stream);
 void linear_int8_grouped(const LinearArgs& a, bool large, Stream stream);
 

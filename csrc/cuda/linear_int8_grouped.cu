@@ -1,5 +1,5 @@
-// linear with int8 activations and weights in groups, for more than a few tokens: floats take up the
-// exact sums of a group, group by group.
+// linear with int8 activations and weights in groups, for more than a few tokens: floats take up
+// the exact sums of a group, group by group.
 #include "cuda/dispatch.cuh"
 #include "cuda/int8_gemm.cuh"
 #include "cuda/linear_int8.cuh"
@@ -7,7 +7,8 @@
 namespace qkernels::cuda {
 namespace {
 
-// A warp has floats beside its exact sums, so it takes half as many tokens as in linear_int8_row.cu.
+// A warp has floats beside its exact sums, so it takes half as many tokens as in
+// linear_int8_row.cu.
 using Large = Tile<128, 128, 64, 32, 4, 1>;
 using Small = Tile<64, 64, 32, 32, 4, 2>;
 
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
 
   const Outputs<4> outputs =
       load_outputs<4>(a, place.features * T::kFeatures + exchanged_feature<T>());
-  exchange<T>(sums, [&](int at, const uint32_t(&four)[4]) {
+  exchange<T>(sums, [&](int at, const uint32_t (&four)[4]) {
     if (token + at >= a.rows) return;
     const float floats[4] = {bit_cast<float>(four[0]), bit_cast<float>(four[1]),
                              bit_cast<float>(four[2]), bit_cast<float>(four[3])};

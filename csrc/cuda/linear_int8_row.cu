@@ -1,13 +1,13 @@
-// linear with int8 activations and one group for each row of the weight, for more than a few tokens,
-// and int_mm: sums stay exact integers to the end.
+// linear with int8 activations and one group for each row of the weight, for more than a few
+// tokens, and int_mm: sums stay exact integers to the end.
 #include "cuda/int8_gemm.cuh"
 #include "cuda/linear_int8.cuh"
 
 namespace qkernels::cuda {
 namespace {
 
-// 64 x 64 a warp: each operand that comes from shared memory meets as many of the other as registers
-// allow.
+// 64 x 64 a warp: each operand that comes from shared memory meets as many of the other as
+// registers allow.
 using Large = Tile<128, 128, 64, 64, 4, 2>;
 using Small = Tile<64, 64, 32, 32, 5, 2>;
 
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   const int64_t feature = place.features * T::kFeatures + exchanged_feature<T>();
   if (partial != nullptr) {
     const int64_t pitch = round_up(a.n, 4);
-    exchange<T>(exact, [&](int at, const uint32_t(&four)[4]) {
+    exchange<T>(exact, [&](int at, const uint32_t (&four)[4]) {
       if (token + at >= a.rows || feature >= a.n) return;
       const int64_t line = blockIdx.y * a.rows + token + at;
       store_128(partial + line * pitch + feature, make_uint4(four[0], four[1], four[2], four[3]));
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     return;
   }
   const Outputs<4> outputs = load_outputs<4>(a, feature);
-  exchange<T>(exact, [&](int at, const uint32_t(&four)[4]) {
+  exchange<T>(exact, [&](int at, const uint32_t (&four)[4]) {
     if (token + at < a.rows) finish_exact<kFormat, 4>(a, token + at, outputs, four);
   });
 }

@@ -1,8 +1,8 @@
 // linear with int8 activations for a few tokens, where reading the weight is all the work. A block
 // has 16 outputs and all tokens; its warps share k. Each warp streams its part of the packed row
 // through a ring of copies in shared memory, in which a thread reads only what it copied itself, so
-// that nobody waits for anybody. Exact sums of each group meet in shared memory, where integers may be
-// added in any order; then a thread for each output adds up the groups in theirs.
+// that nobody waits for anybody. Exact sums of each group meet in shared memory, where integers may
+// be added in any order; then a thread for each output adds up the groups in theirs.
 #include "cuda/int8.cuh"
 #include "cuda/linear_int8.cuh"
 

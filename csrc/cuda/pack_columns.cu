@@ -1,5 +1,5 @@
-// int_mm's second operand as a packed weight. A warp makes a unit, and a block those of eight packed
-// rows at one place of k: where n is contiguous, they share what they read.
+// int_mm's second operand as a packed weight. A warp makes a unit, and a block those of eight
+// packed rows at one place of k: where n is contiguous, they share what they read.
 #include "cuda/ptx.cuh"
 
 namespace qkernels::cuda {
@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (k + i >= shape.k) continue;
-      const uint8_t code =
-          static_cast<uint8_t>(c.b[(k + i) * c.k_stride + n * c.n_stride]);
+      const uint8_t code = static_cast<uint8_t>(c.b[(k + i) * c.k_stride + n * c.n_stride]);
       words[half * 2 + i / 4] |= static_cast<uint32_t>(code) << i % 4 * 8;
     }
   }

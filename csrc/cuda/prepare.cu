@@ -1,5 +1,6 @@
 // prepare: rows of x as int8 codes, with their scales and zero points. A block takes a row; what of
-// it fits stays in registers between finding its range and making its codes, so that x is read once.
+// it fits stays in registers between finding its range and making its codes, so that x is read
+// once.
 //
 //   panel       [rows][panel_pitch]: codes in the order of the weight's padded k, 0 in the padding
 //   group_sums  [groups][rows]: sums of the codes, where the weight has zero points
@@ -127,8 +128,7 @@ QK_DEVICE void sum_groups(const LinearArgs& a, int64_t row, const uint8_t* codes
     const int eights = static_cast<int>(a.shape.padded_length(g) / kEight);
     int32_t sum = 0;
     for (int i = threadIdx.x % kWarp; i < eights; i += kWarp) {
-      const uint2 v =
-          *reinterpret_cast<const uint2*>(codes + a.shape.padded_begin(g) + i * kEight);
+      const uint2 v = *reinterpret_cast<const uint2*>(codes + a.shape.padded_begin(g) + i * kEight);
       sum = dp4a(v.y, 0x01010101u, dp4a(v.x, 0x01010101u, sum));
     }
     sum = warp_sum(sum);
@@ -224,8 +224,7 @@ void prepare_int8(const LinearArgs& a, Stream stream) {
   }
   for_float(a.x_type, [&](auto type) {
     constexpr DType kType = decltype(type)::value;
-    const auto kernel =
-        vectors_fit(a) ? prepare_kernel<kType, true> : prepare_kernel<kType, false>;
+    const auto kernel = vectors_fit(a) ? prepare_kernel<kType, true> : prepare_kernel<kType, false>;
     launch(kernel, grid, threads, kRangeBytes, stream, a);
   });
 }

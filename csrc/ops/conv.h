@@ -22,8 +22,8 @@ void check_packed_shape(const char* op, const Tensor& packed, const ConvWeight& 
 inline constexpr int64_t kPixelStep = 24;
 inline constexpr int64_t kConvGrain = 1 << 20;
 
-// The convolution with int8 activations, and with those that stay floats. Everything in the arguments
-// is set but the workspace.
+// The convolution with int8 activations, and with those that stay floats. Everything in the
+// arguments is set but the workspace.
 void run_conv_int8(const ConvArgs& a, const Layout& layout);
 void run_conv_float(const ConvArgs& a, const ConvWeight& w);
 

@@ -139,8 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack_conv(const Tensor& packed_any, int64_t
   }
   const int64_t given = taps * group_channels;
   if (w.packing.columns != given) {
-    Tensor wide =
-        torch::stable::reshape(data, {out_channels, taps, w.packing.channels});
+    Tensor wide = torch::stable::reshape(data, {out_channels, taps, w.packing.channels});
     const Tensor plain = dense(torch::stable::narrow(wide, 2, 0, group_channels));
     data = torch::stable::reshape(plain, {out_channels, given});
   }

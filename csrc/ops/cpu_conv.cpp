@@ -71,8 +71,9 @@ void run_conv_int8(const ConvArgs& whole, const Layout& layout) {
   if (no_copy) std::copy(a.in, a.in + 3, a.grid);
   const int64_t image_bytes = a.image_codes() * table.conv_code_bytes(a);
   const int64_t chunk =
-      no_copy ? a.batch
-              : std::min(a.batch, std::max<int64_t>(1, kImageCap / std::max<int64_t>(1, image_bytes)));
+      no_copy
+          ? a.batch
+          : std::min(a.batch, std::max<int64_t>(1, kImageCap / std::max<int64_t>(1, image_bytes)));
   const int64_t space = no_copy ? 0 : chunk * image_bytes + std::max(kLine, a.pixel_codes());
   const int64_t weights = a.compact ? a.blocks() * compact.bytes : 0;
   Workspace workspace(Workspace::bytes<uint8_t>(space) + Workspace::bytes<uint8_t>(weights) +

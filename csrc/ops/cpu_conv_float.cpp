@@ -1,4 +1,5 @@
-// conv on the CPU where activations stay floats: rows are gathered and go through the matrix product.
+// conv on the CPU where activations stay floats: rows are gathered and go through the matrix
+// product.
 #include <algorithm>
 
 #include "cpu/kernels.h"
@@ -78,7 +79,7 @@ void run_depthwise_float(const ConvArgs& a, const ConvWeight& w) {
   std::vector<float> rows(a.channels * a.taps()), weight(rows.size());
   std::vector<int64_t> indices(a.channels);
   for (int64_t c = 0; c < a.channels; ++c) indices[c] = c;
-  const EmbeddingArgs every{indices.data(), a.channels, a.packed,  w.layout,
+  const EmbeddingArgs every{indices.data(), a.channels,  a.packed,  w.layout,
                             w.shape,        rows.data(), DType::f32};
   kernels().embedding(every, 0, a.channels);
   for (int64_t c = 0; c < a.channels; ++c) {

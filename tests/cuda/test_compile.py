@@ -34,6 +34,11 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         r"LDG\.E\.128\S*",
         r"STG\.E\.64",
     ),
+    # int8 products, their operands through shared memory.
+    r"\brow_kernel<": (r"IMMA\.16832\.S8\.S8", r"LDGSTS\S*\.128\S*", r"LDS\.128"),
+    r"\bgrouped_kernel<": (r"IMMA\.16832\.S8\.S8", r"LDGSTS\S*\.128\S*", r"LDS\.128"),
+    r"\bskinny_kernel<": (r"IMMA\.16832\.S8\.S8", r"LDGSTS\S*\.128\S*", r"LDS\.128"),
+    r"\bconv_kernel<": (r"IMMA\.16832\.S8\.S8", r"LDGSTS\S*", r"LDS\.128"),
     r"\bdequantize_kernel<\(qkernels::Format\)1, \(qkernels::DType\)1, true>": (
         r"LDG\.E\S*",
         r"STG\.E\.128",
