@@ -224,8 +224,9 @@ struct PoolArgs {
   int64_t kernel[3], stride[3], before[3], dilation[3];
 
   // Of means alone.
-  int x_zero, y_zero;
-  double scale;        // of x over that of y
+  GivenCodes x_codes, y_codes;
+  int x_zero, y_zero;  // of them, on a CPU
+  double scale;        // of x over that of y, on a CPU
   bool count_padding;  // a window's size counts what lies in the borders
   int64_t divisor;     // of every sum; 0: the size of its window
 
@@ -238,7 +239,8 @@ struct PoolArgs {
 struct AddArgs {
   const int8_t* a;
   const int8_t* b;
-  float a_scale, b_scale;
+  GivenCodes a_codes, b_codes, y_codes;
+  float a_scale, b_scale;  // of them, and what follows from them, on a CPU
   int a_zero, b_zero;
   Epilogue epilogue;
   void* y;
@@ -252,6 +254,14 @@ struct LookupArgs {
   const int8_t* x;
   int8_t* y;
   const int8_t* table;  // [256]
+};
+
+// Rows of codes into rows of y, brought to its scale and zero point.
+struct ConcatArgs {
+  const int8_t* x;  // [rows, cols]
+  int8_t* y;        // rows `pitch` codes apart
+  int64_t rows, cols, pitch;
+  GivenCodes x_codes, y_codes;
 };
 
 struct EmbeddingArgs {

@@ -1,8 +1,8 @@
-// linear_backward_input: dx[m, k] = sum over n of dy[m, n] * W[n, k]. A block makes a tile of dx. Step
-// by step it turns codes of kStep outputs into numbers in shared memory, which all of its rows of dy
-// meet there; two buffers of each, so that the next step is on its way meanwhile. Columns are padded
-// k, as in core/format.h: a tile then consists of whole eights of codes, and what fills up a group is
-// computed and dropped.
+// linear_backward_input: dx[m, k] = sum over n of dy[m, n] * W[n, k]. A block makes a tile of dx.
+// Step by step it turns codes of kStep outputs into numbers in shared memory, which all of its rows
+// of dy meet there; two buffers of each, so that the next step is on its way meanwhile. Columns are
+// padded k, as in core/format.h: a tile then consists of whole eights of codes, and what fills up a
+// group is computed and dropped.
 #include "cuda/dispatch.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/packed.cuh"
@@ -69,9 +69,9 @@ QK_DEVICE Tile tile_of(const BackwardArgs& a, int tokens, int columns) {
 }
 
 // ---- 16-bit dy: tensor cores --------------------------------------------------------------------
-// W is rounded to the type of dy. Eight warps, two along the tokens and four along the columns, make
-// 64 x 32 each. The 16-byte segments of a row of shared memory are permuted so that neither writing
-// nor ldmatrix finds two of eight in the same banks.
+// W is rounded to the type of dy. Eight warps, two along the tokens and four along the columns,
+// make 64 x 32 each. The 16-byte segments of a row of shared memory are permuted so that neither
+// writing nor ldmatrix finds two of eight in the same banks.
 
 constexpr int kTokens = 128, kColumns = 128;
 constexpr int kWarpTokens = 64, kWarpColumns = 32;
@@ -102,8 +102,8 @@ QK_DEVICE uint4 narrow(const float (&w)[kEight]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// dy[token ..][n ..] into shared memory, zeros where there is none. Rows that start on vectors go in
-// the background.
+// dy[token ..][n ..] into shared memory, zeros where there is none. Rows that start on vectors go
+// in the background.
 template <bool kVectors>
 QK_DEVICE void load_dy(const BackwardArgs& a, int64_t first_token, int64_t first_n, uint16_t* to) {
   constexpr int kSegments = kStep / kEight;
@@ -170,7 +170,7 @@ QK_DEVICE void store_pair(const BackwardArgs& a, int64_t row, const int64_t (&k)
 }
 
 template <Format kFormat, DType kType, bool kVectors>
-__global__ void __launch_bounds__(kThreads) backward_16_kernel(const BackwardArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) backward_16_kernel(const BackwardArgs a) {
   Shared& shared = *shared_memory<Shared>();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int token = warp % 2 * kWarpTokens, column = warp / 2 * kWarpColumns;

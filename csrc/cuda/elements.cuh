@@ -20,7 +20,7 @@ bool vectors_fit(const void* data, const Args& a) {
          (a.groups == 1 || a.group_size % kEight == 0);
 }
 
-// a / b, neither negative, in 32 bits where that will do: a 64-bit division takes many times as long.
+// a / b, neither negative, in 32 bits where that will do: 64-bit division takes many times as long.
 QK_DEVICE int64_t divide(int64_t a, int64_t b) {
   if (static_cast<uint64_t>(a | b) >> 32 != 0) return a / b;
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
@@ -88,9 +88,9 @@ QK_DEVICE void store_eight(void* data, int64_t at, const float (&y)[kEight]) {
   }
 }
 
-// encode() of core/codec.h. Its 15 comparisons for nf4 would take longer than memory does; the guess
-// and what it is good for are those of csrc/cpu/codes.inl. Lanes may ask for different middles at
-// once, since the table is in global memory and on one or two lines of the L1 cache.
+// encode() of core/codec.h. Its 15 comparisons for nf4 would take longer than memory does; the
+// guess and what it is good for are those of csrc/cpu/codes.inl. Lanes may ask for different
+// middles at once, since the table is in global memory and on one or two lines of the L1 cache.
 template <Format kFormat>
 QK_DEVICE int encode_element(float x, const Affine& affine, bool symmetric) {
   if constexpr (kFormat != Format::nf4) {

@@ -96,8 +96,8 @@ FakeQuantizeArgs split(const FakeQuantizeArgs& whole, int64_t* rows) {
 
 // ---- Gradient -----------------------------------------------------------------------------------
 
-// A thread stands for one of the kSumLanes lanes in which the sums of a group are promised, and reads
-// kAhead elements before it writes.
+// A thread stands for one of the kSumLanes lanes in which the sums of a group are promised, and
+// reads kAhead elements before it writes.
 constexpr int kAhead = 4;
 
 template <Format kFormat, DType kType>

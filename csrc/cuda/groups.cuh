@@ -101,18 +101,21 @@ QK_HD constexpr int held_eights(DType type) { return type == DType::f32 ? 4 : 8;
 
 // A block takes a group. Its shared memory holds a Range for each warp.
 template <class Job>
-__global__ void __launch_bounds__(kLongThreads) long_groups_kernel(const Job job) {
+__global__ void __launch_bounds__(kLongThreads, 1) long_groups_kernel(const Job job) {
   constexpr DType kType = Job::kType;
   constexpr int kHeld = held_eights(kType);
   const auto& a = job.args;
   const Group group = group_at(a, blockIdx.x);
-  const int64_t stride = static_cast<int64_t>(blockDim.x) * kEight;
-  const int64_t first = group.begin + threadIdx.x * kEight;
+  const int64_t start = group.row * a.cols + group.begin;
+  // Offsets in the group are small: 32 bits save registers.
+  const int length = static_cast<int>(group.end - group.begin);
+  const int stride = static_cast<int>(blockDim.x) * kEight;
+  const int first = static_cast<int>(threadIdx.x) * kEight;
   Eight<kType> held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    if (first + i * stride < group.end) {
-      held[i].load(a.x, group.row * a.cols + first + i * stride);
+    if (first + i * stride < length) {
+      held[i].load(a.x, start + first + i * stride);
     } else {
       held[i].clear();
     }
@@ -132,10 +135,10 @@ __global__ void __launch_bounds__(kLongThreads) long_groups_kernel(const Job job
   const Affine affine = job.settle(range, group.row, group.number, threadIdx.x == 0);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    if (first + i * stride < group.end) {
+    if (first + i * stride < length) {
       float x[kEight];
       held[i].widen(x);
-      job.put(group.row, first + i * stride, x, affine);
+      job.put(group.row, group.begin + first + i * stride, x, affine);
     }
   }
 }

@@ -38,6 +38,13 @@ void linear_backward_input(const BackwardArgs& args, Stream stream);
 int64_t conv_int8_workspace(const ConvArgs& args);
 void conv_int8(const ConvArgs& args, void* workspace, Stream stream);
 
+// What happens to int8 codes between convolutions.
+void max_pool(const PoolArgs& args, Stream stream);
+void avg_pool(const PoolArgs& args, Stream stream);
+void add(const AddArgs& args, int64_t count, Stream stream);
+void lookup(const LookupArgs& args, int64_t count, Stream stream);
+void concat(const ConcatArgs& args, Stream stream);
+
 void pack(const PackArgs& args, Stream stream);
 void unpack(const UnpackArgs& args, Stream stream);
 // An index that is out of range stops the kernel with an assertion, and the process cannot use the

@@ -73,22 +73,6 @@ void set_geometry(const char* op, const Tensor& x, const Geometry& g, int64_t ou
 
 // ---- The op -------------------------------------------------------------------------------------
 
-// Scale and zero point as the device's kernels take them: numbers for a CPU, pointers for a GPU.
-void read(const char* op, const std::string& name, const Tensor& scale,
-          const std::optional<Tensor>& zero_point, GivenCodes* codes) {
-  const std::string scale_name = name + "_scale", zero_name = name + "_zero_point";
-  if constexpr (kReadable) {
-    codes->scale = read_scale(op, scale_name.c_str(), scale);
-    if (zero_point) codes->zero = read_zero_point(op, zero_name.c_str(), *zero_point);
-  } else {
-    check_single(op, scale_name.c_str(), scale, ScalarType::Float);
-    codes->device_scale = scale.const_data_ptr<float>();
-    if (!zero_point) return;
-    check_single(op, zero_name.c_str(), *zero_point, ScalarType::Char);
-    codes->device_zero = zero_point->const_data_ptr<int8_t>();
-  }
-}
-
 // Codes of x as they are given by scale and zero point, if they are.
 bool check_x_codes(const char* op, const Tensor& x, const std::optional<Tensor>& scale,
                    const std::optional<Tensor>& zero_point, Activation activation, ConvArgs* a) {
@@ -105,7 +89,7 @@ bool check_x_codes(const char* op, const Tensor& x, const std::optional<Tensor>&
     fail(op, "x_zero_point needs x_scale and activation=2 (asymmetric)");
   }
   if (!scale) return false;
-  read(op, "x", *scale, zero_point, &a->x_codes);
+  read_codes(op, "x", *scale, zero_point, &a->x_codes);
   return true;
 }
 
@@ -160,7 +144,7 @@ Tensor conv(const Tensor& x_any, const Tensor& packed_any, const std::optional<T
     }
     y_type = ScalarType::Char;
     a.y_type = DType::i8;
-    read(op, "y", *y_scale, y_zero_point, &a.y_codes);
+    read_codes(op, "y", *y_scale, y_zero_point, &a.y_codes);
     a.y_inverse = 1.0f / a.y_codes.scale;
     a.y_zero = a.y_codes.zero;
   } else {
@@ -196,7 +180,7 @@ Tensor conv(const Tensor& x_any, const Tensor& packed_any, const std::optional<T
     a.residual_type = coded ? DType::i8 : check_float(op, "residual", *residual_any);
     check_shape(op, "residual", *residual_any, shape);
     if (coded) {
-      read(op, "residual", *residual_scale, residual_zero_point, &a.residual_codes);
+      read_codes(op, "residual", *residual_scale, residual_zero_point, &a.residual_codes);
       a.residual_scale = a.residual_codes.scale;
       a.residual_zero = a.residual_codes.zero;
     }

@@ -1,4 +1,5 @@
-// quantize, quantize_with, dequantize and their out= forms: checks and allocation, for the CPU and for CUDA.
+// quantize, quantize_with, dequantize and their out= forms: checks and allocation, for the CPU and
+// for CUDA.
 #include "ops/quantize.h"
 
 namespace qkernels {

@@ -187,9 +187,7 @@ def test_functions_of_the_result(ops: Any, epilogue: int) -> None:
         plain = linear(ops, w, x)
         got = linear(ops, w, x, epilogue=epilogue)
         one = weight(Kind(ref.INT8, True, torch.float32), 37, 37, codes=np.eye(37, dtype=np.int64))
-        ones = torch.ops.qkernels.pack(
-            one.data, torch.ones(37, 1), None, one.kind.layout, 37, -1
-        )
+        ones = torch.ops.qkernels.pack(one.data, torch.ones(37, 1), None, one.kind.layout, 37, -1)
         want = torch.ops.qkernels.linear(
             plain, ones, *[None] * 5, one.kind.layout, 37, 37, -1, 0, epilogue
         )

@@ -17,8 +17,8 @@ VARIANTS = [
     for form in ref.FORMATS
     for symmetric in ((True,) if form is ref.NF4 else (True, False))
 ]
-GROUP_SIZES = (None, -1, 1, 3, 8, 32, 33)
-COLUMNS = (0, 1, 2, 7, 8, 9, 33, 64, 127, 136)
+GROUP_SIZES = (None, -1, 3, 8, 32)
+COLUMNS = (0, 1, 7, 8, 33, 64, 127, 136)
 
 
 def check(
@@ -41,24 +41,22 @@ def check(
         same_tensor(got, expected)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
-def test_quantize(ops: Any, form: ref.Format, symmetric: bool, dtype: torch.dtype) -> None:
+def test_quantize(ops: Any, form: ref.Format, symmetric: bool) -> None:
     for i, cols in enumerate(COLUMNS):
-        x = awkward((13, cols), dtype)
-        for group_size in GROUP_SIZES:
+        for j, group_size in enumerate(GROUP_SIZES):
+            x = awkward((9, cols), FLOATS[(i + j) % 3])
             check(ops, x, form, group_size, symmetric, FLOATS[i % 3])
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
-def test_long_groups(ops: Any, form: ref.Format, symmetric: bool, dtype: torch.dtype) -> None:
+def test_long_groups(ops: Any, form: ref.Format, symmetric: bool) -> None:
     """A warp, some warps and parts of groups; a short last group; rows that fill no registers."""
-    for cols, group_size in ((264, -1), (1000, 256), (1072, 528), (2056, -1), (5001, None)):
-        check(ops, awkward((3, cols), dtype), form, group_size, symmetric)
-    if form is ref.INT8:
-        check(ops, awkward((1, 33000), dtype), form, -1, symmetric)
-        check(ops, awkward((1, 16384), dtype), form, -1, symmetric)
+    for i, (cols, group_size) in enumerate(
+        [(264, -1), (1000, 256), (1072, 528), (2056, -1), (5001, None), (16384, -1), (33000, -1)]
+    ):
+        x = awkward((9, 5001) if group_size is None else (1, cols), FLOATS[i % 3])
+        check(ops, x, form, group_size, symmetric)
 
 
 @pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
@@ -69,9 +67,8 @@ def test_special_values(ops: Any, form: ref.Format, symmetric: bool) -> None:
     for i, value in enumerate(special):
         x[2 * i] = 0
         x[2 * i : 2 * i + 2, 7 * i % 40] = value
-    for scale_dtype in FLOATS:
-        for group_size in (-1, 8, 5):
-            check(ops, x, form, group_size, symmetric, scale_dtype)
+    for scale_dtype, group_size in zip(FLOATS, (-1, 8, 5), strict=True):
+        check(ops, x, form, group_size, symmetric, scale_dtype)
     for i in range(2 * len(special)):
         check(ops, x[i : i + 1], form, None, symmetric)
 
@@ -101,7 +98,7 @@ def test_out(ops: Any) -> None:
 @pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
 def test_quantize_with(ops: Any, form: ref.Format, symmetric: bool, dtype: torch.dtype) -> None:
     for i, cols in enumerate(COLUMNS):
-        x = awkward((13, cols), dtype)
+        x = awkward((9, cols), dtype)
         for group_size in GROUP_SIZES:
             scale_dtype = FLOATS[i % 3]
             want = ref.quantize(ref.values(x), form, group_size, symmetric, scale_dtype)
@@ -115,7 +112,7 @@ def test_quantize_with(ops: Any, form: ref.Format, symmetric: bool, dtype: torch
 @pytest.mark.parametrize(("form", "symmetric"), VARIANTS)
 def test_dequantize(ops: Any, form: ref.Format, symmetric: bool, dtype: torch.dtype) -> None:
     for i, cols in enumerate(COLUMNS):
-        x = awkward((13, cols))
+        x = awkward((9, cols))
         for group_size in GROUP_SIZES:
             given = cpu.quantize(x, form.code, group_size, symmetric, FLOATS[i % 3])
             rest = (form.code, group_size)
@@ -140,7 +137,7 @@ def test_any_strides(ops: Any) -> None:
     want = cpu.quantize_with(x, scale, None, ref.INT8.code)
     for _, view in strided(x):
         same_tensor(ops.quantize_with(view, scale, None, ref.INT8.code), want)
-        check(ops, view, ref.INT4, 5, False)
+        check(ops, view.resolve_neg() if view.is_neg() else view, ref.INT4, 5, False)
     # Rows that start on no vector.
     check(
         ops, torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)[:, :32], ref.INT8, 8, True

@@ -64,8 +64,8 @@ uint32_t ballot(bool predicate) {
 
 namespace {
 
-// Register j of lane i takes two elements, 16 bits each, of matrix j: those of at(i, 0) and at(i, 1), a
-// row and a column.
+// Register j of lane i takes two elements, 16 bits each, of matrix j: those of at(i, 0) and
+// at(i, 1), a row and a column.
 template <class At>
 void load_matrices(const char* op, uint32_t (&r)[4], const void* row, const At& at) {
   check_alignment(op, row, 16);
