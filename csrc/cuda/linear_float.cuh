@@ -52,7 +52,10 @@ struct FloatTile {
   static constexpr int kUnits = info(kFormat).bits == 8 ? 2 : 1;  // 16-byte loads in a step
   static constexpr int kStages = kTiles == 8 ? 3 : 4;
   // Steps of the largest tile are so long that one ahead is enough.
-  static constexpr int kDepth = kTiles == 8 ? 2 / kUnits : kBlocks == 1 ? 4 : 4 / kUnits;
+  static constexpr int kDepth = kTiles == 8 ? (kFormat == Format::int4 ? 2 : 1)
+                                : kBlocks == 1 ? 4
+                                               : 4 / kUnits;
+  static_assert(kTurn % kDepth == 0);
 
   // Of a step: x, then for each block two groups' scales and two groups' zero points.
   static constexpr int kScaleBytes = kLanes * 4;
@@ -62,26 +65,30 @@ struct FloatTile {
   static constexpr int kSumBytes = kBlocks * kTiles * 4 * 4;  // of a thread
 };
 
-// Which group the next chunk of 32 k belongs to, and how far its ends are.
+// Which group the next chunk of 32 k belongs to, and how many of its chunks are left.
 struct GroupCursor {
-  int group, chunks_left, steps_left;  // of the slice
+  int group, chunks_left;
 
   QK_DEVICE GroupCursor(const FloatKernelArgs& a, int step)
       : group(2 * step / a.group_chunks),
-        chunks_left(a.group_chunks - 2 * step % a.group_chunks),
-        steps_left(a.slice_steps - step % a.slice_steps) {}
+        chunks_left(a.group_chunks - 2 * step % a.group_chunks) {}
   QK_DEVICE bool group_ends() const { return chunks_left == 1; }
-  QK_DEVICE bool slice_ends() const { return steps_left == 1; }
   QK_DEVICE void next_chunk(const FloatKernelArgs& a) {
     if (--chunks_left == 0) {
       ++group;
       chunks_left = a.group_chunks;
     }
   }
-  QK_DEVICE void next_step(const FloatKernelArgs& a) {
-    if (--steps_left == 0) steps_left = a.slice_steps;
-  }
 };
+
+// Scale `lane` of 16, without a branch.
+QK_DEVICE float scale_at(const uint8_t* scales, DType type, int lane) {
+  const bool wide = type == DType::f32;
+  const uint32_t word = reinterpret_cast<const uint32_t*>(scales)[wide ? lane : lane / 2];
+  const uint16_t half = static_cast<uint16_t>(lane % 2 == 0 ? word : word >> 16);
+  const float narrow = type == DType::bf16 ? bf16_to_float(half) : f16_to_float(half);
+  return wide ? bit_cast<float>(word) : narrow;
+}
 
 // Writes y of a row and output, or the sum alone.
 template <DType kType>
@@ -168,12 +175,10 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
       if (mine && ahead.group_ends()) fetch_scale(scale_to, ahead.group);
       if (mine && a.asymmetric) fetch_zero(zero_to, ahead.group);
       ahead.next_chunk(a);
-      if (mine && (ahead.group_ends() || ahead.slice_ends() || step + 1 == end)) {
-        fetch_scale(scale_to + T::kScaleBytes, ahead.group);
-      }
+      // A slice may end anywhere in a group.
+      if (mine) fetch_scale(scale_to + T::kScaleBytes, ahead.group);
       if (mine && a.asymmetric) fetch_zero(zero_to + kLanes, ahead.group);
       ahead.next_chunk(a);
-      ahead.next_step(a);
     }
     cp_async_commit();
   };
@@ -185,15 +190,19 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
     weight[r] = a.packed + min(block + r, last_block) * a.row_bytes + lane * 16;
   }
   uint4 words[T::kDepth][T::kBlocks][T::kUnits];
-  auto load = [&](uint4(&w)[T::kBlocks][T::kUnits], int step, int u) {
+  auto load = [&](uint4(&w)[T::kBlocks][T::kUnits], int step, int half) {
     if (step >= end) return;
-    const int unit = step * T::kUnits + u;
 #pragma unroll
-    for (int r = 0; r < T::kBlocks; ++r) {
-      // An odd number of int8 chunks ends in the middle of a step.
-      w[r][u] = T::kUnits == 1 || unit < a.chunks
-                    ? load_stream_128(weight[r] + static_cast<int64_t>(unit) * kCudaUnit)
-                    : make_uint4(0, 0, 0, 0);
+    for (int u = 0; u < T::kUnits; ++u) {
+      if (T::kUnits == 2 && u != half) continue;
+      const int unit = step * T::kUnits + u;
+#pragma unroll
+      for (int r = 0; r < T::kBlocks; ++r) {
+        // An odd number of int8 chunks ends in the middle of a step.
+        w[r][u] = T::kUnits == 1 || unit < a.chunks
+                      ? load_stream_128(weight[r] + static_cast<int64_t>(unit) * kCudaUnit)
+                      : make_uint4(0, 0, 0, 0);
+      }
     }
   };
 
@@ -211,7 +220,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
       const uint8_t* at = scales + r * T::kBlockBytes;
-      const float scale[2] = {load_float(at, a.scale_type, g), load_float(at, a.scale_type, g + 8)};
+      const float scale[2] = {scale_at(at, a.scale_type, g), scale_at(at, a.scale_type, g + 8)};
 #pragma unroll
       for (int j = 0; j < T::kTiles; ++j) {
 #pragma unroll
@@ -228,7 +237,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
                       int half) {
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
-      const uint4 unit = w[r][T::kUnits == 1 ? 0 : half];
+      const uint4 unit = half == 0 ? w[r][0] : w[r][T::kUnits - 1];
       uint32_t pairs[2][4];
       if constexpr (T::kUnits == 1) {
         const uint32_t low[1] = {half == 0 ? unit.x : unit.z};
@@ -291,44 +300,40 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   }
   GroupCursor here(a, begin);
   int stage = 0, freed = T::kStages - 1;
-  for (int base = begin; base < end; base += T::kDepth) {
+  for (int first = begin; first < end; first += a.slice_steps) {
+    const int last = min(first + a.slice_steps, end);
+    const uint8_t* scales = nullptr;
+    for (int base = first; base < last; base += T::kDepth) {
 #pragma unroll
-    for (int d = 0; d < T::kDepth; ++d) {
-      const int step = base + d;
-      if (step >= end) break;
-      cp_async_wait<T::kStages - 2>();
-      // What others copied is here, and what was read in the last step may be written.
-      if constexpr (T::kGemv) {
-        __syncwarp();
-      } else {
-        __syncthreads();
+      for (int d = 0; d < T::kDepth; ++d) {
+        const int step = base + d;
+        if (step >= last) break;
+        cp_async_wait<T::kStages - 2>();
+        // What others copied is here, and what was read in the last step may be written.
+        if constexpr (T::kGemv) {
+          __syncwarp();
+        } else {
+          __syncthreads();
+        }
+        fill(step + T::kStages - 1, freed);
+        const uint8_t* at = ring + stage * T::kStageBytes;
+#pragma unroll(T::kTiles == 8 ? 1 : 2)
+        for (int half = 0; half < 2; ++half) {
+          scales = at + my_meta + half * T::kScaleBytes;
+          zero_points(at + my_meta + 2 * T::kScaleBytes + half * kLanes);
+          uint32_t left[T::kBlocks][2][4];
+          operands(left, words[d], half);
+          if (T::kUnits == 2 || half == 1) load(words[d], step + T::kDepth, half);
+          multiply(at, left, half);
+          if (here.group_ends()) fold(scales);
+          here.next_chunk(a);
+        }
+        freed = stage;
+        stage = stage + 1 == T::kStages ? 0 : stage + 1;
       }
-      fill(step + T::kStages - 1, freed);
-      const uint8_t* at = ring + stage * T::kStageBytes;
-      const uint8_t* scales = at + my_meta;
-      const uint8_t* zeros = scales + 2 * T::kScaleBytes;
-      uint32_t left[T::kBlocks][2][4];
-      zero_points(zeros);
-      operands(left, words[d], 0);
-      if (T::kUnits == 2) load(words[d], step + T::kDepth, 0);
-      multiply(at, left, 0);
-      if (here.group_ends()) fold(scales);
-      here.next_chunk(a);
-      zero_points(zeros + kLanes);
-      operands(left, words[d], 1);
-      load(words[d], step + T::kDepth, T::kUnits - 1);
-      multiply(at, left, 1);
-      const bool slice_ends = here.slice_ends() || step + 1 == end;
-      if (here.group_ends() || slice_ends) fold(scales + T::kScaleBytes);
-      if (!T::kGemv && slice_ends) {
-        const bool first = step < begin + a.slice_steps, last = step + 1 == end;
-        if (!(first && last)) end_slice(first, last);
-      }
-      here.next_chunk(a);
-      here.next_step(a);
-      freed = stage;
-      stage = stage + 1 == T::kStages ? 0 : stage + 1;
     }
+    if (here.chunks_left != a.group_chunks) fold(scales);
+    if (!T::kGemv && (first > begin || last < end)) end_slice(first == begin, last == end);
   }
   cp_async_wait<0>();
 
