@@ -89,9 +89,11 @@ void linear_rows(const LinearArgs& a, float* sums, Stream stream) {
   k.asymmetric = !a.layout.symmetric;
   k.zero = symmetric_zero(a.layout.format);
   k.chunks = static_cast<int>(s.k_padded / kCudaChunk);
-  k.groups = static_cast<int>(s.groups);
-  // One group never ends before the row does.
-  k.group_chunks = s.groups > 1 ? static_cast<int>(s.group_padded / kCudaChunk) : k.chunks + 2;
+  k.group_chunks = static_cast<int>(max(s.group_padded / kCudaChunk, int64_t{1}));
+  if (s.groups > 0) {
+    k.group_end = static_cast<int>((s.padded_begin(s.groups - 1) + s.padded_length(s.groups - 1)) /
+                                   kCudaChunk);
+  }
   k.steps = (k.chunks + 1) / 2;
   k.slices = static_cast<int>(plan.slices.count);
   k.slice_steps = static_cast<int>(plan.slices.steps);

@@ -24,7 +24,7 @@ struct FloatKernelArgs {
   DType scale_type;
   bool asymmetric;
   int zero;  // of all groups, when symmetric
-  int chunks, groups, group_chunks;
+  int chunks, group_chunks, group_end;  // of a row, of a group, to the end of the last group
   int steps, slices, slice_steps, cuts;
   int row_tiles;
   LevelBytes levels;  // of nf4
@@ -65,21 +65,10 @@ struct FloatTile {
   static constexpr int kSumBytes = kBlocks * kTiles * 4 * 4;  // of a thread
 };
 
-// Which group the next chunk of 32 k belongs to, and how many of its chunks are left.
-struct GroupCursor {
-  int group, chunks_left;
-
-  QK_DEVICE GroupCursor(const FloatKernelArgs& a, int step)
-      : group(2 * step / a.group_chunks),
-        chunks_left(a.group_chunks - 2 * step % a.group_chunks) {}
-  QK_DEVICE bool group_ends() const { return chunks_left == 1; }
-  QK_DEVICE void next_chunk(const FloatKernelArgs& a) {
-    if (--chunks_left == 0) {
-      ++group;
-      chunks_left = a.group_chunks;
-    }
-  }
-};
+// The chunk at which the group after the one that ends at `end` does; none after the last.
+QK_DEVICE int next_end(const FloatKernelArgs& a, int end) {
+  return end >= a.group_end ? INT32_MAX : min(end + a.group_chunks, a.group_end);
+}
 
 // Scale `lane` of 16, without a branch.
 QK_DEVICE float scale_at(const uint8_t* scales, DType type, int lane) {
@@ -145,19 +134,15 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
       a.packed + min(team_block + member / 4, last_block) * a.row_bytes;
   const int meta_to = T::kRows * 128 + member / 4 * T::kBlockBytes;
 
-  auto fetch_scale = [&](uint8_t* to, int group) {
-    const int64_t at = static_cast<int64_t>(min(group, a.groups - 1)) * kLanes + quarter * 4;
-    if (a.scale_type == DType::f32) {
-      cp_async<16>(to + quarter * 16, meta + a.scales + at * 4);
-    } else {
-      cp_async<8>(to + quarter * 8, meta + a.scales + at * 2);
-    }
-  };
-  auto fetch_zero = [&](uint8_t* to, int group) {
-    const int64_t at = static_cast<int64_t>(min(group, a.groups - 1)) * kLanes + quarter * 4;
-    cp_async<4>(to + quarter * 4, meta + a.zeros + at);
-  };
-  GroupCursor ahead(a, begin);
+  const bool wide = a.scale_type == DType::f32;
+  const int first_group = 2 * begin / a.group_chunks;
+  const int scale_stride = wide ? kLanes * 4 : kLanes * 2;
+  const uint8_t* scale_from = meta + a.scales + first_group * static_cast<int64_t>(scale_stride) +
+                              quarter * (scale_stride / 4);
+  const uint8_t* zero_from = meta + a.zeros + first_group * kLanes + quarter * 4;
+  const int first_end = min((first_group + 1) * a.group_chunks, a.group_end);
+  int fetched_end = first_end, fetched_slice = min(begin + a.slice_steps, end);
+  const bool fetches = member < T::kTeamBlocks * 4;
   auto fill = [&](int step, int stage) {
     if (step < end) {
       uint8_t* to = ring + stage * T::kStageBytes;
@@ -169,16 +154,26 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
                        source[i] + static_cast<int64_t>(step) * kStep);
         }
       }
-      const bool mine = member < T::kTeamBlocks * 4;
-      uint8_t* scale_to = to + meta_to;
-      uint8_t* zero_to = scale_to + 2 * T::kScaleBytes;
-      if (mine && ahead.group_ends()) fetch_scale(scale_to, ahead.group);
-      if (mine && a.asymmetric) fetch_zero(zero_to, ahead.group);
-      ahead.next_chunk(a);
-      // A slice may end anywhere in a group.
-      if (mine) fetch_scale(scale_to + T::kScaleBytes, ahead.group);
-      if (mine && a.asymmetric) fetch_zero(zero_to + kLanes, ahead.group);
-      ahead.next_chunk(a);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint8_t* scale_to = to + meta_to + half * T::kScaleBytes + quarter * (scale_stride / 4);
+        if (a.asymmetric && fetches) {
+          cp_async<4>(to + meta_to + 2 * T::kScaleBytes + half * kLanes + quarter * 4, zero_from);
+        }
+        // A scale is for the end of a group, or for a slice's that is inside of one.
+        const bool ends = 2 * step + half + 1 == fetched_end;
+        const bool inside = half == 1 && step + 1 == fetched_slice && fetched_end != INT32_MAX;
+        if (ends || inside) {
+          if (fetches && wide) cp_async<16>(scale_to, scale_from);
+          if (fetches && !wide) cp_async<8>(scale_to, scale_from);
+        }
+        if (ends) {
+          scale_from += scale_stride;
+          zero_from += kLanes;
+          fetched_end = next_end(a, fetched_end);
+        }
+      }
+      if (step + 1 == fetched_slice) fetched_slice = min(fetched_slice + a.slice_steps, end);
     }
     cp_async_commit();
   };
@@ -298,8 +293,8 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
 #pragma unroll
     for (int u = 0; u < T::kUnits; ++u) load(words[d], begin + d, u);
   }
-  GroupCursor here(a, begin);
   int stage = 0, freed = T::kStages - 1;
+  int group_end = first_end, folded = 0;  // chunks
   for (int first = begin; first < end; first += a.slice_steps) {
     const int last = min(first + a.slice_steps, end);
     const uint8_t* scales = nullptr;
@@ -325,14 +320,17 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
           operands(left, words[d], half);
           if (T::kUnits == 2 || half == 1) load(words[d], step + T::kDepth, half);
           multiply(at, left, half);
-          if (here.group_ends()) fold(scales);
-          here.next_chunk(a);
+          if (2 * step + half + 1 == group_end) {
+            fold(scales);
+            folded = group_end;
+            group_end = next_end(a, group_end);
+          }
         }
         freed = stage;
         stage = stage + 1 == T::kStages ? 0 : stage + 1;
       }
     }
-    if (here.chunks_left != a.group_chunks) fold(scales);
+    if (folded != 2 * last && group_end != INT32_MAX) fold(scales);
     if (!T::kGemv && (first > begin || last < end)) end_slice(first == begin, last == end);
   }
   cp_async_wait<0>();
