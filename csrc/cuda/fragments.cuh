@@ -138,10 +138,10 @@ struct Codes<Format::nf4, kType> {
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
       const uint32_t i = index >> 16 * odd, which = pick >> 16 * odd;
-      const uint32_t low = prmt(prmt(table.low[0], table.low[1], i),
-                                prmt(table.low[2], table.low[3], i), which);
-      const uint32_t high = prmt(prmt(table.high[0], table.high[1], i),
-                                 prmt(table.high[2], table.high[3], i), which);
+      const uint32_t low =
+          prmt(prmt(table.low[0], table.low[1], i), prmt(table.low[2], table.low[3], i), which);
+      const uint32_t high =
+          prmt(prmt(table.high[0], table.high[1], i), prmt(table.high[2], table.high[3], i), which);
       halves[odd][0] = prmt(low, high, 0x5140);
       halves[odd][1] = prmt(low, high, 0x7362);
     }

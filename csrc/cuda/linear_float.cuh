@@ -23,7 +23,7 @@ struct FloatKernelArgs {
   int64_t row_bytes, scales, zeros;
   DType scale_type;
   bool asymmetric;
-  int zero;  // of all groups, when symmetric
+  int zero;                             // of all groups, when symmetric
   int chunks, group_chunks, group_end;  // of a row, of a group, to the end of the last group
   int steps, slices, slice_steps, cuts;
   int row_tiles;
@@ -44,15 +44,15 @@ struct FloatTile {
   static constexpr int kTeamBlocks = kBlocks * kWarps_;
   static constexpr int kTeam = kWarp * kWarps_;  // threads
   static constexpr int kRows = 8 * kTiles;
-  // A GEMV's block has a warp for each of up to 16 slices; with four blocks of outputs, up to 4.
-  static constexpr int kMaxThreads = !kGemv ? kTeam : kBlocks == 1 ? 16 * kWarp : 4 * kWarp;
+  // A GEMV's block has a warp for each slice: up to 16, and less where there are many outputs.
+  static constexpr int kMaxThreads = kGemv ? 16 / kBlocks * kWarp : kTeam;
   // The largest tile needs all registers, the other GEMMs have two blocks on a multiprocessor.
-  static constexpr int kMinBlocks = kGemv && kBlocks == 1 || kTiles == 8 ? 1 : 2;
+  static constexpr int kMinBlocks = (kGemv && kBlocks < 4) || kTiles == 8 ? 1 : 2;
 
   static constexpr int kUnits = info(kFormat).bits == 8 ? 2 : 1;  // 16-byte loads in a step
   static constexpr int kStages = kTiles == 8 ? 3 : 4;
   // Steps of the largest tile are so long that one ahead is enough.
-  static constexpr int kDepth = kTiles == 8 ? (kFormat == Format::int4 ? 2 : 1)
+  static constexpr int kDepth = kTiles == 8    ? (kFormat == Format::int4 ? 2 : 1)
                                 : kBlocks == 1 ? 4
                                                : 4 / kUnits;
   static_assert(kTurn % kDepth == 0);
@@ -130,8 +130,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   const int copy_to = member / 8 * 128 + (piece ^ member / 8 % 2 * 4) * 16;
   // Four threads to a block fetch its scales and zero points, four lanes each.
   const int quarter = member % 4;
-  const uint8_t* meta =
-      a.packed + min(team_block + member / 4, last_block) * a.row_bytes;
+  const uint8_t* meta = a.packed + min(team_block + member / 4, last_block) * a.row_bytes;
   const int meta_to = T::kRows * 128 + member / 4 * T::kBlockBytes;
 
   const bool wide = a.scale_type == DType::f32;
@@ -179,11 +178,8 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   };
 
   // ---- Into registers ----
-  const uint8_t* weight[T::kBlocks];
-#pragma unroll
-  for (int r = 0; r < T::kBlocks; ++r) {
-    weight[r] = a.packed + min(block + r, last_block) * a.row_bytes + lane * 16;
-  }
+  const uint8_t* weight = a.packed + min(block, last_block) * a.row_bytes + lane * 16;
+  const int blocks_left = static_cast<int>(min(last_block - block, int64_t{T::kBlocks}));
   uint4 words[T::kDepth][T::kBlocks][T::kUnits];
   auto load = [&](uint4(&w)[T::kBlocks][T::kUnits], int step, int half) {
     if (step >= end) return;
@@ -195,7 +191,8 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
       for (int r = 0; r < T::kBlocks; ++r) {
         // An odd number of int8 chunks ends in the middle of a step.
         w[r][u] = T::kUnits == 1 || unit < a.chunks
-                      ? load_stream_128(weight[r] + static_cast<int64_t>(unit) * kCudaUnit)
+                      ? load_stream_128(weight + min(r, max(blocks_left, 0)) * a.row_bytes +
+                                        static_cast<int64_t>(unit) * kCudaUnit)
                       : make_uint4(0, 0, 0, 0);
       }
     }
@@ -228,7 +225,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   };
 
   // Half 0 or 1 of a step: a chunk of 32 k, which is two products of 16.
-  auto operands = [&](uint32_t(&left)[T::kBlocks][2][4], const uint4(&w)[T::kBlocks][T::kUnits],
+  auto operands = [&](uint32_t (&left)[T::kBlocks][2][4], const uint4(&w)[T::kBlocks][T::kUnits],
                       int half) {
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
@@ -247,7 +244,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
       for (int i = 0; i < 8; ++i) left[r][i / 4][i % 4] = pairs[i % 2][i / 2];
     }
   };
-  auto multiply = [&](const uint8_t* stage, const uint32_t(&left)[T::kBlocks][2][4], int half) {
+  auto multiply = [&](const uint8_t* stage, const uint32_t (&left)[T::kBlocks][2][4], int half) {
     const uint8_t* x = stage + x_from + ((half * 4 + t) ^ x_swap) * 16;
 #pragma unroll
     for (int j = 0; j < T::kTiles; ++j) {
@@ -294,7 +291,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
     for (int u = 0; u < T::kUnits; ++u) load(words[d], begin + d, u);
   }
   int stage = 0, freed = T::kStages - 1;
-  int group_end = first_end, folded = 0;  // chunks
+  int group_end = first_end;  // chunks
   for (int first = begin; first < end; first += a.slice_steps) {
     const int last = min(first + a.slice_steps, end);
     const uint8_t* scales = nullptr;
@@ -322,7 +319,6 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
           multiply(at, left, half);
           if (2 * step + half + 1 == group_end) {
             fold(scales);
-            folded = group_end;
             group_end = next_end(a, group_end);
           }
         }
@@ -330,7 +326,8 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
         stage = stage + 1 == T::kStages ? 0 : stage + 1;
       }
     }
-    if (folded != 2 * last && group_end != INT32_MAX) fold(scales);
+    // A slice that ends inside of a group.
+    if (2 * last < a.group_end && 2 * last % a.group_chunks != 0) fold(scales);
     if (!T::kGemv && (first > begin || last < end)) end_slice(first == begin, last == end);
   }
   cp_async_wait<0>();
@@ -357,8 +354,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kSums; i += static_cast<int>(blockDim.x)) {
       const int row = lane % 4 * 2 + i / kWarp % 2;
-      const int64_t output =
-          (block + i / (4 * kWarp)) * kLanes + lane / 4 + i / kWarp % 4 / 2 * 8;
+      const int64_t output = (block + i / (4 * kWarp)) * kLanes + lane / 4 + i / kWarp % 4 / 2 * 8;
       if (row >= rows || output >= a.n) continue;
       float sum = slices[i];
       for (int slice = 1; slice < a.slices; ++slice) sum = sum + slices[slice * kSums + i];
@@ -382,8 +378,9 @@ void launch_tile(const FloatKernelArgs& a, Stream stream) {
 template <Format kFormat, DType kType>
 void launch_plan(const FloatPlan& plan, const FloatKernelArgs& a, Stream stream) {
   if (plan.gemv) {
-    plan.blocks == 4 ? launch_tile<FloatTile<kFormat, kType, 4, 1, 1, true>>(a, stream)
-                     : launch_tile<FloatTile<kFormat, kType, 1, 1, 1, true>>(a, stream);
+    plan.blocks == 4   ? launch_tile<FloatTile<kFormat, kType, 4, 1, 1, true>>(a, stream)
+    : plan.blocks == 2 ? launch_tile<FloatTile<kFormat, kType, 2, 1, 1, true>>(a, stream)
+                       : launch_tile<FloatTile<kFormat, kType, 1, 1, 1, true>>(a, stream);
   } else if (plan.tiles == 2) {
     launch_tile<FloatTile<kFormat, kType, 2, 2, 4, false>>(a, stream);
   } else if (plan.tiles == 4) {

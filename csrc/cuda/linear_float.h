@@ -83,9 +83,11 @@ inline FloatPlan float_plan(const LinearArgs& a) {
   const int64_t rows = p.rows * p.parts;
   p.gemv = rows <= kGemvRows;
   if (p.gemv) {
-    // A warp that reads x for four blocks of outputs needs less of it from the cache, but there must
-    // be warps enough.
-    p.blocks = rows > 2 && blocks >= 4 * kMultiprocessors ? 4 : 1;
+    // A warp with more blocks of outputs needs less of x from the cache and less instructions around
+    // a product, but there must be warps enough.
+    p.blocks = rows > 2 && blocks >= 4 * kMultiprocessors ? 4
+               : blocks >= 2 * kMultiprocessors           ? 2
+                                                          : 1;
     p.tiles = 1;
     p.warps = 1;
     p.cuts = 1;

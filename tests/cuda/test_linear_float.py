@@ -13,6 +13,7 @@ from torch import Tensor
 from helpers import reference as ref
 from helpers.check import HALF_ULP, float_path_bound, same_tensor, within
 from helpers.data import FLOATS, KINDS, Kind, Weight, awkward, floats, rng, strided, weight
+from qkernels import _C
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -87,16 +88,16 @@ def test_groups(ops: Any, kind: Kind, group_size: int) -> None:
         check(ops, weight(kind, 19, k, group_size), awkward((m, k), dtype, seed=group_size))
 
 
-# A GEMV of one block and of four, tiles of 16, 32 and 64 rows that split k over thread blocks, and
+# A GEMV of one block, of two and of four, tiles of 16, 32 and 64 rows that split k over thread blocks, and
 # the same that add up all slices by themselves.
-WAYS = [(1, 40), (4, 260), (11, 40), (25, 40), (50, 40), (12, 260), (30, 260), (150, 17)]
+WAYS = [(1, 40), (1, 140), (4, 260), (11, 40), (25, 40), (50, 40), (12, 260), (30, 260), (150, 17)]
 PAIRS = [(kind, HALVES[i % 2]) for i, kind in enumerate((KINDS[3], KINDS[1], KINDS[6], KINDS[5]))]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), PAIRS, ids=str)
 def test_every_way_to_share_out_the_work(ops: Any, kind: Kind, dtype: torch.dtype) -> None:
     for i, (m, n) in enumerate(WAYS):
-        k, group_size = ((520, 128), (480, -1), (456, 40))[i % 3]
+        k, group_size = ((520, 128), (480, -1), (456, 40), (512, 32))[i % 4]
         w = weight(kind, n, k, group_size)
         check(ops, w, awkward((m, k), dtype, seed=i), floats((n,), seed="bias"))
 
@@ -189,9 +190,7 @@ def test_functions_of_the_result(ops: Any, epilogue: int) -> None:
         plain = linear(ops, w, x)
         got = linear(ops, w, x, epilogue=epilogue)
         one = weight(Kind(ref.INT8, True, torch.float32), 37, 37, codes=np.eye(37, dtype=np.int64))
-        ones = torch.ops.qkernels.pack(
-            one.data, torch.ones(37, 1), None, one.kind.layout, 37, -1
-        )
+        ones = torch.ops.qkernels.pack(one.data, torch.ones(37, 1), None, one.kind.layout, 37, -1)
         want = torch.ops.qkernels.linear(
             plain, ones, *[None] * 5, one.kind.layout, 37, 37, -1, 0, epilogue
         )
@@ -266,3 +265,10 @@ def test_wrong_calls_say_what_is_wrong(ops: Any) -> None:
         linear(ops, w, torch.ones(2, 63))
     with pytest.raises(RuntimeError, match="packed for another device"):
         ops.linear(torch.ones(2, 64), w.packed, *[None] * 5, *w.sizes, 0, 0)
+
+
+def test_names_of_kernels() -> None:
+    w4, nf4 = KINDS[3].cuda_layout, KINDS[6].cuda_layout
+    assert _C.kernel_name(w4, 0, 8, 1) == "mma_w4a16_gemv"
+    assert _C.kernel_name(w4, 0, 9, 1) == "mma_w4a16_gemm"
+    assert _C.kernel_name(nf4, 0, 3, 0) == "mma_nf4a16_gemm_f32x3"  # nine rows
