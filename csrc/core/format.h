@@ -223,13 +223,16 @@ QK_HD inline constexpr BlockShape block_shape(const Layout& layout, int64_t k, i
 
 // How a convolution's weight [out_channels, taps * group_channels] is packed: `groups` matrices of
 // [rows, columns], one behind the other. Whole-row int8 weights have each tap's channels filled up
-// to `channels`, a multiple of 4, with weights of 0.
+// to `channels`, a multiple of 4, on a GPU from 16 on of 16, with weights of 0.
 struct ConvPacking {
   bool depthwise;  // one matrix [out_channels, taps]
   int64_t groups, rows, columns, channels;
 
   int64_t blocks() const { return groups * ((rows + kLanes - 1) / kLanes); }
 };
+
+// Most taps of a convolution.
+inline constexpr int64_t kConvTaps = 1024;
 
 // Most taps that a depthwise weight may be packed with as such.
 inline constexpr int64_t kDepthwiseTaps = 128;
@@ -244,7 +247,8 @@ inline constexpr ConvPacking conv_packing(const Layout& layout, int64_t taps,
   if (group_channels == 1 && rows == 1 && groups > 1 && taps <= kDepthwiseTaps) {
     return {true, 1, out_channels, taps, 1};
   }
-  const int64_t channels = round_up(group_channels, 4);
+  const bool wide = layout.device == kDeviceCuda && group_channels >= 16;
+  const int64_t channels = round_up(group_channels, wide ? 16 : 4);
   return {false, groups, rows, taps * channels, channels};
 }
 

@@ -41,6 +41,7 @@ struct FakeQuantizeArgs {
   const void* scale;
   DType scale_type;
   const void* zero_point;  // null when symmetric, or chosen
+  bool float_zeros;  // zero points are float32 and count as the codes they round to; CUDA alone
   int64_t cols, groups, group_size;
   Format format;
   bool symmetric;
@@ -55,6 +56,7 @@ struct FakeBackwardArgs {
   const void* scale;
   DType scale_type;
   const void* zero_point;  // null when symmetric
+  bool float_zeros;        // as above
   float* scale_grad;       // [rows, groups], also of a shared scale
   float* zero_grad;        // the same, or null
   int64_t cols, groups, group_size;
@@ -137,6 +139,15 @@ struct ImageCodes {
   bool plain;  // chosen for the image's own numbers: no quotient is NaN or far out of range
 };
 
+// Scale and zero point of a tensor of codes: numbers for kernels on a CPU, pointers for those on a
+// GPU, where a zero point that is null is 0.
+struct GivenCodes {
+  float scale = 1.0f;
+  int zero = 0;
+  const float* device_scale = nullptr;
+  const int8_t* device_zero = nullptr;
+};
+
 // A convolution with int8 weights and activations, in two steps. `conv_prepare` lays x out as
 // `image`: int8 codes with the channels innermost and zeros around and between, in a form that the
 // ISA chooses. `conv` reads the image. Spatial dimensions that x lacks come first and have size 1.
@@ -150,11 +161,16 @@ struct ConvArgs {
   // 0; a depthwise weight as [channels, taps].
   bool depthwise;
   int64_t group_channels;
+  // Fewer than 4 channels, side by side in image and weight: a row of the kernel is one of
+  // row_codes() codes. The last ones belong to what follows in the image, and have weight 0.
+  bool compact;
 
   const void* x;  // [batch, channels, in]
   DType x_type;   // i8: the codes themselves
   bool x_channels_last;
   bool symmetric;  // the codes of x
+  bool is_static;  // x_codes are given for all images, not chosen for each
+  GivenCodes x_codes;
 
   const uint8_t* packed;  // a group's blocks before the next one's
   BlockShape shape;
@@ -164,16 +180,18 @@ struct ConvArgs {
   DType bias_type;
   const void* residual;  // as y, in a type of its own, or null
   DType residual_type;   // i8: codes
+  GivenCodes residual_codes;
   float residual_scale;
   int residual_zero;
   Epilogue epilogue;
   void* y;       // [batch, out_channels, out]
   DType y_type;  // i8: codes
+  GivenCodes y_codes;
   float y_inverse;
   int y_zero;
   bool y_channels_last;
 
-  uint8_t* image;           // workspace, [batch, grid, pixel_codes()] codes
+  const uint8_t* image;     // workspace, or x itself, [batch, grid, pixel_codes()] codes
   const ImageCodes* codes;  // [batch]
 
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
@@ -185,8 +203,10 @@ struct ConvArgs {
   int64_t blocks() const { return depthwise ? group_blocks() : groups * group_blocks(); }
   // Codes of a pixel of the image.
   int64_t pixel_codes() const {
+    if (compact) return channels;
     return depthwise ? round_up(channels, kLanes) : groups * group_channels;
   }
+  int64_t row_codes() const { return round_up(kernel[2] * channels, 4); }
   int64_t image_codes() const { return grid[0] * grid[1] * grid[2] * pixel_codes(); }
   int64_t pixels() const { return out[0] * out[1] * out[2]; }  // of an image of y
 };
@@ -204,8 +224,9 @@ struct PoolArgs {
   int64_t kernel[3], stride[3], before[3], dilation[3];
 
   // Of means alone.
-  int x_zero, y_zero;
-  double scale;        // of x over that of y
+  GivenCodes x_codes, y_codes;
+  int x_zero, y_zero;  // of them, on a CPU
+  double scale;        // of x over that of y, on a CPU
   bool count_padding;  // a window's size counts what lies in the borders
   int64_t divisor;     // of every sum; 0: the size of its window
 
@@ -218,7 +239,8 @@ struct PoolArgs {
 struct AddArgs {
   const int8_t* a;
   const int8_t* b;
-  float a_scale, b_scale;
+  GivenCodes a_codes, b_codes, y_codes;
+  float a_scale, b_scale;  // of them, and what follows from them, on a CPU
   int a_zero, b_zero;
   Epilogue epilogue;
   void* y;
@@ -232,6 +254,14 @@ struct LookupArgs {
   const int8_t* x;
   int8_t* y;
   const int8_t* table;  // [256]
+};
+
+// Rows of codes into rows of y, brought to its scale and zero point.
+struct ConcatArgs {
+  const int8_t* x;  // [rows, cols]
+  int8_t* y;        // rows `pitch` codes apart
+  int64_t rows, cols, pitch;
+  GivenCodes x_codes, y_codes;
 };
 
 struct EmbeddingArgs {

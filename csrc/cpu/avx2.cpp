@@ -29,6 +29,8 @@ namespace {
 #include "cpu/matmul_avx2.inl"
 #include "cpu/tiles.inl"
 #include "cpu/matmul.inl"
+#include "cpu/conv_image.inl"
+#include "cpu/conv_finish.inl"
 #include "cpu/conv.inl"
 #include "cpu/depthwise_avx2.inl"
 #include "cpu/conv_table.inl"
@@ -62,6 +64,7 @@ const Kernels* avx2_kernels() {
     t.backward = avx2::backward;
     t.embedding = avx2::embedding;
     t.conv_code_bytes = avx2::conv_code_bytes;
+    t.conv_reads_codes = avx2::conv_reads_codes;
     t.conv_prepare = avx2::conv_prepare;
     t.conv = avx2::conv;
     t.conv_name = avx2::conv_name;

@@ -34,8 +34,10 @@ namespace {
 #include "cpu/matmul_avx512.inl"
 #include "cpu/tiles.inl"
 #include "cpu/matmul.inl"
+#include "cpu/conv_image.inl"
+#include "cpu/conv_finish.inl"
 #include "cpu/conv.inl"
-#include "cpu/depthwise_avx512.inl"
+#include "cpu/depthwise_vnni.inl"
 #include "cpu/conv_table.inl"
 #include "cpu/pool.inl"
 #include "cpu/int8.inl"
@@ -67,6 +69,7 @@ const Kernels* avx512_kernels() {
     t.backward = avx512::backward;
     t.embedding = avx512::embedding;
     t.conv_code_bytes = avx512::conv_code_bytes;
+    t.conv_reads_codes = avx512::conv_reads_codes;
     t.conv_prepare = avx512::conv_prepare;
     t.conv = avx512::conv;
     t.conv_name = avx512::conv_name;

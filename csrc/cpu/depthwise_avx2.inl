@@ -37,15 +37,15 @@ void load_pairs(const uint8_t* weight, Pairs* pairs) {
 }
 
 template <int Rows>
-void depthwise_tile(const ConvArgs& a, const Pairs& pairs, const Pixels& pixels, int64_t first,
-                    const uint8_t* weight, int64_t channel, int32_t* out) {
+void depthwise_tile(const Pairs& pairs, const Pixels& pixels, const OutputValues& values,
+                    int64_t first, int64_t channel, int32_t* out) {
   constexpr int kParts = kLanes / kWidth;
   unroll<kParts>([&](int v) INLINE {
-    const I codes = load(reinterpret_cast<const int32_t*>(weight + a.shape.sums) + v * kWidth);
+    const I start = load(values.start + v * kWidth);
     I sums[Rows];
     const uint8_t* x[Rows];
     unroll<Rows>([&](int r) INLINE {
-      sums[r] = multiply(codes, splat(-pixels.zero[first + r]));
+      sums[r] = start;
       x[r] = pixels.x[first + r] + channel + v * kWidth;
     });
     for (int64_t i = 0; i < pairs.count; ++i) {
@@ -59,9 +59,19 @@ void depthwise_tile(const ConvArgs& a, const Pairs& pairs, const Pixels& pixels,
   });
 }
 
+// Codes of a block without residual.
+void finish_codes(const ConvSums& t, const ToCodes& to) {
+  constexpr int kParts = kLanes / kWidth;
+  for (int r = 0; r < t.rows; ++r) {
+    I sums[kParts];
+    unroll<kParts>([&](int v) INLINE { sums[v] = load(t.sums + r * kLanes + v * kWidth); });
+    store_codes<false, /*Pieces=*/false>(*t.values, to, sums, t.first + r);
+  }
+}
+
 struct DepthwiseTiles {
-  void (*of[kDepthwiseRows])(const ConvArgs&, const Pairs&, const Pixels&, int64_t, const uint8_t*,
-                             int64_t, int32_t*);  // [rows - 1]
+  void (*of[kDepthwiseRows])(const Pairs&, const Pixels&, const OutputValues&, int64_t, int64_t,
+                             int32_t*);  // [rows - 1]
 };
 template <int... Index>
 constexpr DepthwiseTiles depthwise_tiles(std::integer_sequence<int, Index...>) {
@@ -76,17 +86,22 @@ void conv_depthwise(const ConvArgs& a, int64_t block_begin, int64_t block_end, i
   Pairs pairs = find_pairs(a);
   alignas(64) int32_t sums[kDepthwiseRows * kLanes];
   Pixels pixels;
-  for (int64_t slab = pixel_begin; slab < pixel_end; slab += kConvSlab) {
-    const int64_t count = pixel_end - slab < kConvSlab ? pixel_end - slab : kConvSlab;
-    find_pixels(a, slab, slab + count, &pixels);
+  OutputValues values;
+  ToCodes to{};
+  for (int64_t slab = pixel_begin; slab < pixel_end; slab += pixels.count) {
+    find_pixels(a, slab, pixel_end, &pixels);
     for (int64_t block = block_begin; block < block_end; ++block) {
       const uint8_t* weight = a.packed + block * a.shape.bytes;
       load_pairs(weight, &pairs);
-      for (int64_t pixel = 0; pixel < count;) {
-        const int64_t rows = even_piece(count - pixel, kDepthwiseRows);
-        kTiles.of[rows - 1](a, pairs, pixels, pixel, weight, block * kLanes, sums);
-        finish(a,
-               {sums, &pixels, pixel, block, 0, a.out_channels, static_cast<int>(rows), 1, weight});
+      const int64_t o = block * kLanes;
+      const int count = least(a.out_channels - o, kLanes);
+      const bool codes = 
+          find_outputs(a, pixels, weight, 1, o, count, &values, &to) && a.residual == nullptr;
+      for (int64_t pixel = 0; pixel < pixels.count;) {
+        const int rows = static_cast<int>(even_piece(pixels.count - pixel, kDepthwiseRows));
+        kTiles.of[rows - 1](pairs, pixels, values, pixel, o, sums);
+        const ConvSums tile{sums, &pixels, &values, pixel, o, rows, 1, count};
+        codes ? finish_codes(tile, to) : finish(a, tile);
         pixel += rows;
       }
     }

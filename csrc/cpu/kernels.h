@@ -48,10 +48,11 @@ struct Kernels {
   // Rows [begin, end) of y.
   void (*embedding)(const EmbeddingArgs&, int64_t begin, int64_t end);
 
-  // Bytes of a code of the image.
+  // Bytes of a code of the image, and whether they are the codes themselves, as they are in x.
   int (*conv_code_bytes)(const ConvArgs&);
+  bool (*conv_reads_codes)(const ConvArgs&);
   // Rows [begin, end) of the image, which has batch * grid[0] * grid[1] of them.
-  void (*conv_prepare)(const ConvArgs&, int64_t begin, int64_t end);
+  void (*conv_prepare)(const ConvArgs&, uint8_t* image, int64_t begin, int64_t end);
   // Blocks [block_begin, block_end) times pixels [pixel_begin, pixel_end) of batch * pixels(); any
   // split gives the same bits.
   void (*conv)(const ConvArgs&, int64_t block_begin, int64_t block_end, int64_t pixel_begin,
@@ -70,9 +71,6 @@ struct Kernels {
 inline constexpr int64_t kBackwardColumns = 256;
 inline constexpr int64_t kBackwardStep = 64;
 inline constexpr int64_t kBackwardScratch = kBackwardColumns * (512 + 256 + 9);
-
-// Most taps of a convolution.
-inline constexpr int64_t kConvTaps = 1024;
 
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
@@ -97,6 +95,10 @@ extern const int kIsaCount;
 void pack_blocks(const PackArgs&, int64_t begin, int64_t end);
 
 void unpack_blocks(const UnpackArgs&, int64_t begin, int64_t end);
+
+// Blocks of a packed convolution's weight [rows, taps of a row, channels filled up to 4] without
+// the filling: [rows, row_codes()]. Both shapes are of whole-row int8 weights.
+void compact_blocks(const ConvArgs&, const BlockShape& compact, uint8_t* out);
 
 // Output pixels [begin, end) of a convolution whose activations stay floats: the elements of x that
 // group `group` of channels sees at each, as rows of a matrix [pixels, taps * group_channels] in

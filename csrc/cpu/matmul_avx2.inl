@@ -78,6 +78,8 @@ struct W8A8 {
 
   // Convolution: a tile's rows are anywhere in an image of units.
   static constexpr int kConvBlocks = 1;
+  static constexpr int conv_rows(int) { return kRows; }
+  static constexpr bool kConvCodes = false;
   static constexpr const char* kConvName = "conv_w8a8_avx2_6x16";
   static constexpr const char* kDepthwiseName = "conv_depthwise_w8a8_avx2_4x16";
 

@@ -68,31 +68,23 @@ struct W8A8 {
     if constexpr (kTwo) add_sums(sums, more);
   }
 
-  // Convolution: a tile's rows are anywhere in an image of units.
-  static constexpr int kConvBlocks = 3;
-  static constexpr const char* kConvName = "conv_w8a8_avx512_8x48";
+  // Convolution: a tile's rows are anywhere in an image of codes, flipped on the way.
+  static constexpr int kConvBlocks = 4;
+  static constexpr int conv_rows(int blocks) { return blocks == 4 ? 6 : 8; }
+  static constexpr bool kConvCodes = true;
+  static constexpr const char* kConvName = "conv_w8a8_avx512_6x64";
   static constexpr const char* kDepthwiseName = "conv_depthwise_w8a8_avx512_4x64";
-
-  // `codes` may be the same memory.
-  static void codes_to_units(const uint8_t* codes, int64_t count, uint8_t* out) {
-    const I flip = splat(static_cast<int32_t>(0x80808080));
-    for (int64_t i = 0; i < count; i += 64) {
-      const __mmask16 words =
-          static_cast<__mmask16>(count - i < 64 ? (1 << (count - i) / 4) - 1 : -1);
-      const I bytes = _mm512_maskz_loadu_epi32(words, codes + i);
-      _mm512_mask_storeu_epi32(out + i, words, bit_xor(bytes, flip));
-    }
-  }
 
   template <int Rows, int Blocks>
   static INLINE void accumulate_run(I (&sums)[Blocks][Rows], const uint8_t* const (&x)[Rows],
                                     int64_t offset, const uint8_t* const* codes, int64_t line,
                                     int64_t units) {
+    const I flip = splat(static_cast<int32_t>(0x80808080));
     for (int64_t u = 0; u < units; ++u) {
       I weight[Blocks];
       unroll<Blocks>([&](int b) INLINE { weight[b] = load_line(codes[b] + line + u * kLine); });
       unroll<Rows>([&](int r) INLINE {
-        const I xr = broadcast_unit(x[r] + offset + u * 4);
+        const I xr = bit_xor(flip, broadcast_unit(x[r] + offset + u * 4));
         unroll<Blocks>([&](int b) INLINE { dot4(sums[b][r], xr, weight[b]); });
       });
     }

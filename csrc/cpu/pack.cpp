@@ -179,6 +179,31 @@ void unpack_blocks(const UnpackArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+void compact_blocks(const ConvArgs& a, const BlockShape& compact, uint8_t* out) {
+  const int64_t taps = a.kernel[2], channels = a.channels;
+  const int64_t rows = a.taps() / taps, words = a.row_codes() / 4;
+  for (int64_t block = 0; block < a.blocks(); ++block, out += compact.bytes) {
+    const uint8_t* from = a.packed + block * a.shape.bytes;
+    std::memset(out, 0, static_cast<size_t>(compact.scales));
+    std::memcpy(out + compact.scales, from + a.shape.scales,
+                static_cast<size_t>(a.shape.bytes - a.shape.scales));
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        // A tap's word, of which the upper bytes are 0, ends up in one word or in two.
+        const uint8_t* tap_line = from + (row * taps + tap) * kLine;
+        uint8_t* line = out + (row * words + tap * channels / 4) * kLine;
+        const int64_t shift = tap * channels % 4 * 8;
+        const bool spills = shift + channels * 8 > 32;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const uint32_t word = load_word(tap_line + lane * 4);
+          store_word(line + lane * 4, load_word(line + lane * 4) | word << shift);
+          if (spills) store_word(line + kLine + lane * 4, word >> (32 - shift));
+        }
+      }
+    }
+  }
+}
+
 void pack_int8_columns(const int8_t* b, int64_t stride_k, int64_t stride_n, int64_t n,
                        const BlockShape& shape, uint8_t* packed, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {

@@ -1,6 +1,7 @@
 // Steps that every ISA's kernels share: they depend on single rows and scales, not on vectors.
 #pragma once
 
+#include "core/pool.h"
 #include "cpu/kernels.h"
 
 namespace qkernels {
@@ -61,39 +62,6 @@ static inline float conv_residual(const ConvArgs& a, int64_t at) {
   if (a.residual_type != DType::i8) return load_float(a.residual, a.residual_type, at);
   return decode(static_cast<const int8_t*>(a.residual)[at], Format::int8, a.residual_scale,
                 a.residual_zero);
-}
-
-// ---- Pooling ------------------------------------------------------------------------------------
-
-// What a window holds along a dimension: `count` elements of x from `first` on, `step` apart;
-// `size` is its extent, with the borders.
-struct Window {
-  int64_t first, count, step, size;
-};
-
-static inline Window pool_window(const PoolArgs& a, int dim, int64_t at) {
-  const int64_t in = a.in[dim], out = a.out[dim];
-  if (a.adaptive) {
-    const int64_t begin = at * in / out, end = ((at + 1) * in + out - 1) / out;
-    return {begin, end - begin, 1, end - begin};
-  }
-  const int64_t corner = at * a.stride[dim] - a.before[dim], step = a.dilation[dim];
-  const int64_t begin = corner < 0 ? (-corner + step - 1) / step : 0;
-  int64_t end = in > corner ? (in - corner + step - 1) / step : 0;
-  if (end > a.kernel[dim]) end = a.kernel[dim];
-  const int64_t border = in + a.before[dim] - corner;
-  return {corner + begin * step, end > begin ? end - begin : 0, step,
-          border < a.kernel[dim] ? border : a.kernel[dim]};
-}
-
-// What the sum of a window is multiplied by.
-static inline float pool_scale(const PoolArgs& a, const Window& z, const Window& y,
-                               const Window& x) {
-  int64_t divisor = a.divisor;
-  if (divisor == 0) {
-    divisor = a.count_padding ? z.size * y.size * x.size : z.count * y.count * x.count;
-  }
-  return static_cast<float>(a.scale / static_cast<double>(divisor));
 }
 
 // ---- Fake quantization --------------------------------------------------------------------------

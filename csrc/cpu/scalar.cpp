@@ -282,6 +282,7 @@ void embedding(const EmbeddingArgs& a, int64_t begin, int64_t end) {
 // ---- Convolution --------------------------------------------------------------------------------
 
 int conv_code_bytes(const ConvArgs&) { return 1; }
+bool conv_reads_codes(const ConvArgs&) { return true; }
 
 // The code of channel `c` of an image at a position of x.
 int8_t conv_code(const ConvArgs& a, int64_t n, int64_t c, const int64_t (&source)[3]) {
@@ -296,7 +297,7 @@ int8_t conv_code(const ConvArgs& a, int64_t n, int64_t c, const int64_t (&source
       encode(load_float(a.x, a.x_type, at), Format::int8, affine, a.symmetric));
 }
 
-void conv_prepare(const ConvArgs& a, int64_t begin, int64_t end) {
+void conv_prepare(const ConvArgs& a, uint8_t* image, int64_t begin, int64_t end) {
   const int64_t group = a.channels / a.groups;
   const int64_t padded = a.depthwise ? 1 : a.group_channels;
   for (int64_t row = begin; row < end; ++row) {
@@ -305,7 +306,7 @@ void conv_prepare(const ConvArgs& a, int64_t begin, int64_t end) {
                          conv_source(a, 1, row % a.grid[1]), 0};
     for (int64_t i = 0; i < a.grid[2]; ++i) {
       source[2] = conv_source(a, 2, i);
-      int8_t* pixel = reinterpret_cast<int8_t*>(a.image) + (row * a.grid[2] + i) * a.pixel_codes();
+      int8_t* pixel = reinterpret_cast<int8_t*>(image) + (row * a.grid[2] + i) * a.pixel_codes();
       std::memset(pixel, a.codes[n].zero, static_cast<size_t>(a.pixel_codes()));
       if (source[0] < 0 || source[1] < 0 || source[2] < 0) continue;
       for (int64_t c = 0; c < a.channels; ++c) {
@@ -318,7 +319,7 @@ void conv_prepare(const ConvArgs& a, int64_t begin, int64_t end) {
 // Exact sum over the taps and channels of (code(x) - zero) * code(w).
 int32_t conv_dot(const ConvArgs& a, const int8_t* image, int zero, const uint8_t* weight,
                  int lane) {
-  const int64_t depth = a.depthwise ? 1 : a.group_channels;
+  const int64_t depth = a.depthwise ? 1 : a.compact ? a.channels : a.group_channels;
   int32_t sum = 0;
   int64_t k = 0;
   for (int64_t z = 0; z < a.kernel[0]; ++z) {
@@ -331,6 +332,7 @@ int32_t conv_dot(const ConvArgs& a, const int8_t* image, int zero, const uint8_t
               (image[at * a.pixel_codes() + c] - zero) * packed_code(weight, Format::int8, k, lane);
         }
       }
+      if (a.compact) k = round_up(k, 4);
     }
   }
   return sum;
@@ -387,6 +389,7 @@ const Kernels kTable = {
     backward,
     embedding,
     conv_code_bytes,
+    conv_reads_codes,
     conv_prepare,
     conv,
     conv_name,

@@ -238,9 +238,18 @@ SIMD I pair_words(I low, I high) {
 // ---- 4 * kWidth codes at once -------------------------------------------------------------------
 
 // Four vectors of int32 as bytes, in order; what does not fit becomes the nearest that does.
-SIMD I narrow(I a, I b, I c, I d) {
-  const I bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+SIMD I join_pieces(I bytes) {
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+SIMD I narrow(I a, I b, I c, I d) {
+  return join_pieces(_mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)));
+}
+// The same with `zero`, a byte, added in between, but for `join_pieces`: piece p, of 16 bytes, has
+// the p-th four lanes of each vector.
+SIMD I narrow_pieces(I a, I b, I c, I d, int zero) {
+  const I zeros = _mm256_set1_epi16(static_cast<int16_t>(zero));
+  return _mm256_packs_epi16(_mm256_adds_epi16(_mm256_packs_epi32(a, b), zeros),
+                            _mm256_adds_epi16(_mm256_packs_epi32(c, d), zeros));
 }
 // The first Count * kWidth bytes, Count 1 or 2.
 template <int Count>

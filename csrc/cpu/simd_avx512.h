@@ -192,15 +192,28 @@ SIMD I pair_words(I low, I high) {
 // ---- 4 * kWidth codes at once -------------------------------------------------------------------
 
 // Four vectors of int32 as bytes, in order; what does not fit becomes the nearest that does.
-SIMD I narrow(I a, I b, I c, I d) {
-  const I bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+SIMD I join_pieces(I bytes) {
   const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_permutexvar_epi32(order, bytes);
+}
+SIMD I narrow(I a, I b, I c, I d) {
+  return join_pieces(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+}
+// The same with `zero`, a byte, added in between, but for `join_pieces`: piece p, of 16 bytes, has
+// the p-th four lanes of each vector.
+SIMD I narrow_pieces(I a, I b, I c, I d, int zero) {
+  const I zeros = _mm512_set1_epi16(static_cast<int16_t>(zero));
+  return _mm512_packs_epi16(_mm512_adds_epi16(_mm512_packs_epi32(a, b), zeros),
+                            _mm512_adds_epi16(_mm512_packs_epi32(c, d), zeros));
 }
 // The first Count * kWidth bytes, Count from 1 to 4.
 template <int Count>
 SIMD void store_first(void* p, I bytes) {
-  _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << Count * 4) - 1), bytes);
+  __m128i* const to = static_cast<__m128i*>(p);
+  if constexpr (Count == 4) return _mm512_storeu_si512(p, bytes);
+  if constexpr (Count == 1) return _mm_storeu_si128(to, _mm512_castsi512_si128(bytes));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_castsi512_si256(bytes));
+  if constexpr (Count == 3) _mm_storeu_si128(to + 2, _mm512_extracti32x4_epi32(bytes, 2));
 }
 SIMD I clamp_bytes(I x, int low, int high) {
   return _mm512_min_epi8(_mm512_max_epi8(x, _mm512_set1_epi8(static_cast<char>(low))),
@@ -245,6 +258,35 @@ SIMD I lookup(const Table256& t, I index) {
   return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa,
                                 _mm512_mask_srli_epi16(even, test_words(index, 0), even, 8),
                                 _mm512_mask_slli_epi16(odd, ~test_words(index, 8), odd, 8));
+}
+
+// ---- 4 * kWidth bytes in pieces of 16 ------------------------------------------------------------
+
+// The first `count` pieces, 0 in the others.
+SIMD I load_pieces(const void* p, int count) {
+  return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count * 4) - 1), p);
+}
+SIMD I interleave_low_bytes(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
+SIMD I interleave_high_bytes(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
+SIMD I interleave_low_words(I a, I b) { return _mm512_unpacklo_epi16(a, b); }
+SIMD I interleave_high_words(I a, I b) { return _mm512_unpackhi_epi16(a, b); }
+// Four vectors of bytes as words of one byte of each, in pieces: x[v] has words 4 v on of each.
+SIMD void interleave_bytes(I (&x)[4]) {
+  const I low = interleave_low_bytes(x[0], x[1]), high = interleave_high_bytes(x[0], x[1]);
+  const I low2 = interleave_low_bytes(x[2], x[3]), high2 = interleave_high_bytes(x[2], x[3]);
+  x[0] = interleave_low_words(low, low2);
+  x[1] = interleave_high_words(low, low2);
+  x[2] = interleave_low_words(high, high2);
+  x[3] = interleave_high_words(high, high2);
+}
+// The first pieces of all four vectors side by side, then the second ones, and so on.
+SIMD void transpose_pieces(I (&x)[4]) {
+  const I a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const I c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+  x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+  x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
 }
 
 // ---- 2 * kWidth int16 ---------------------------------------------------------------------------

@@ -28,12 +28,12 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kUnit = unit_of(kFormat, kVectors);
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (unit >= units) return;
-  const int64_t row = unit / row_units, begin = unit % row_units * kUnit;
+  const int64_t row = divide(unit, row_units), begin = (unit - row * row_units) * kUnit;
 
   int codes[kUnit];
   const uint8_t* from = static_cast<const uint8_t*>(a.data) + row * a.row_bytes;
   load_codes<kFormat>(codes, from + begin * info(kFormat).bits / 8);
-  int64_t group = begin / a.group_size;
+  int64_t group = divide(begin, a.group_size);
   Group g = group_at<kFormat>(a, row, group);
   float y[kUnit];
 #pragma unroll

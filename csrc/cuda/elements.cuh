@@ -20,31 +20,52 @@ bool vectors_fit(const void* data, const Args& a) {
          (a.groups == 1 || a.group_size % kEight == 0);
 }
 
-// a / b, neither negative, in 32 bits where that will do: a 64-bit division takes many times as long.
+// a / b, neither negative, in 32 bits where that will do: 64-bit division takes many times as long.
 QK_DEVICE int64_t divide(int64_t a, int64_t b) {
   if (static_cast<uint64_t>(a | b) >> 32 != 0) return a / b;
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
+// Eight elements as they lie in memory.
 template <DType kType>
-QK_DEVICE void load_eight(float (&x)[kEight], const void* data, int64_t at) {
-  if constexpr (kType == DType::f32) {
-    const float* from = static_cast<const float*>(data) + at;
-    for (int half = 0; half < 2; ++half) {
-      const uint4 v = load_128(from + half * 4);
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+struct Eight {
+  static constexpr int kVectors = kType == DType::f32 ? 2 : 1;
+  uint4 vectors[kVectors];
+
+  QK_DEVICE void load(const void* data, int64_t at) {
+    const uint8_t* from = static_cast<const uint8_t*>(data) + at * bytes_of(kType);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[half * 4 + i] = bit_cast<float>(words[i]);
-    }
-  } else {
-    const uint4 v = load_128(static_cast<const uint16_t*>(data) + at);
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < kVectors; ++i) vectors[i] = load_128(from + i * 16);
+  }
+
+  QK_DEVICE void clear() {
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) {
-      const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
-      x[i] = kType == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+    for (int i = 0; i < kVectors; ++i) vectors[i] = make_uint4(0, 0, 0, 0);
+  }
+
+  QK_DEVICE void widen(float (&x)[kEight]) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t words[4] = {vectors[v].x, vectors[v].y, vectors[v].z, vectors[v].w};
+      constexpr int kPerVector = kEight / kVectors;
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) {
+        if constexpr (kType == DType::f32) {
+          x[v * kPerVector + i] = bit_cast<float>(words[i]);
+        } else {
+          const uint16_t bits = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+          x[i] = kType == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+        }
+      }
     }
   }
+};
+
+template <DType kType>
+QK_DEVICE void load_eight(float (&x)[kEight], const void* data, int64_t at) {
+  Eight<kType> eight;
+  eight.load(data, at);
+  eight.widen(x);
 }
 
 template <DType kType>
@@ -64,6 +85,24 @@ QK_DEVICE void store_eight(void* data, int64_t at, const float (&y)[kEight]) {
     }
     store_128(static_cast<uint16_t*>(data) + at,
               make_uint4(words[0], words[1], words[2], words[3]));
+  }
+}
+
+// encode() of core/codec.h. Its 15 comparisons for nf4 would take longer than memory does; the
+// guess and what it is good for are those of csrc/cpu/codes.inl. Lanes may ask for different middles at
+// once, since the table is in global memory and on one or two lines of the L1 cache.
+template <Format kFormat>
+QK_DEVICE int encode_element(float x, const Affine& affine, bool symmetric) {
+  if constexpr (kFormat != Format::nf4) {
+    return encode(x, kFormat, affine, symmetric);
+  } else {
+    static constexpr Nf4Table middles = kNf4Middles;
+    const float quotient = x * affine.inverse;
+    if (quotient != quotient) return 7;
+    const float value = quotient < -1.0f ? -1.0f : quotient > 1.0f ? 1.0f : quotient;
+    const float slope = std::fma(value * value, -4.347f, 11.318f);
+    const int guess = round_clamp(std::fma(value, slope, 6.772f), 0, 14);
+    return guess + (value > middles.at[guess]);
   }
 }
 

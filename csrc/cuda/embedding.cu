@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads)
 
 void embedding(const EmbeddingArgs& a, int64_t count, Stream stream) {
   const int64_t row_units = a.shape.k_padded / kEight, units = count * row_units;
-  const bool vectors = vectors_fit(a.y, a.shape.k) && a.shape.group_size % kEight == 0;
+  const bool vectors = reinterpret_cast<uintptr_t>(a.y) % 16 == 0 && a.shape.k % kEight == 0 &&
+                       a.shape.group_size % kEight == 0;
   for_packed(a.layout.format, [&](auto format) {
     for_float(a.y_type, [&](auto type) {
       constexpr Format kFormat = decltype(format)::value;

@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(kThreads)
 // order that the CPU adds them.
 template <Format kFormat>
 __global__ void __launch_bounds__(kThreads) pack_scales_kernel(const PackArgs a) {
-  const int64_t n =
-      static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (n >= a.n) return;  // the whole warp
   const int lane = threadIdx.x % kWarp;
   const BlockShape& s = a.shape;

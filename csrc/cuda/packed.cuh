@@ -1,5 +1,5 @@
-// Reading the packed layout (core/format.h) eight codes at a time: consecutive padded k of an output
-// feature, which begin at a multiple of 8 and lie side by side.
+// Reading the packed layout (core/format.h) eight codes at a time: consecutive padded k of an
+// output feature, which begin at a multiple of 8 and lie side by side.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -38,7 +38,8 @@ QK_DEVICE EightCodes load_packed(const uint8_t* row, int64_t kp, int lane) {
 template <Format kFormat>
 QK_DEVICE int code_of(const EightCodes& codes, int i) {
   if constexpr (info(kFormat).bits == 8) {
-    return static_cast<int8_t>(codes.words[i / 4] >> i % 4 * 8);
+    // A choice, not an index: that would put the words into local memory where i is not a constant.
+    return static_cast<int8_t>((i < 4 ? codes.words[0] : codes.words[1]) >> i % 4 * 8);
   } else {
     return static_cast<int>(codes.words[0] >> i * 4 & 15);
   }

@@ -60,6 +60,20 @@ inline unsigned blocks_for(int64_t count, int64_t each) {
   return static_cast<unsigned>((count + each - 1) / each);
 }
 
+// Of the current device.
+inline int multiprocessors() {
+#ifdef QKERNELS_HOST
+  return host::multiprocessors();
+#else
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    throw std::runtime_error("qkernels: the CUDA device does not answer");
+  }
+  return count;
+#endif
+}
+
 // Stops the kernel, and with it the process's use of the GPU, as an assertion of torch does.
 QK_DEVICE void device_assert(bool holds, const char* what) {
   if (holds) return;
@@ -166,6 +180,30 @@ QK_DEVICE uint4 load_shared_128(const void* at) {
                : "r"(shared_address(at))
                : "memory");
   return v;
+#endif
+}
+
+QK_DEVICE uint2 load_shared_64(const void* at) {
+#ifdef QKERNELS_HOST
+  host::check_shared("load_shared_64", at, 8);
+  return host::aligned<uint2>("load_shared_64", at);
+#else
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "r"(shared_address(at))
+               : "memory");
+  return v;
+#endif
+}
+
+// *at += value, whoever else adds to it.
+QK_DEVICE void add_shared(int32_t* at, int32_t value) {
+#ifdef QKERNELS_HOST
+  host::check_shared("add_shared", at, 4);
+  *at += value;
+#else
+  asm volatile("red.shared.add.s32 [%0], %1;" : : "r"(shared_address(at)), "r"(value) : "memory");
 #endif
 }
 
@@ -297,6 +335,19 @@ QK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   host::ldmatrix_x4(r, row);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+#endif
+}
+
+// The same, and each matrix transposed: r[j] is column g, rows 2t and 2t + 1, of matrix j.
+QK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+#ifdef QKERNELS_HOST
+  host::check_shared("ldmatrix_x4_trans", row, 16);
+  host::ldmatrix_x4_trans(r, row);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "core/codec.h"
+#include "core/params.h"
 #include "ops/device.h"
 
 namespace qkernels {
@@ -160,6 +161,22 @@ inline float read_scale(const char* op, const char* name, const Tensor& t) {
 inline int read_zero_point(const char* op, const char* name, const Tensor& t) {
   check_single(op, name, t, ScalarType::Char);
   return *t.const_data_ptr<int8_t>();
+}
+
+// Scale and zero point as the device's kernels take them: numbers for a CPU, pointers for a GPU.
+inline void read_codes(const char* op, const std::string& name, const Tensor& scale,
+                       const std::optional<Tensor>& zero_point, GivenCodes* codes) {
+  const std::string scale_name = name + "_scale", zero_name = name + "_zero_point";
+  if constexpr (kReadable) {
+    codes->scale = read_scale(op, scale_name.c_str(), scale);
+    if (zero_point) codes->zero = read_zero_point(op, zero_name.c_str(), *zero_point);
+  } else {
+    check_single(op, scale_name.c_str(), scale, ScalarType::Float);
+    codes->device_scale = scale.const_data_ptr<float>();
+    if (!zero_point) return;
+    check_single(op, zero_name.c_str(), *zero_point, ScalarType::Char);
+    codes->device_zero = zero_point->const_data_ptr<int8_t>();
+  }
 }
 
 // The layout behind an id, which must be one that this device's kernels read.

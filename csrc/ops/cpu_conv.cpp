@@ -1,243 +1,23 @@
-// conv and the packing of its weight on the CPU: checks, workspace, threads.
+// How a CPU runs conv with int8 activations: workspace, threads.
 #include <algorithm>
 
 #include "cpu/kernels.h"
-#include "ops/geometry.h"
-#include "ops/linear.h"
+#include "ops/conv.h"
 #include "ops/workspace.h"
 
 namespace qkernels {
 namespace {
 
-// Products per thread below which starting another costs more than it gains, and elements of x when
-// laying it out.
-constexpr int64_t kConvGrain = 1 << 20;
+// Elements of x per thread below which starting another costs more than it gains.
 constexpr int64_t kImageGrain = 16 * 1024;
-constexpr int64_t kGatherGrain = 16 * 1024;
 
-// Images are taken as many at a time as their workspace stays below this, and gathered rows too.
+// Images are taken as many at a time as their workspace stays below this.
 constexpr int64_t kImageCap = int64_t{3} << 20;
-constexpr int64_t kGatherCap = int64_t{2} << 20;
-
-constexpr int64_t kPixelStep = 24;  // pixels that stay on one thread
-
-// ---- Weights ------------------------------------------------------------------------------------
-
-struct ConvWeight {
-  Layout layout;
-  ConvPacking packing;
-  BlockShape shape;
-};
-
-ConvWeight check_weight(const char* op, int64_t layout_id, int64_t taps, int64_t group_channels,
-                        int64_t groups, int64_t out_channels, int64_t group_size) {
-  if (taps < 1 || taps > kConvTaps) {
-    fail(op, "the kernel must have from 1 to ", kConvTaps, " taps, got ", taps);
-  }
-  if (groups < 1 || out_channels < 0 || out_channels % groups != 0) {
-    fail(op, "out_channels must be a multiple of groups, got ", out_channels, " and ", groups);
-  }
-  if (group_channels < 0 || group_channels > kMaxFeatures / taps) {
-    fail(op, "the channels of a group must be from 0 to 2^40 / taps, got ", group_channels);
-  }
-  check_sizes(op, taps * group_channels, out_channels, group_size);
-  ConvWeight w;
-  w.layout = check_layout(op, layout_id);
-  w.packing = conv_packing(w.layout, taps, group_channels, groups, out_channels, group_size);
-  w.shape = block_shape(w.layout, w.packing.columns, group_size);
-  return w;
-}
-
-void check_packed_shape(const char* op, const Tensor& packed, const ConvWeight& w) {
-  check_dtype(op, "packed", packed, ScalarType::Byte);
-  const Shape want{w.packing.blocks(), w.shape.bytes};
-  if (shape_of(packed) != want) {
-    fail(op, "packed must have shape ", text_of(want), " for this convolution, got ",
-         shape_text(packed), "; pack the weight with torch.ops.qkernels.pack_conv and the same ",
-         "layout, sizes and group_size");
-  }
-}
-
-Tensor pack_conv(const Tensor& data_any, const Tensor& scale_any,
-                 const std::optional<Tensor>& zero_point, int64_t layout_id, int64_t taps,
-                 int64_t group_channels, int64_t groups, int64_t group_size) {
-  const char* op = "pack_conv";
-  if (data_any.dim() != 2) {
-    fail(op, "data must have two dimensions (out_channels, taps * channels of a group as stored), ",
-         "got ", shape_text(data_any));
-  }
-  const int64_t out_channels = data_any.size(0);
-  const ConvWeight w =
-      check_weight(op, layout_id, taps, group_channels, groups, out_channels, group_size);
-  const Layout& layout = w.layout;
-  const int64_t given = taps * group_channels;
-  check_dtype(op, "data", data_any, storage_type(layout.format));
-  check_shape(op, "data", data_any, {out_channels, storage_bytes(layout.format, given)});
-  check_dtype(op, "scale", scale_any, scalar_type(layout.scale));
-  check_shape(op, "scale", scale_any, {out_channels, w.shape.groups});
-  if (layout.symmetric && zero_point && zero_point->numel() != 0) {
-    fail(op, "zero_point is given but the layout is symmetric; pass zero_point=None, or a layout ",
-         "with symmetric=False");
-  }
-  std::optional<Tensor> zeros;
-  if (!layout.symmetric) {
-    if (!zero_point) fail(op, "the layout is asymmetric but zero_point is None; pass zero_point");
-    check_dtype(op, "zero_point", *zero_point, storage_type(layout.format));
-    check_shape(op, "zero_point", *zero_point, {out_channels, w.shape.groups});
-    zeros = dense(*zero_point);
-    check_zero_points(op, *zeros, layout.format);
-  }
-  Tensor data = dense(data_any);
-  const Tensor scale = dense(scale_any);
-  if (w.packing.columns != given) {  // channels are filled up
-    const Tensor padded = empty_cpu({out_channels, w.packing.columns}, ScalarType::Char);
-    const int8_t* from = data.const_data_ptr<int8_t>();
-    int8_t* to = padded.mutable_data_ptr<int8_t>();
-    for (int64_t o = 0; o < out_channels; ++o) {
-      const int zero = zeros ? zeros->const_data_ptr<int8_t>()[o] : 0;
-      for (int64_t tap = 0; tap < taps; ++tap, to += w.packing.channels) {
-        std::fill(to, to + w.packing.channels, static_cast<int8_t>(zero));
-        to = std::copy(from, from + group_channels, to) - group_channels;
-        from += group_channels;
-      }
-    }
-    data = padded;
-  }
-  const Tensor packed = empty_cpu({w.packing.blocks(), w.shape.bytes}, ScalarType::Byte);
-  PackArgs a{};
-  a.layout = layout;
-  a.shape = w.shape;
-  a.n = w.packing.rows;
-  a.row_bytes = storage_bytes(layout.format, w.packing.columns);
-  const int64_t blocks = (a.n + kLanes - 1) / kLanes;
-  const int64_t code_size = code_bytes(data), scale_size = bytes_of(layout.scale);
-  const uint8_t* codes = static_cast<const uint8_t*>(data.const_data_ptr());
-  const uint8_t* scales = static_cast<const uint8_t*>(scale.const_data_ptr());
-  const uint8_t* zero_codes =
-      zeros ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
-  for (int64_t group = 0; group < w.packing.groups; ++group) {
-    const int64_t row = group * a.n;
-    a.data = codes + row * a.row_bytes * code_size;
-    a.scale = scales + row * w.shape.groups * scale_size;
-    a.zero_point = zero_codes == nullptr ? nullptr : zero_codes + row * w.shape.groups;
-    a.packed = packed.mutable_data_ptr<uint8_t>() + group * blocks * w.shape.bytes;
-    pack_blocks(a, 0, blocks);
-  }
-  return packed;
-}
-
-std::tuple<Tensor, Tensor, Tensor> unpack_conv(const Tensor& packed_any, int64_t layout_id,
-                                               int64_t taps, int64_t group_channels, int64_t groups,
-                                               int64_t out_channels, int64_t group_size) {
-  const char* op = "unpack_conv";
-  const ConvWeight w =
-      check_weight(op, layout_id, taps, group_channels, groups, out_channels, group_size);
-  check_packed_shape(op, packed_any, w);
-  const Tensor packed = dense(packed_any);
-  const ScalarType type = storage_type(w.layout.format);
-  const int64_t row_bytes = storage_bytes(w.layout.format, w.packing.columns);
-  Tensor data = empty_cpu({out_channels, row_bytes}, type);
-  Tensor scale = empty_cpu({out_channels, w.shape.groups}, scalar_type(w.layout.scale));
-  Tensor zeros =
-      empty_cpu(w.layout.symmetric ? Shape{0} : Shape{out_channels, w.shape.groups}, type);
-  UnpackArgs a{};
-  a.layout = w.layout;
-  a.shape = w.shape;
-  a.n = w.packing.rows;
-  a.row_bytes = row_bytes;
-  const int64_t blocks = (a.n + kLanes - 1) / kLanes;
-  for (int64_t group = 0; group < w.packing.groups; ++group) {
-    const int64_t row = group * a.n;
-    a.packed = packed.const_data_ptr<uint8_t>() + group * blocks * w.shape.bytes;
-    a.data = static_cast<uint8_t*>(data.mutable_data_ptr()) + row * row_bytes * code_bytes(data);
-    a.scale = static_cast<uint8_t*>(scale.mutable_data_ptr()) +
-              row * w.shape.groups * bytes_of(w.layout.scale);
-    a.zero_point = w.layout.symmetric
-                       ? nullptr
-                       : static_cast<uint8_t*>(zeros.mutable_data_ptr()) + row * w.shape.groups;
-    unpack_blocks(a, 0, blocks);
-  }
-  const int64_t given = taps * group_channels;
-  if (w.packing.columns != given) {
-    const Tensor plain = empty_cpu({out_channels, given}, ScalarType::Char);
-    const int8_t* from = data.const_data_ptr<int8_t>();
-    int8_t* to = plain.mutable_data_ptr<int8_t>();
-    for (int64_t i = 0; i < out_channels * taps; ++i, from += w.packing.channels) {
-      to = std::copy(from, from + group_channels, to);
-    }
-    data = plain;
-  }
-  return {data, scale, zeros};
-}
-
-// ---- Geometry -----------------------------------------------------------------------------------
-
-struct Geometry {
-  std::vector<int64_t> kernel, stride, padding, dilation;
-  bool transposed;
-};
-
-void set_geometry(const char* op, const Tensor& x, const Geometry& g, int64_t out_channels,
-                  int64_t groups, ConvArgs* a) {
-  const int64_t dims = x.dim() - 2;
-  if (dims < 1 || dims > 3) {
-    fail(op, "x must have shape (batch, channels, 1 to 3 spatial dimensions), got ", shape_text(x));
-  }
-  a->batch = x.size(0);
-  a->channels = x.size(1);
-  a->out_channels = out_channels;
-  a->groups = groups;
-  const auto kernel = spatial(op, "kernel_size", g.kernel, dims, 1, kConvTaps);
-  const auto stride = spatial(op, "stride", g.stride, dims, 1, kLongest);
-  const auto dilation = spatial(op, "dilation", g.dilation, dims, 1, kLongest);
-  const int64_t given = static_cast<int64_t>(g.padding.size());
-  if (given != dims && given != 2 * dims) {
-    fail(op, "padding must have ", dims, " entries, or ", 2 * dims,
-         " where the second half is behind x, got ", given);
-  }
-  for (int64_t i = 0; i < 3; ++i) {
-    const int64_t dim = i - (3 - dims);  // of x's spatial dimensions
-    const int64_t before = dim < 0 ? 0 : g.padding[dim];
-    const int64_t after = dim < 0 ? 0 : g.padding[given == dims ? dim : dims + dim];
-    if (std::abs(before) > kLongest || std::abs(after) > kLongest) {
-      fail(op, "padding must be from ", -kLongest, " to ", kLongest, ", got ", before, " and ",
-           after);
-    }
-    a->in[i] = dim < 0 ? 1 : x.size(dim + 2);
-    a->kernel[i] = kernel[i];
-    a->dilation[i] = dilation[i];
-    const int64_t reach = dilation[i] * (kernel[i] - 1);
-    if (g.transposed) {
-      a->stride[i] = 1;
-      a->step[i] = stride[i];
-      a->before[i] = reach - before;
-      a->out[i] = (a->in[i] - 1) * stride[i] - before - after + reach + 1;
-    } else {
-      a->stride[i] = stride[i];
-      a->step[i] = 1;
-      a->before[i] = before;
-      const int64_t room = a->in[i] + before + after - reach - 1;
-      a->out[i] = room < 0 ? 0 : room / stride[i] + 1;
-    }
-    if (a->in[i] < 1 || a->out[i] < 1) {
-      fail(op, "the result would be empty: x ", shape_text(x), " with kernel_size ",
-           text_of(g.kernel), ", padding ", text_of(g.padding), " and dilation ",
-           text_of(g.dilation), " leaves no place for the kernel");
-    }
-    a->grid[i] = (a->out[i] - 1) * a->stride[i] + reach + 1;
-  }
-  double elements = static_cast<double>(std::max(a->channels, a->out_channels)) + kLanes;
-  for (const int64_t size : a->grid) elements *= static_cast<double>(size);
-  if (elements > kMostElements) {
-    fail(op, "x with its padding would have ", elements, " elements, more than fit into memory");
-  }
-}
-
-// ---- Integer path -------------------------------------------------------------------------------
 
 // The range of each of `count` images from image `first` on.
-void find_codes(const ConvArgs& a, int64_t first, int64_t count, bool is_static, ImageCodes fixed,
-                ImageCodes* codes) {
+void find_codes(const ConvArgs& a, int64_t first, int64_t count, ImageCodes* codes) {
+  const GivenCodes& given = a.x_codes;
+  const ImageCodes fixed{given.scale, 1.0f / given.scale, given.zero, false};
   if (a.x_type == DType::i8) return std::fill(codes, codes + count, fixed);
   const Kernels& table = kernels();
   const int64_t elements = a.channels * a.in[0] * a.in[1] * a.in[2];
@@ -258,7 +38,7 @@ void find_codes(const ConvArgs& a, int64_t first, int64_t count, bool is_static,
       all.max = std::max(all.max, ranges[i].max);
       all.magnitude = std::max(all.magnitude, ranges[i].magnitude);
     }
-    if (is_static) {
+    if (a.is_static) {
       codes[n] = fixed;
       if (!all.finite()) codes[n].scale = NAN;
     } else {
@@ -268,15 +48,42 @@ void find_codes(const ConvArgs& a, int64_t first, int64_t count, bool is_static,
   }
 }
 
-void run_integer(const ConvArgs& whole, bool is_static, const ImageCodes& fixed) {
+// Whether x is the image that the kernel slides over: nothing to quantize, to move or to fill in.
+bool is_image(const ConvArgs& a) {
+  if (a.x_type != DType::i8 || !a.x_channels_last || a.channels != a.pixel_codes()) return false;
+  if (a.depthwise || a.compact) return false;  // these may read past the last code
+  for (int i = 0; i < 3; ++i) {
+    if (a.step[i] != 1 || a.before[i] != 0 || a.grid[i] > a.in[i]) return false;
+  }
+  return kernels().conv_reads_codes(a);
+}
+
+}  // namespace
+
+void run_conv_int8(const ConvArgs& whole, const Layout& layout) {
   const Kernels& table = kernels();
   ConvArgs a = whole;
+  a.compact = !a.depthwise && a.groups == 1 && a.channels > 0 && a.channels < 4 &&
+              a.kernel[2] > 1 && a.dilation[2] == 1 && table.conv_reads_codes(a);
+  const BlockShape compact =
+      a.compact ? block_shape(layout, a.taps() / a.kernel[2] * a.row_codes(), -1) : a.shape;
+  const bool no_copy = is_image(a);
+  if (no_copy) std::copy(a.in, a.in + 3, a.grid);
   const int64_t image_bytes = a.image_codes() * table.conv_code_bytes(a);
   const int64_t chunk =
-      std::min(a.batch, std::max<int64_t>(1, kImageCap / std::max<int64_t>(1, image_bytes)));
-  Workspace workspace(Workspace::bytes<uint8_t>(chunk * image_bytes) +
+      no_copy ? a.batch
+              : std::min(a.batch, std::max<int64_t>(1, kImageCap / std::max<int64_t>(1, image_bytes)));
+  const int64_t space = no_copy ? 0 : chunk * image_bytes + std::max(kLine, a.pixel_codes());
+  const int64_t weights = a.compact ? a.blocks() * compact.bytes : 0;
+  Workspace workspace(Workspace::bytes<uint8_t>(space) + Workspace::bytes<uint8_t>(weights) +
                       Workspace::bytes<ImageCodes>(chunk));
-  a.image = workspace.take<uint8_t>(chunk * image_bytes);
+  uint8_t* const image = workspace.take<uint8_t>(space);
+  if (a.compact) {
+    uint8_t* const packed = workspace.take<uint8_t>(weights);
+    compact_blocks(a, compact, packed);
+    a.packed = packed;
+    a.shape = compact;
+  }
   ImageCodes* codes = workspace.take<ImageCodes>(chunk);
   a.codes = codes;
   const int64_t x_image = a.channels * a.in[0] * a.in[1] * a.in[2] * bytes_of(a.x_type);
@@ -289,9 +96,12 @@ void run_integer(const ConvArgs& whole, bool is_static, const ImageCodes& fixed)
       a.residual =
           static_cast<const uint8_t*>(whole.residual) + first * y_image * bytes_of(a.residual_type);
     }
-    find_codes(a, 0, a.batch, is_static, fixed, codes);
-    parallel(a.batch * a.grid[0] * a.grid[1], grain_for(kImageGrain, a.grid[2] * a.pixel_codes()),
-             [&](int64_t begin, int64_t end) { table.conv_prepare(a, begin, end); });
+    find_codes(a, 0, a.batch, codes);
+    a.image = no_copy ? static_cast<const uint8_t*>(a.x) : image;
+    if (!no_copy) {
+      parallel(a.batch * a.grid[0] * a.grid[1], grain_for(kImageGrain, a.grid[2] * a.pixel_codes()),
+               [&](int64_t begin, int64_t end) { table.conv_prepare(a, image, begin, end); });
+    }
     // Each thread reads all of the smaller one of weight and image.
     const int64_t pixels = a.batch * a.pixels(), blocks = a.blocks();
     const int64_t products = kLanes * a.shape.k;
@@ -309,227 +119,4 @@ void run_integer(const ConvArgs& whole, bool is_static, const ImageCodes& fixed)
   }
 }
 
-// ---- Float path ---------------------------------------------------------------------------------
-
-// One group of channels of the gathered pixels times its weight, into `rows` of y.
-void store_pixels(const ConvArgs& a, int64_t group, int64_t begin, int64_t end,
-                  const uint8_t* rows) {
-  const int64_t outputs = a.group_outputs(), size = bytes_of(a.y_type);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / a.pixels(), pixel = i % a.pixels();
-    const uint8_t* row = rows + (i - begin) * outputs * size;
-    uint8_t* y = static_cast<uint8_t*>(a.y);
-    if (a.y_channels_last) {
-      const int64_t at = i * a.out_channels + group * outputs;
-      std::copy(row, row + outputs * size, y + at * size);
-      continue;
-    }
-    for (int64_t o = 0; o < outputs; ++o) {
-      const int64_t at = (n * a.out_channels + group * outputs + o) * a.pixels() + pixel;
-      std::copy(row + o * size, row + (o + 1) * size, y + at * size);
-    }
-  }
-}
-
-void run_float(const ConvArgs& a, const ConvWeight& w) {
-  const int64_t pixels = a.batch * a.pixels(), outputs = a.group_outputs();
-  const int64_t columns = w.packing.columns, size = bytes_of(a.x_type);
-  const int64_t row_bytes = columns * size;
-  const int64_t chunk =
-      std::min(pixels, std::max<int64_t>(kPixelStep, kGatherCap / std::max<int64_t>(1, row_bytes)));
-  Workspace workspace(Workspace::bytes<uint8_t>(chunk * row_bytes) +
-                      Workspace::bytes<uint8_t>(chunk * outputs * size));
-  uint8_t* rows = workspace.take<uint8_t>(chunk * row_bytes);
-  uint8_t* results = workspace.take<uint8_t>(chunk * outputs * size);
-  LinearArgs linear{};
-  linear.x = rows;
-  linear.x_type = a.x_type;
-  linear.n = outputs;
-  linear.layout = w.layout;
-  linear.shape = w.shape;
-  linear.activation = Activation::float_;
-  linear.epilogue = a.epilogue;
-  linear.bias_type = a.bias_type;
-  linear.y = results;
-  linear.y_type = a.y_type;
-  const int64_t group_bytes = (outputs + kLanes - 1) / kLanes * w.shape.bytes;
-  for (int64_t first = 0; first < pixels; first += chunk) {
-    linear.rows = std::min(chunk, pixels - first);
-    for (int64_t group = 0; group < a.groups; ++group) {
-      parallel(linear.rows, grain_for(kGatherGrain, columns), [&](int64_t begin, int64_t end) {
-        gather_pixels(a, group, first + begin, first + end, rows + begin * row_bytes);
-      });
-      linear.packed = a.packed + group * group_bytes;
-      linear.bias = a.bias == nullptr ? nullptr
-                                      : static_cast<const uint8_t*>(a.bias) +
-                                            group * outputs * bytes_of(a.bias_type);
-      run_linear(linear);
-      parallel(linear.rows, grain_for(kGatherGrain, outputs), [&](int64_t begin, int64_t end) {
-        store_pixels(a, group, first + begin, first + end, results + begin * outputs * size);
-      });
-    }
-  }
-}
-
-void run_depthwise_float(const ConvArgs& a, const ConvWeight& w) {
-  std::vector<float> rows(a.channels * a.taps()), weight(rows.size());
-  std::vector<int64_t> indices(a.channels);
-  for (int64_t c = 0; c < a.channels; ++c) indices[c] = c;
-  const EmbeddingArgs every{indices.data(), a.channels, a.packed,  w.layout,
-                            w.shape,        rows.data(), DType::f32};
-  kernels().embedding(every, 0, a.channels);
-  for (int64_t c = 0; c < a.channels; ++c) {
-    for (int64_t tap = 0; tap < a.taps(); ++tap) {
-      weight[tap * a.channels + c] = rows[c * a.taps() + tap];
-    }
-  }
-  const int64_t pixels = a.batch * a.pixels();
-  parallel(pixels, grain_for(kConvGrain, a.taps() * a.channels * 4),
-           [&](int64_t begin, int64_t end) { depthwise_float(a, weight.data(), begin, end); });
-}
-
-// ---- The op -------------------------------------------------------------------------------------
-
-// Codes of x as they are given by scale and zero point; `fixed` is unused when nothing is given.
-bool check_x_codes(const char* op, const Tensor& x, const std::optional<Tensor>& scale,
-                   const std::optional<Tensor>& zero_point, Activation activation,
-                   ImageCodes* fixed) {
-  const bool is_codes = x.scalar_type() == ScalarType::Char;
-  if (is_codes && (!scale || activation == Activation::float_)) {
-    fail(op, "x holds int8 codes, which need x_scale and activation=1 (symmetric) or 2 ",
-         "(asymmetric)");
-  }
-  if (scale && activation == Activation::float_) {
-    fail(op, "x_scale is given but activation=0 keeps the activations float; pass activation=1 or ",
-         "leave x_scale out");
-  }
-  if (zero_point && (!scale || activation != Activation::int8_asymmetric)) {
-    fail(op, "x_zero_point needs x_scale and activation=2 (asymmetric)");
-  }
-  if (!scale) return false;
-  fixed->scale = read_scale(op, "x_scale", *scale);
-  fixed->inverse = 1.0f / fixed->scale;
-  fixed->zero = zero_point ? read_zero_point(op, "x_zero_point", *zero_point) : 0;
-  return true;
-}
-
-Tensor conv(const Tensor& x_any, const Tensor& packed_any, const std::optional<Tensor>& bias_any,
-            const std::optional<Tensor>& residual_any, const std::optional<Tensor>& x_scale,
-            const std::optional<Tensor>& x_zero_point, const std::optional<Tensor>& residual_scale,
-            const std::optional<Tensor>& residual_zero_point, const std::optional<Tensor>& y_scale,
-            const std::optional<Tensor>& y_zero_point, int64_t layout_id, int64_t out_channels,
-            int64_t groups, int64_t group_size, const std::vector<int64_t>& kernel_size,
-            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-            const std::vector<int64_t>& dilation, bool transposed, int64_t activation_code,
-            int64_t epilogue, std::optional<ScalarType> dtype) {
-  const char* op = "conv";
-  ConvArgs a{};
-  const bool is_codes = x_any.is_cpu() && x_any.scalar_type() == ScalarType::Char;
-  a.x_type = is_codes ? DType::i8 : check_float(op, "x", x_any);
-  set_geometry(op, x_any, {kernel_size, stride, padding, dilation, transposed}, out_channels,
-               groups, &a);
-  if (groups < 1 || a.channels % groups != 0) {
-    fail(op, "x has ", a.channels, " channels, which groups=", groups, " does not divide");
-  }
-  const ConvWeight w =
-      check_weight(op, layout_id, a.taps(), a.channels / groups, groups, out_channels, group_size);
-  check_packed_shape(op, packed_any, w);
-  a.depthwise = w.packing.depthwise;
-  a.group_channels = w.packing.channels;
-  a.shape = w.shape;
-  a.scale_type = w.layout.scale;
-  a.epilogue = check_epilogue(op, epilogue);
-
-  // Products of codes that differ by up to 255 from their zero point.
-  const Activation activation = check_activation(op, w.layout, 0, activation_code);
-  const bool integer = activation != Activation::float_;
-  const int64_t longest = max_accumulation(Format::int8, false);
-  if (integer && (w.layout.format != Format::int8 || !w.layout.symmetric || group_size != -1)) {
-    fail(op, "int8 activations need an int8 weight, symmetric, with a scale for each output ",
-         "channel; pass activation=0 (float) for this weight");
-  }
-  if (integer && w.shape.k > longest) {
-    fail(op, "an int32 sum over ", w.shape.k, " products can overflow (the limit is ", longest,
-         "); keep the activations float");
-  }
-  a.symmetric = activation != Activation::int8_asymmetric;
-  ImageCodes fixed{};
-  const bool is_static = check_x_codes(op, x_any, x_scale, x_zero_point, activation, &fixed);
-
-  ScalarType y_type = dtype ? *dtype : is_codes ? ScalarType::Float : x_any.scalar_type();
-  if (y_scale) {
-    if (!integer) fail(op, "y_scale needs int8 activations; pass activation=1 or 2");
-    if (dtype && *dtype != ScalarType::Char) {
-      fail(op, "y_scale gives int8 codes but dtype is ", dtype_text(*dtype), "; leave dtype out");
-    }
-    y_type = ScalarType::Char;
-    a.y_type = DType::i8;
-    a.y_inverse = 1.0f / read_scale(op, "y_scale", *y_scale);
-    a.y_zero = y_zero_point ? read_zero_point(op, "y_zero_point", *y_zero_point) : 0;
-  } else {
-    if (y_zero_point) fail(op, "y_zero_point needs y_scale");
-    a.y_type = check_float_type(op, "dtype", y_type);
-    if (!integer && a.y_type != a.x_type) {
-      fail(op, "dtype must be that of x when the activations stay float");
-    }
-  }
-
-  std::optional<Tensor> bias;
-  if (bias_any) {
-    a.bias_type = check_float(op, "bias", *bias_any);
-    check_shape(op, "bias", *bias_any, {out_channels});
-    bias = dense(*bias_any);
-    a.bias = bias->const_data_ptr();
-  }
-  a.x_channels_last = is_channels_last(x_any);
-  const Tensor x = a.x_channels_last ? x_any : dense(x_any);
-  const Tensor packed = dense(packed_any);
-  Shape shape{a.batch, out_channels};
-  for (int64_t i = 5 - x.dim(); i < 3; ++i) shape.push_back(a.out[i]);
-  a.y_channels_last = a.x_channels_last;
-  Tensor y = empty_in_order(shape, y_type, a.y_channels_last);
-
-  std::optional<Tensor> residual;
-  if (residual_any) {
-    if (!integer) fail(op, "residual needs int8 activations; add it to the result instead");
-    const bool coded = residual_any->is_cpu() && residual_any->scalar_type() == ScalarType::Char;
-    if (coded != residual_scale.has_value()) {
-      fail(op, "residual_scale goes with a residual of int8 codes, and only with that");
-    }
-    a.residual_type = coded ? DType::i8 : check_float(op, "residual", *residual_any);
-    check_shape(op, "residual", *residual_any, shape);
-    if (coded) {
-      a.residual_scale = read_scale(op, "residual_scale", *residual_scale);
-      a.residual_zero = residual_zero_point
-                            ? read_zero_point(op, "residual_zero_point", *residual_zero_point)
-                            : 0;
-    }
-    residual = in_order(*residual_any, a.y_channels_last);
-    a.residual = residual->const_data_ptr();
-  } else if (residual_scale || residual_zero_point) {
-    fail(op, "residual_scale and residual_zero_point need residual");
-  }
-
-  if (y.numel() == 0) return y;
-  a.x = x.const_data_ptr();
-  a.packed = packed.const_data_ptr<uint8_t>();
-  a.y = y.mutable_data_ptr();
-  if (integer) {
-    run_integer(a, is_static, fixed);
-  } else if (a.depthwise) {
-    run_depthwise_float(a, w);
-  } else {
-    run_float(a, w);
-  }
-  return y;
-}
-
-}  // namespace
 }  // namespace qkernels
-
-STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
-  m.impl("pack_conv", TORCH_BOX(&qkernels::pack_conv));
-  m.impl("unpack_conv", TORCH_BOX(&qkernels::unpack_conv));
-  m.impl("conv", TORCH_BOX(&qkernels::conv));
-  m.impl("conv_differentiable", TORCH_BOX(&qkernels::conv));
-}

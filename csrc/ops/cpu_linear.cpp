@@ -1,4 +1,4 @@
-// How a CPU runs linear: workspace, threads; and linear's gradient and int_mm.
+// How a CPU runs linear and packs int_mm's second operand: workspace, threads.
 #include <algorithm>
 
 #include "cpu/kernels.h"
@@ -88,101 +88,13 @@ void run_linear(const LinearArgs& whole) {
   }
 }
 
-namespace {
-
-Tensor linear_backward_input(const Tensor& grad_any, const Tensor& packed_any, int64_t layout_id,
-                             int64_t in_features, int64_t out_features, int64_t group_size) {
-  const char* op = "linear_backward_input";
-  const DType type = check_float(op, "grad", grad_any);
-  check_sizes(op, in_features, out_features, group_size);
-  BackwardArgs a{};
-  a.layout = check_layout(op, layout_id);
-  a.shape = block_shape(a.layout, in_features, group_size);
-  Shape shape = shape_of(grad_any);
-  if (shape.empty() || shape.back() != out_features) {
-    fail(op, "grad must have shape (..., ", out_features, "), got ", shape_text(grad_any));
-  }
-  const Tensor packed = check_packed(op, packed_any, a.shape, out_features);
-  const Tensor grad = dense(grad_any);
-  a.rows = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) a.rows *= shape[i];
-  shape.back() = in_features;
-  Tensor dx = empty_cpu(shape, scalar_type(type));
-  a.dy = grad.const_data_ptr();
-  a.n = out_features;
-  a.packed = packed.const_data_ptr<uint8_t>();
-  a.dx = dx.mutable_data_ptr();
-  a.type = type;
-  if (a.rows == 0 || in_features == 0) return dx;
-
-  // As many strips of columns for one thread as for another. Every cell dequantizes its columns
-  // anew, so rows are cut only when there are few columns.
-  const Kernels& table = kernels();
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t least = (in_features + kBackwardColumns - 1) / kBackwardColumns;
-  const int64_t strips = round_up(least, threads);
-  const int64_t width = round_up((in_features + strips - 1) / strips, kBackwardStep);
-  const int64_t columns = (in_features + width - 1) / width;
-  const int64_t cuts = columns >= threads ? 1 : std::min(a.rows, threads);
-  const int64_t rows_per_cut = (a.rows + cuts - 1) / cuts;
-  const int64_t work = width * out_features * std::max<int64_t>(1, rows_per_cut / 8);
-  parallel(columns * cuts, grain_for(kLinearGrain, work), [&](int64_t begin, int64_t end) {
-    Workspace workspace(Workspace::bytes<float>(kBackwardScratch));
-    float* scratch = workspace.take<float>(kBackwardScratch);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t k = i / cuts * width;
-      const int64_t row = i % cuts * rows_per_cut;
-      if (row >= a.rows) continue;
-      table.backward(a, row, std::min(a.rows, row + rows_per_cut), k,
-                     std::min(in_features, k + width), scratch);
-    }
-  });
-  return dx;
+void run_pack_columns(const Tensor& b, const BlockShape& shape, uint8_t* packed) {
+  const int64_t n = b.size(1);
+  parallel((n + kLanes - 1) / kLanes, grain_for(kPrepareGrain, kLanes * shape.k),
+           [&](int64_t begin, int64_t end) {
+             pack_int8_columns(b.const_data_ptr<int8_t>(), b.stride(0), b.stride(1), n, shape,
+                               packed, begin, end);
+           });
 }
 
-Tensor int_mm(const Tensor& a_any, const Tensor& b) {
-  const char* op = "int_mm";
-  check_dtype(op, "a", a_any, ScalarType::Char);
-  check_dtype(op, "b", b, ScalarType::Char);
-  if (a_any.dim() != 2 || b.dim() != 2 || a_any.size(1) != b.size(0)) {
-    fail(op, "a and b must have shapes (M, K) and (K, N), got ", shape_text(a_any), " and ",
-         shape_text(b));
-  }
-  const int64_t k = b.size(0), n = b.size(1);
-  const int64_t limit = max_accumulation(Format::int8, true);
-  if (k > limit) {
-    fail(op, "an int32 sum over K=", k, " products can overflow (the limit is ", limit,
-         "); split K and add in int64");
-  }
-  const Tensor x = dense(a_any);
-  Tensor y = empty_cpu({a_any.size(0), n}, ScalarType::Int);
-  LinearArgs a{};
-  a.x = x.const_data_ptr();
-  a.x_type = DType::i8;
-  a.rows = a_any.size(0);
-  a.n = n;
-  a.layout = {Format::int8, DType::f32, true, kDeviceX86, kLayoutVersion};
-  a.shape = block_shape(a.layout, k, -1);
-  a.activation = Activation::int8_symmetric;
-  a.y = y.mutable_data_ptr();
-  a.y_type = DType::i32;
-
-  const int64_t blocks = (n + kLanes - 1) / kLanes;
-  const Tensor packed = empty_cpu({blocks, a.shape.bytes}, ScalarType::Byte);
-  uint8_t* rows = packed.mutable_data_ptr<uint8_t>();
-  parallel(blocks, grain_for(kPrepareGrain, kLanes * k), [&](int64_t begin, int64_t end) {
-    pack_int8_columns(b.const_data_ptr<int8_t>(), b.stride(0), b.stride(1), n, a.shape, rows, begin,
-                      end);
-  });
-  a.packed = rows;
-  run_linear(a);
-  return y;
-}
-
-}  // namespace
 }  // namespace qkernels
-
-STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
-  m.impl("linear_backward_input", TORCH_BOX(&qkernels::linear_backward_input));
-  m.impl("int_mm", TORCH_BOX(&qkernels::int_mm));
-}

@@ -30,8 +30,8 @@ class DeviceGuard {
 
 inline bool on_device(const Tensor& t) { return t.is_cpu(); }
 
-inline Tensor empty_on_device(const Shape& shape, ScalarType type) {
-  return empty_cpu(shape, type);
+inline Tensor empty_on_device(const Shape& shape, const Shape& strides, ScalarType type) {
+  return empty_cpu(shape, strides, type);
 }
 
 inline cuda::Stream current_stream() { return nullptr; }
@@ -67,8 +67,7 @@ inline bool on_device(const Tensor& t) {
   return t.is_cuda() && (current_device() < 0 || t.get_device_index() == current_device());
 }
 
-inline Tensor empty_on_device(const Shape& shape, ScalarType type) {
-  const Shape strides = dense_strides(shape);
+inline Tensor empty_on_device(const Shape& shape, const Shape& strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
@@ -84,6 +83,10 @@ inline cuda::Stream current_stream() {
 }
 
 #endif
+
+inline Tensor empty_on_device(const Shape& shape, ScalarType type) {
+  return empty_on_device(shape, dense_strides(shape), type);
+}
 
 // Device memory of a call, from torch's allocator: captured graphs may hold it.
 inline Tensor workspace_on_device(int64_t bytes) {

@@ -25,6 +25,9 @@ class DeviceGuard {
 
 inline bool on_device(const Tensor& t) { return t.is_cpu(); }
 
+inline Tensor empty_on_device(const Shape& shape, const Shape& strides, ScalarType type) {
+  return empty_cpu(shape, strides, type);
+}
 inline Tensor empty_on_device(const Shape& shape, ScalarType type) {
   return empty_cpu(shape, type);
 }

@@ -52,11 +52,11 @@ inline Tensor empty_channels_last(const Shape& shape, ScalarType type) {
   take(1);
   for (size_t dim = shape.size() - 1; dim >= 2; --dim) take(dim);
   take(0);
-  return empty_cpu(shape, strides, type);
+  return empty_on_device(shape, strides, type);
 }
 
 inline Tensor empty_in_order(const Shape& shape, ScalarType type, bool channels_last) {
-  return channels_last ? empty_channels_last(shape, type) : empty_cpu(shape, type);
+  return channels_last ? empty_channels_last(shape, type) : empty_on_device(shape, type);
 }
 
 // x with its channels innermost, or not.

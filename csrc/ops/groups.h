@@ -54,8 +54,10 @@ struct Given {
   std::optional<Tensor> zero_point;
 };
 
+// `zero_type`: of zero points, if not that of the format.
 inline Given check_given(const char* op, const Cut& cut, Format format, const Tensor& scale,
-                         const std::optional<Tensor>& zero_point) {
+                         const std::optional<Tensor>& zero_point,
+                         std::optional<ScalarType> zero_type = std::nullopt) {
   Given given{dense(scale), check_float(op, "scale", scale), std::nullopt};
   const bool fits = cut.per_tensor ? scale.numel() == 1 : shape_of(scale) == cut.scale;
   if (!fits) {
@@ -67,13 +69,13 @@ inline Given check_given(const char* op, const Cut& cut, Format format, const Te
     if (!info(format).has_zero_point) {
       fail(op, "format ", info(format).name, " has no zero point; pass zero_point=None");
     }
-    check_dtype(op, "zero_point", *zero_point, storage_type(format));
+    check_dtype(op, "zero_point", *zero_point, zero_type.value_or(storage_type(format)));
     if (zero_point->numel() != scale.numel()) {
       fail(op, "zero_point must have the shape of scale, ", shape_text(scale), ", got ",
            shape_text(*zero_point));
     }
     given.zero_point = dense(*zero_point);
-    check_zero_points(op, *given.zero_point, format);
+    if (!zero_type) check_zero_points(op, *given.zero_point, format);
   }
   return given;
 }

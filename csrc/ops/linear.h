@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/params.h"
+#include "ops/torch_api.h"
 
 namespace qkernels {
 
@@ -11,5 +12,8 @@ void run_linear(const LinearArgs& whole);
 
 // The part of it for int8 activations, on a GPU.
 void run_linear_int8(const LinearArgs& args);
+
+// Packs b, int8 [k, n], as a weight of int8 [n, k] without scales.
+void run_pack_columns(const Tensor& b, const BlockShape& shape, uint8_t* packed);
 
 }  // namespace qkernels

@@ -1,8 +1,52 @@
-// quantize_with, dequantize and their out= forms: checks and allocation, for the CPU and for CUDA.
+// quantize, quantize_with, dequantize and their out= forms: checks and allocation, for the CPU and for CUDA.
 #include "ops/quantize.h"
 
 namespace qkernels {
 namespace {
+
+void call_quantize(const char* op, const Tensor& x_any, Format format, const Cut& cut,
+                   bool symmetric, const Tensor& data, const Tensor& scale,
+                   const Tensor& zero_point) {
+  const Tensor x = dense(x_any);
+  QuantizeArgs a = quantize_args(cut, x, check_float(op, "x", x), format);
+  a.data = data.mutable_data_ptr();
+  a.scale = scale.mutable_data_ptr();
+  a.scale_type = check_float(op, "scale", scale);
+  a.zero_point = symmetric ? nullptr : zero_point.mutable_data_ptr();
+  a.symmetric = symmetric;
+  run_quantize(cut, a);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& x, int64_t format_code,
+                                            std::optional<int64_t> group_size, bool symmetric,
+                                            std::optional<ScalarType> scale_dtype) {
+  const DeviceGuard guard(x);
+  const char* op = "quantize";
+  const Format format = check_symmetry(op, format_code, symmetric);
+  check_float(op, "x", x);
+  const ScalarType scale_type = scale_dtype.value_or(ScalarType::Float);
+  check_float_type(op, "scale_dtype", scale_type);
+  const Cut cut = cut_of(op, shape_of(x), format, group_size);
+  Tensor data = empty_on_device(cut.data, storage_type(format));
+  Tensor scale = empty_on_device(cut.scale, scale_type);
+  Tensor zero_point = empty_on_device(zero_shape(cut, symmetric), storage_type(format));
+  call_quantize(op, x, format, cut, symmetric, data, scale, zero_point);
+  return {data, scale, zero_point};
+}
+
+void quantize_out(const Tensor& x, int64_t format_code, std::optional<int64_t> group_size,
+                  bool symmetric, const Tensor& data, const Tensor& scale,
+                  const Tensor& zero_point) {
+  const DeviceGuard guard(x);
+  const char* op = "quantize";
+  const Format format = check_symmetry(op, format_code, symmetric);
+  check_float(op, "x", x);
+  const Cut cut = cut_of(op, shape_of(x), format, group_size);
+  check_out(op, "data", data, cut.data, storage_type(format));
+  check_out(op, "scale", scale, cut.scale, scalar_type(check_float(op, "scale", scale)));
+  check_out(op, "zero_point", zero_point, zero_shape(cut, symmetric), storage_type(format));
+  call_quantize(op, x, format, cut, symmetric, data, scale, zero_point);
+}
 
 void call_quantize_with(const char* op, const Tensor& x_any, const Tensor& scale,
                         const std::optional<Tensor>& zero_point, Format format, const Cut& cut,
@@ -97,6 +141,8 @@ void dequantize_out(const Tensor& data, const Tensor& scale,
 }  // namespace qkernels
 
 QK_OPS(m) {
+  m.impl("quantize", TORCH_BOX(&qkernels::quantize));
+  m.impl("quantize.out", TORCH_BOX(&qkernels::quantize_out));
   m.impl("quantize_with", TORCH_BOX(&qkernels::quantize_with));
   m.impl("quantize_with.out", TORCH_BOX(&qkernels::quantize_with_out));
   m.impl("dequantize", TORCH_BOX(&qkernels::dequantize));

@@ -30,6 +30,7 @@ inline void check_out(const char* op, const char* name, const Tensor& t, const S
 }
 
 // `cut` and the arguments are checked and complete.
+void run_quantize(const Cut& cut, const QuantizeArgs& args);
 void run_quantize_with(const Cut& cut, const QuantizeArgs& args);
 void run_dequantize(const Cut& cut, const DequantizeArgs& args);
 

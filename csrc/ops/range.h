@@ -8,12 +8,12 @@
 
 namespace qkernels {
 
-inline Range range_of(const Tensor& x, DType type) {
+inline Range range_of(const void* x, DType type, int64_t count) {
   const Kernels& table = kernels();
   Range total;
   std::mutex mutex;
-  parallel(x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    const Range part = table.range(x.const_data_ptr(), type, begin, end);
+  parallel(count, kGrain, [&](int64_t begin, int64_t end) {
+    const Range part = table.range(x, type, begin, end);
     const std::lock_guard<std::mutex> lock(mutex);
     total.min = std::min(total.min, part.min);
     total.max = std::max(total.max, part.max);

@@ -46,6 +46,22 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         r"HMMA\.16816\.F32\.BF16",
     ),
     r"\blinear_float_kernel<.*\(qkernels::DType\)2,": (r"HMMA\.16816\.F32",),
+    # The same with scales that are chosen: groups of up to 256, and longer ones.
+    r"\bshort_groups_kernel<.*QuantizeJob<\(qkernels::Format\)0, \(qkernels::DType\)1>": (
+        r"LDG\.E\.128\S*",
+        r"STG\.E\.64",
+    ),
+    r"\blong_groups_kernel<.*QuantizeJob<\(qkernels::Format\)0, \(qkernels::DType\)1>": (
+        r"LDG\.E\.128\S*",
+        r"STG\.E\.64",
+    ),
+    # int4 weight, bfloat16 gradient.
+    r"\bbackward_16_kernel<\(qkernels::Format\)1, \(qkernels::DType\)1, true>": (
+        r"HMMA\.16816\.F32\.BF16",
+        r"LDSM\.16\.M88\.4",
+        r"LDSM\.16\.MT88\.4",
+        r"LDGSTS\.E\.\S*128\S*",
+    ),
 }
 
 

@@ -51,6 +51,9 @@ namespace qkernels::host {
 // Runs `thread` for every thread of every block, and throws what went wrong.
 void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()>& thread);
 
+// QKERNELS_HOST_MULTIPROCESSORS, which says how large a device the kernels are chosen for.
+int multiprocessors();
+
 // The running thread.
 struct Place {
   dim3 thread, block, block_size, grid;
@@ -120,6 +123,7 @@ uint32_t reduce(const char* op, uint32_t value, F join) {
 
 uint32_t ballot(bool predicate);
 void ldmatrix_x4(uint32_t (&r)[4], const void* row);
+void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
 
 using Widen = float (*)(uint16_t);
 using Narrow = uint16_t (*)(float);

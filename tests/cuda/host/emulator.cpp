@@ -1,6 +1,7 @@
 // The emulator: threads as fibers, barriers, shared memory and copies in flight.
 #include <sys/mman.h>
 
+#include <cstdlib>
 #include <deque>
 #include <exception>
 #include <mutex>
@@ -245,6 +246,11 @@ void run(dim3 grid, dim3 size, int64_t shared_bytes, const std::function<void()>
       }
     }
   }
+}
+
+int multiprocessors() {
+  const char* count = std::getenv("QKERNELS_HOST_MULTIPROCESSORS");
+  return count == nullptr ? 4 : std::atoi(count);
 }
 
 const Place& place() { return self->place; }

@@ -1,4 +1,6 @@
 // What the instructions of a whole warp compute. Registers and lanes as in csrc/cuda/ptx.cuh.
+#include <utility>
+
 #include "cuda_host.h"
 
 namespace qkernels::host {
@@ -60,21 +62,44 @@ uint32_t ballot(bool predicate) {
   return mine;
 }
 
-void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  check_alignment("ldmatrix_x4", row, 16);
+namespace {
+
+// Register j of lane i takes two elements, 16 bits each, of matrix j: those of at(i, 0) and at(i, 1), a
+// row and a column.
+template <class At>
+void load_matrices(const char* op, uint32_t (&r)[4], const void* row, const At& at) {
+  check_alignment(op, row, 16);
   struct Lane {
     uint32_t* r;
     const void* row;
   } mine{r, row};
-  meet("ldmatrix_x4", &mine, [](void* const* lanes) {
+  meet(op, &mine, [&](void* const* lanes) {
     for (int i = 0; i < kWarp; ++i) {
       for (int matrix = 0; matrix < 4; ++matrix) {
-        const Lane* owner = static_cast<const Lane*>(lanes[matrix * 8 + i / 4]);
-        const uint8_t* from = static_cast<const uint8_t*>(owner->row) + i % 4 * 4;
-        std::memcpy(&static_cast<Lane*>(lanes[i])->r[matrix], from, 4);
+        uint32_t word = 0;
+        for (int half = 0; half < 2; ++half) {
+          const auto [row, column] = at(i, half);
+          const Lane* owner = static_cast<const Lane*>(lanes[matrix * 8 + row]);
+          uint16_t element;
+          std::memcpy(&element, static_cast<const uint8_t*>(owner->row) + column * 2, 2);
+          word |= static_cast<uint32_t>(element) << 16 * half;
+        }
+        static_cast<Lane*>(lanes[i])->r[matrix] = word;
       }
     }
   });
+}
+
+}  // namespace
+
+void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  load_matrices("ldmatrix_x4", r, row,
+                [](int i, int half) { return std::pair(i / 4, i % 4 * 2 + half); });
+}
+
+void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  load_matrices("ldmatrix_x4_trans", r, row,
+                [](int i, int half) { return std::pair(i % 4 * 2 + half, i / 4); });
 }
 
 uint32_t fma_16(uint32_t a, uint32_t b, uint32_t c, Widen widen, Narrow narrow) {

@@ -1,0 +1,25 @@
+// The kernels of linear with int8 activations, and how one is chosen. All give the same bits: sums
+// within a group are exact, and groups are added up in one order.
+#pragma once
+
+#include "cuda/ptx.cuh"
+
+namespace qkernels::cuda {
+
+struct Int8Plan {
+  enum Kind { skinny, small, large } kind;
+  int parts;   // blocks that share a tile's sums, of rows that are one group
+  int stages;  // of such a part
+};
+
+void prepare_int8(const LinearArgs& a, Stream stream);
+
+// Up to 32 tokens.
+void linear_int8_skinny(const LinearArgs& a, Stream stream);
+
+// Any number of tokens. `partial` is plan.parts times [rows, n rounded up to 4] if there are several
+// parts.
+void linear_int8_row(const LinearArgs& a, const Int8Plan& plan, int32_t* partial, Stream stream);
+void linear_int8_grouped(const LinearArgs& a, bool large, Stream stream);
+
+}  // namespace qkernels::cuda

@@ -1,0 +1,233 @@
+// prepare: rows of x as int8 codes, with their scales and zero points. A block takes a row; what of
+// it fits stays in registers between finding its range and making its codes, so that x is read once.
+//
+//   panel       [rows][panel_pitch]: codes in the order of the weight's padded k, 0 in the padding
+//   group_sums  [groups][rows]: sums of the codes, where the weight has zero points
+#include "cuda/dispatch.cuh"
+#include "cuda/elements.cuh"
+#include "cuda/int8.cuh"
+#include "cuda/range.cuh"
+
+namespace qkernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kKept = 4;  // eights of a thread that stay in registers: 8192 k
+
+// Eight places of a row of the panel, and the `count` columns of the weight that are there.
+struct Piece {
+  int64_t k;
+  int count;
+};
+
+QK_DEVICE Piece piece_at(const BlockShape& s, uint32_t eight) {
+  const uint32_t at = eight * kEight;
+  uint32_t group = 0;
+  if (s.groups > 1) {
+    const uint32_t last = static_cast<uint32_t>(s.groups - 1);
+    group = min(at / static_cast<uint32_t>(s.group_padded), last);
+  }
+  const int64_t offset = at - s.padded_begin(group);
+  const int64_t left = s.group_length(group) - offset;
+  return {s.group_begin(group) + offset, static_cast<int>(max(int64_t{0}, min(left, int64_t{8})))};
+}
+
+// kVectors: the eight lie side by side in x, on a vector, or are all padding.
+template <DType kType, bool kVectors>
+QK_DEVICE void load_piece(const LinearArgs& a, int64_t row, uint32_t eight, float (&x)[kEight]) {
+  const Piece p = piece_at(a.shape, eight);
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) x[i] = 0.0f;
+  if constexpr (kVectors) {
+    if (p.count == 0) return;
+    load_eight<kType>(x, a.x, row * a.shape.k + p.k);
+    if (a.premul == nullptr) return;
+    float factors[kEight];
+    load_eight<DType::f32>(factors, a.premul, p.k);
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) x[i] *= factors[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) {
+      if (i >= p.count) continue;
+      const int64_t column = a.perm == nullptr ? p.k + i : a.perm[p.k + i];
+      // An index from nowhere must not read there; the CPU refuses it, a GPU's glue cannot look.
+      if (column < 0 || column >= a.shape.k) {
+        x[i] = NAN;
+        continue;
+      }
+      x[i] = load_element<kType>(a.x, row * a.shape.k + column);
+      if (a.premul != nullptr) x[i] *= a.premul[column];
+    }
+  }
+}
+
+// ---- Scales -------------------------------------------------------------------------------------
+
+QK_DEVICE Affine row_affine(const LinearArgs& a, const Range& range) {
+  if (a.device_scale == nullptr) {
+    const bool symmetric = a.activation == Activation::int8_symmetric;
+    return choose_affine(range, Format::int8, symmetric, DType::f32);
+  }
+  const float scale = *a.device_scale;
+  const int zero = a.device_zero_point == nullptr ? 0 : *a.device_zero_point;
+  return {range.finite() ? scale : NAN, 1.0f / scale, zero};
+}
+
+// ---- Codes --------------------------------------------------------------------------------------
+
+// Quotients between `low` and `high` have codes in range.
+struct Encoder {
+  float inverse, low, high;
+  uint32_t zero;
+};
+
+QK_DEVICE Encoder make_encoder(const Affine& affine, bool symmetric) {
+  const int zero = affine.zero_point;
+  return {affine.inverse, static_cast<float>(code_min(Format::int8, symmetric) - zero),
+          static_cast<float>(code_max(Format::int8, symmetric) - zero),
+          static_cast<uint32_t>(zero)};
+}
+
+// The code in the lowest byte. Adding 1.5 * 2^23 rounds half to even and leaves the integer in the
+// low bits, which is cheaper than a conversion. The codes of a row with NaN do not matter.
+QK_DEVICE uint32_t encode_low_byte(const Encoder& e, float x) {
+  float quotient = x * e.inverse;
+  quotient = quotient < e.low ? e.low : quotient;
+  quotient = quotient > e.high ? e.high : quotient;
+  return bit_cast<uint32_t>(quotient + 0x1.8p23f) + e.zero;
+}
+
+QK_DEVICE uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410);
+}
+
+// Eight codes in the order in which the weight's fragments take k: as they are for int8, and as
+// `weight_fragment` takes nibbles out of a word for 4 bits.
+QK_DEVICE uint2 k_order(uint32_t low, uint32_t high, bool nibbles) {
+  if (!nibbles) return make_uint2(low, high);
+  return make_uint2(prmt(low, high, 0x5140), prmt(low, high, 0x7362));
+}
+
+QK_DEVICE uint2 encode_piece(const LinearArgs& a, uint32_t eight, const Encoder& e,
+                             const float (&x)[kEight]) {
+  uint32_t codes[kEight];
+  const int count = piece_at(a.shape, eight).count;
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) codes[i] = i < count ? encode_low_byte(e, x[i]) : 0;
+  return k_order(low_bytes(codes[0], codes[1], codes[2], codes[3]),
+                 low_bytes(codes[4], codes[5], codes[6], codes[7]),
+                 a.layout.format == Format::int4);
+}
+
+// The panel's finished row, a group at a time.
+QK_DEVICE void sum_groups(const LinearArgs& a, int64_t row, const uint8_t* codes) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  for (int64_t g = threadIdx.x / kWarp; g < a.shape.groups; g += warps) {
+    const int eights = static_cast<int>(a.shape.padded_length(g) / kEight);
+    int32_t sum = 0;
+    for (int i = threadIdx.x % kWarp; i < eights; i += kWarp) {
+      const uint2 v =
+          *reinterpret_cast<const uint2*>(codes + a.shape.padded_begin(g) + i * kEight);
+      sum = dp4a(v.y, 0x01010101u, dp4a(v.x, 0x01010101u, sum));
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) a.group_sums[g * a.rows + row] = sum;
+  }
+}
+
+template <DType kType, bool kVectors>
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const LinearArgs a) {
+  const int64_t row = blockIdx.x;
+  const uint32_t eights = static_cast<uint32_t>(panel_pitch(a.shape) / kEight);
+  const uint32_t step = blockDim.x;
+  uint8_t* const codes = a.panel + row * panel_pitch(a.shape);
+  float kept[kKept][kEight];
+  Range range;
+#pragma unroll
+  for (int p = 0; p < kKept; ++p) {
+    const uint32_t eight = threadIdx.x + p * step;
+    if (eight < eights) {
+      load_piece<kType, kVectors>(a, row, eight, kept[p]);
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) extend(&range, kept[p][i]);
+    }
+  }
+  for (uint32_t eight = threadIdx.x + kKept * step; eight < eights; eight += step) {
+    float x[kEight];
+    load_piece<kType, kVectors>(a, row, eight, x);
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) extend(&range, x[i]);
+  }
+  const Affine affine = row_affine(a, block_range(range));
+  if (threadIdx.x == 0) {
+    a.row_scale[row] = affine.scale;
+    a.row_zero[row] = static_cast<float>(affine.zero_point);
+  }
+  const Encoder e = make_encoder(affine, a.activation == Activation::int8_symmetric);
+#pragma unroll
+  for (int p = 0; p < kKept; ++p) {
+    const uint32_t eight = threadIdx.x + p * step;
+    if (eight < eights) store_64(codes + eight * kEight, encode_piece(a, eight, e, kept[p]));
+  }
+  for (uint32_t eight = threadIdx.x + kKept * step; eight < eights; eight += step) {
+    float x[kEight];
+    load_piece<kType, kVectors>(a, row, eight, x);
+    store_64(codes + eight * kEight, encode_piece(a, eight, e, x));
+  }
+  if (!a.layout.symmetric) {
+    __syncthreads();
+    sum_groups(a, row, codes);
+  }
+}
+
+// int_mm: the codes are given.
+__global__ void __launch_bounds__(kThreads) copy_codes_kernel(const LinearArgs a) {
+  const int64_t row = blockIdx.x;
+  const uint32_t eights = static_cast<uint32_t>(panel_pitch(a.shape) / kEight);
+  const int8_t* x = static_cast<const int8_t*>(a.x) + row * a.shape.k;
+  const bool vectors = a.shape.k % kEight == 0 && reinterpret_cast<uintptr_t>(a.x) % kEight == 0;
+  for (uint32_t eight = threadIdx.x; eight < eights; eight += blockDim.x) {
+    const Piece p = piece_at(a.shape, eight);
+    uint2 v = make_uint2(0, 0);
+    if (vectors && p.count == kEight) {
+      v = load_64(x + p.k);
+    } else {
+      uint32_t bytes[kEight] = {};
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) {
+        if (i < p.count) bytes[i] = static_cast<uint8_t>(x[p.k + i]);
+      }
+      v = make_uint2(low_bytes(bytes[0], bytes[1], bytes[2], bytes[3]),
+                     low_bytes(bytes[4], bytes[5], bytes[6], bytes[7]));
+    }
+    store_64(a.panel + row * panel_pitch(a.shape) + eight * kEight, v);
+  }
+}
+
+bool vectors_fit(const LinearArgs& a) {
+  const BlockShape& s = a.shape;
+  return a.perm == nullptr && s.k % kEight == 0 && (s.groups <= 1 || s.group_size % kEight == 0) &&
+         reinterpret_cast<uintptr_t>(a.x) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(a.premul) % 16 == 0;
+}
+
+}  // namespace
+
+void prepare_int8(const LinearArgs& a, Stream stream) {
+  const int64_t eights = panel_pitch(a.shape) / kEight;
+  const unsigned threads =
+      static_cast<unsigned>(max(int64_t{kWarp}, min(round_up(eights, kWarp), int64_t{kThreads})));
+  const dim3 grid(static_cast<unsigned>(a.rows));
+  if (a.x_type == DType::i8) {
+    return launch(copy_codes_kernel, grid, threads, 0, stream, a);
+  }
+  for_float(a.x_type, [&](auto type) {
+    constexpr DType kType = decltype(type)::value;
+    const auto kernel =
+        vectors_fit(a) ? prepare_kernel<kType, true> : prepare_kernel<kType, false>;
+    launch(kernel, grid, threads, kRangeBytes, stream, a);
+  });
+}
+
+}  // namespace qkernels::cuda

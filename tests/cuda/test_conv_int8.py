@@ -1,0 +1,133 @@
+"""conv with int8 activations as CUDA kernels, run by the emulator: the same bits as on the CPU."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import reference as ref
+from helpers.check import same_bits, same_tensor
+from helpers.conv import ConvWeight, Geometry, conv_weight
+from helpers.data import FLOATS, Kind, floats, rng
+
+cpu = torch.ops.qkernels
+SYMMETRIC, ASYMMETRIC = 1, 2
+KIND = Kind(ref.INT8, True, torch.float32)
+
+PLAIN = Geometry((7, 9), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
+GEOMETRIES = {
+    "3 channels": Geometry((9, 8), (3, 3), (2, 2), (1, 1), (1, 0), (1, 1), 1, 3, 24),
+    "a tap is whole pieces": Geometry((6, 7), (3, 2), (1, 2), (2, 0), (0, 1), (2, 1), 1, 20, 70),
+    "one tap": Geometry((9, 16), (1, 1), (1, 1), (0, 0), (0, 0), (1, 1), 1, 32, 130, 1),
+    "groups": Geometry((5, 6), (2, 3), (1, 1), (1, 1), (1, 1), (1, 1), 3, 6, 18),
+    "depthwise": Geometry((8, 7), (3, 3), (2, 1), (1, 1), (1, 1), (1, 2), 35, 1, 1),
+    "a line": Geometry((40,), (5,), (3,), (2,), (1,), (2,), 1, 8, 17, 3),
+    "a volume": Geometry((3, 4, 5), (2, 2, 3), (1, 2, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1), 2, 4, 5),
+    "transposed": Geometry((4, 5), (3, 3), (2, 2), (1, 1), (1, 0), (1, 1), 2, 5, 6, 2, True),
+}
+
+
+@pytest.fixture(params=[1, 64])
+def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that large tiles fill, and one that they do not."""
+    monkeypatch.setenv("QKERNELS_HOST_MULTIPROCESSORS", str(request.param))
+
+
+def conv(ops: Any, w: ConvWeight, x: Tensor, dtype: Any = None, **rest: Any) -> Tensor:
+    """The result, which is the CPU's."""
+    arguments = list(w.arguments(x, **rest))
+    want = cpu.conv(*arguments, dtype)
+    layout = w.kind.cuda_layout
+    at = next(i for i, value in enumerate(arguments) if value is w.packed)
+    arguments[at] = ops.pack_conv(*w.stored, layout, *w.sizes)
+    arguments[arguments.index(w.kind.layout, 10)] = layout
+    y = ops.conv(*arguments, dtype)
+    same_tensor(y, want)
+    assert y.stride() == want.stride()
+    return y
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("activation", [SYMMETRIC, ASYMMETRIC])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_any_geometry(ops: Any, name: str, activation: int) -> None:
+    g = GEOMETRIES[name]
+    w = conv_weight(g, KIND)
+    for i, dtype in enumerate(FLOATS):
+        x = g.input(dtype)
+        if x.dim() == 4 and i == 1:
+            x = x.contiguous(memory_format=torch.channels_last)
+        bias = floats((g.outputs,), dtype, seed="bias") if i else None
+        y = conv(ops, w, x, bias=bias, activation=activation)
+        same_bits(y, w.integer(x, bias, activation))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("name", ["3 channels", "one tap", "depthwise", "groups"])
+def test_codes_in_and_out(ops: Any, name: str) -> None:
+    g = GEOMETRIES[name]
+    w = conv_weight(g, KIND)
+    codes = rng("codes", name).integers(-128, 128, (g.batch, g.channels, *g.size), np.int8)
+    shape = (g.batch, g.outputs, *g.out)
+    for last in (False, True):
+        order = torch.channels_last if last else torch.contiguous_format
+        x = torch.from_numpy(codes).contiguous(memory_format=order)
+        residual = torch.from_numpy(rng("residual", name).integers(-128, 128, shape, np.int8))
+        given = {"x_scale": 0.02, "x_zero": 5, "activation": ASYMMETRIC}
+        conv(ops, w, x, **given)
+        conv(ops, w, x, **given, y_scale=0.5, y_zero=-3, epilogue=1)
+        coded = {"residual": residual, "r_scale": 0.1, "r_zero": 4}
+        conv(ops, w, x, **given, **coded, y_scale=0.5, y_zero=-3, epilogue=6)
+        conv(ops, w, x, torch.float16, **given, residual=floats(shape, torch.bfloat16), epilogue=2)
+        conv(ops, w, x, x_scale=0.02, activation=SYMMETRIC, y_scale=0.4)
+
+
+def test_a_bad_image_touches_no_other(ops: Any) -> None:
+    for name in ("3 channels", "depthwise"):
+        g = GEOMETRIES[name]
+        w, x = conv_weight(g, KIND), g.input()
+        x[0, 1, 2, 3] = float("nan")
+        for rest in ({}, {"x_scale": 0.1}, {"x_scale": 0.1, "y_scale": 0.3, "y_zero": 2}):
+            y = conv(ops, w, x, activation=ASYMMETRIC, **rest)
+            if y.is_floating_point():
+                assert y[0].isnan().all()
+                assert y[1].isfinite().all()
+            else:
+                assert (y[0] == 2).all()
+
+
+def test_extreme_codes(ops: Any) -> None:
+    """Codes of 127 with a zero point of -128 and weights of -128: 255 * 128 for each product."""
+    g = Geometry((3, 3), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 1, 64, 17)
+    w = conv_weight(g, KIND)
+    w.stored[0].fill_(-128)
+    packed = cpu.pack_conv(*w.stored, KIND.layout, *w.sizes)
+    w = ConvWeight(g, KIND, -1, w.codes * 0 - 128, w.scale, w.zero, w.stored, packed)
+    x = torch.full((2, 64, 3, 3), 127, dtype=torch.int8)
+    y = conv(ops, w, x, x_scale=1.0, x_zero=-128, activation=ASYMMETRIC)
+    same_bits(y, w.integer(x, None, ASYMMETRIC, (1.0, -128)))
+
+
+def test_packing_comes_back(ops: Any) -> None:
+    for symmetric in (True, False):
+        kind = Kind(ref.INT8, symmetric, torch.bfloat16)
+        for g in GEOMETRIES.values():
+            w = conv_weight(g, kind)
+            layout = kind.cuda_layout
+            packed = ops.pack_conv(*w.stored, layout, *w.sizes)
+            taps, channels, groups, group_size = w.sizes
+            back = ops.unpack_conv(packed, layout, taps, channels, groups, g.outputs, group_size)
+            for got, want in zip(back, w.stored, strict=True):
+                if want is not None:
+                    same_tensor(got, want)
+
+
+def test_float_activations_say_that_they_are_missing(ops: Any) -> None:
+    w = conv_weight(PLAIN, KIND)
+    arguments = list(w.arguments(PLAIN.input()))
+    arguments[1] = ops.pack_conv(*w.stored, KIND.cuda_layout, *w.sizes)
+    arguments[10] = KIND.cuda_layout
+    with pytest.raises(RuntimeError, match="no CUDA kernel yet; pass activation=1 or 2"):
+        ops.conv(*arguments, None)
