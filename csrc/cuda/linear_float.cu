@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Element k of a row of x as the weight sees it. An index that is none gives NaN: nobody has looked.
+// Element k of a row of x as the weight sees it. An index that is none gives NaN: no one looked.
 template <DType kType>
 QK_DEVICE float gathered(const LinearArgs& a, int64_t row, int64_t k) {
   const int64_t from = a.perm == nullptr ? k : a.perm[k];

@@ -1,10 +1,10 @@
-// y = x . W with 16-bit x, by mma.m16n8k16: outputs are the 16 rows of a tensor core's tile and rows
-// of x its 8 columns, so few rows waste little.
+// y = x . W with 16-bit x, by mma.m16n8k16: outputs are the 16 rows of a tensor core's tile and
+// rows of x its 8 columns, so few rows waste little.
 //
-// A team goes along k in steps of 64. Of x, scales and zero points it keeps kStages steps in a ring in
-// shared memory, filled in the background; of the weight each warp keeps kDepth steps in registers,
-// since no other warp wants them. Products of a group are summed up by the tensor cores; the group's
-// scale is applied once, to the sums. See linear_float.h for the order of sums.
+// A team goes along k in steps of 64. Of x, scales and zero points it keeps kStages steps in a ring
+// in shared memory, filled in the background; of the weight each warp keeps kDepth steps in
+// registers, since no other warp wants them. Products of a group are summed up by the tensor cores;
+// the group's scale is applied once, to the sums. See linear_float.h for the order of sums.
 //
 //   GEMV: a team is a warp, and the warps of a thread block have a slice of k each.
 //   GEMM: a team is a thread block, whose warps have outputs of their own. It does all slices, or
@@ -115,10 +115,9 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   uint8_t* shared = shared_memory<uint8_t>();
   uint8_t* ring = shared + (T::kGemv ? warp * T::kRingBytes : 0);
 
-  // ---- Into the ring ----
-  // A row of a step is a line of eight 16-byte pieces. Odd rows have the halves of their line swapped:
-  // the eight threads that read together want the same half of an even and an odd row, and so meet
-  // in no bank.
+  // ---- Into the ring ---- A row of a step is a line of eight 16-byte pieces. Odd rows have the
+  // halves of their line swapped: the eight threads that read together want the same half of an
+  // even and an odd row, and so meet in no bank.
   const int piece = member % 8;
   constexpr int kCopies = T::kRows * 8 / T::kTeam;
   const uint16_t* source[kCopies];

@@ -22,9 +22,9 @@ inline constexpr int64_t kMultiprocessors = 4;
 inline constexpr int64_t kMultiprocessors = 128;
 #endif
 
-// K is cut into slices of consecutive steps. Each is summed up from 0, in order, and then their sums
-// are added in order. That is what a result's bits depend on, and so the cut may depend on N and K
-// alone: never on the number of rows, the kernel, or the GPU.
+// K is cut into slices of consecutive steps. Each is summed up from 0, in order, and then their
+// sums are added in order. That is what a result's bits depend on, and so the cut may depend on N
+// and K alone: never on the number of rows, the kernel, or the GPU.
 struct Slices {
   int64_t count;
   int64_t steps;  // of each but the last; whole turns
@@ -42,8 +42,8 @@ inline Slices slices_of(int64_t n, const BlockShape& shape) {
 }
 
 // Products with float32 x have 24-bit significands, a tensor core's have 8 with bfloat16. So x is
-// split into three bfloat16 that add up to it, without error, and each makes a row of its own; so are
-// the levels of nf4. Codes less their zero point fit as they are.
+// split into three bfloat16 that add up to it, without error, and each makes a row of its own; so
+// are the levels of nf4. Codes less their zero point fit as they are.
 inline constexpr int64_t kParts = 3;
 
 struct FloatPlan {
@@ -83,8 +83,8 @@ inline FloatPlan float_plan(const LinearArgs& a) {
   const int64_t rows = p.rows * p.parts;
   p.gemv = rows <= kGemvRows;
   if (p.gemv) {
-    // A warp with more blocks of outputs needs less of x from the cache and less instructions around
-    // a product, but there must be warps enough.
+    // A warp with more blocks of outputs needs less of x from the cache and less instructions
+    // around a product, but there must be warps enough.
     p.blocks = rows > 2 && blocks >= 4 * kMultiprocessors ? 4
                : blocks >= 2 * kMultiprocessors           ? 2
                                                           : 1;
