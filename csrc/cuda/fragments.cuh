@@ -1,6 +1,6 @@
-// Codes of a packed weight as 16-bit operands of the tensor cores, less their zero point and without
-// their scale: whole numbers below 256, which both types hold exactly, or levels of nf4. A few
-// integer instructions for each pair; no conversion instruction, which are slow.
+// Codes of a packed weight as 16-bit operands of the tensor cores, less their zero point and
+// without their scale: whole numbers below 256, which both types hold exactly, or levels of nf4. A
+// few integer instructions for each pair; no conversion instruction, which are slow.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -123,8 +123,8 @@ struct Codes<Format::int8, DType::bf16> {
   }
 };
 
-// A table of 16 numbers of 16 bits in eight registers. prmt looks four nibbles up in eight bytes, so
-// each byte takes two, and a third that picks between them by the nibble's top bit.
+// A table of 16 numbers of 16 bits in eight registers. prmt looks four nibbles up in eight bytes,
+// so each byte takes two, and a third that picks between them by the nibble's top bit.
 template <DType kType>
 struct Codes<Format::nf4, kType> {
   static constexpr int kWords = 1;
@@ -138,10 +138,10 @@ struct Codes<Format::nf4, kType> {
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
       const uint32_t i = index >> 16 * odd, which = pick >> 16 * odd;
-      const uint32_t low = prmt(prmt(table.low[0], table.low[1], i),
-                                prmt(table.low[2], table.low[3], i), which);
-      const uint32_t high = prmt(prmt(table.high[0], table.high[1], i),
-                                 prmt(table.high[2], table.high[3], i), which);
+      const uint32_t low =
+          prmt(prmt(table.low[0], table.low[1], i), prmt(table.low[2], table.low[3], i), which);
+      const uint32_t high =
+          prmt(prmt(table.high[0], table.high[1], i), prmt(table.high[2], table.high[3], i), which);
       halves[odd][0] = prmt(low, high, 0x5140);
       halves[odd][1] = prmt(low, high, 0x7362);
     }

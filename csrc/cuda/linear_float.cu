@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Element k of a row of x as the weight sees it. An index that is none gives NaN: nobody has looked.
+// Element k of a row of x as the weight sees it. An index that is none gives NaN: no one looked.
 template <DType kType>
 QK_DEVICE float gathered(const LinearArgs& a, int64_t row, int64_t k) {
   const int64_t from = a.perm == nullptr ? k : a.perm[k];
@@ -89,9 +89,11 @@ void linear_rows(const LinearArgs& a, float* sums, Stream stream) {
   k.asymmetric = !a.layout.symmetric;
   k.zero = symmetric_zero(a.layout.format);
   k.chunks = static_cast<int>(s.k_padded / kCudaChunk);
-  k.groups = static_cast<int>(s.groups);
-  // One group never ends before the row does.
-  k.group_chunks = s.groups > 1 ? static_cast<int>(s.group_padded / kCudaChunk) : k.chunks + 2;
+  k.group_chunks = static_cast<int>(max(s.group_padded / kCudaChunk, int64_t{1}));
+  if (s.groups > 0) {
+    k.group_end = static_cast<int>((s.padded_begin(s.groups - 1) + s.padded_length(s.groups - 1)) /
+                                   kCudaChunk);
+  }
   k.steps = (k.chunks + 1) / 2;
   k.slices = static_cast<int>(plan.slices.count);
   k.slice_steps = static_cast<int>(plan.slices.steps);

@@ -1,10 +1,10 @@
-// y = x . W with 16-bit x, by mma.m16n8k16: outputs are the 16 rows of a tensor core's tile and rows
-// of x its 8 columns, so few rows waste little.
+// y = x . W with 16-bit x, by mma.m16n8k16: outputs are the 16 rows of a tensor core's tile and
+// rows of x its 8 columns, so few rows waste little.
 //
-// A team goes along k in steps of 64. Of x, scales and zero points it keeps kStages steps in a ring in
-// shared memory, filled in the background; of the weight each warp keeps kDepth steps in registers,
-// since no other warp wants them. Products of a group are summed up by the tensor cores; the group's
-// scale is applied once, to the sums. See linear_float.h for the order of sums.
+// A team goes along k in steps of 64. Of x, scales and zero points it keeps kStages steps in a ring
+// in shared memory, filled in the background; of the weight each warp keeps kDepth steps in
+// registers, since no other warp wants them. Products of a group are summed up by the tensor cores;
+// the group's scale is applied once, to the sums. See linear_float.h for the order of sums.
 //
 //   GEMV: a team is a warp, and the warps of a thread block have a slice of k each.
 //   GEMM: a team is a thread block, whose warps have outputs of their own. It does all slices, or
@@ -23,8 +23,8 @@ struct FloatKernelArgs {
   int64_t row_bytes, scales, zeros;
   DType scale_type;
   bool asymmetric;
-  int zero;  // of all groups, when symmetric
-  int chunks, groups, group_chunks;
+  int zero;                             // of all groups, when symmetric
+  int chunks, group_chunks, group_end;  // of a row, of a group, to the end of the last group
   int steps, slices, slice_steps, cuts;
   int row_tiles;
   LevelBytes levels;  // of nf4
@@ -44,15 +44,18 @@ struct FloatTile {
   static constexpr int kTeamBlocks = kBlocks * kWarps_;
   static constexpr int kTeam = kWarp * kWarps_;  // threads
   static constexpr int kRows = 8 * kTiles;
-  // A GEMV's block has a warp for each of up to 16 slices; with four blocks of outputs, up to 4.
-  static constexpr int kMaxThreads = !kGemv ? kTeam : kBlocks == 1 ? 16 * kWarp : 4 * kWarp;
+  // A GEMV's block has a warp for each slice: up to 16, and less where there are many outputs.
+  static constexpr int kMaxThreads = kGemv ? 16 / kBlocks * kWarp : kTeam;
   // The largest tile needs all registers, the other GEMMs have two blocks on a multiprocessor.
-  static constexpr int kMinBlocks = kGemv && kBlocks == 1 || kTiles == 8 ? 1 : 2;
+  static constexpr int kMinBlocks = (kGemv && kBlocks < 4) || kTiles == 8 ? 1 : 2;
 
   static constexpr int kUnits = info(kFormat).bits == 8 ? 2 : 1;  // 16-byte loads in a step
   static constexpr int kStages = kTiles == 8 ? 3 : 4;
   // Steps of the largest tile are so long that one ahead is enough.
-  static constexpr int kDepth = kTiles == 8 ? 2 / kUnits : kBlocks == 1 ? 4 : 4 / kUnits;
+  static constexpr int kDepth = kTiles == 8    ? (kFormat == Format::int4 ? 2 : 1)
+                                : kBlocks == 1 ? 4
+                                               : 4 / kUnits;
+  static_assert(kTurn % kDepth == 0);
 
   // Of a step: x, then for each block two groups' scales and two groups' zero points.
   static constexpr int kScaleBytes = kLanes * 4;
@@ -62,26 +65,19 @@ struct FloatTile {
   static constexpr int kSumBytes = kBlocks * kTiles * 4 * 4;  // of a thread
 };
 
-// Which group the next chunk of 32 k belongs to, and how far its ends are.
-struct GroupCursor {
-  int group, chunks_left, steps_left;  // of the slice
+// The chunk at which the group after the one that ends at `end` does; none after the last.
+QK_DEVICE int next_end(const FloatKernelArgs& a, int end) {
+  return end >= a.group_end ? INT32_MAX : min(end + a.group_chunks, a.group_end);
+}
 
-  QK_DEVICE GroupCursor(const FloatKernelArgs& a, int step)
-      : group(2 * step / a.group_chunks),
-        chunks_left(a.group_chunks - 2 * step % a.group_chunks),
-        steps_left(a.slice_steps - step % a.slice_steps) {}
-  QK_DEVICE bool group_ends() const { return chunks_left == 1; }
-  QK_DEVICE bool slice_ends() const { return steps_left == 1; }
-  QK_DEVICE void next_chunk(const FloatKernelArgs& a) {
-    if (--chunks_left == 0) {
-      ++group;
-      chunks_left = a.group_chunks;
-    }
-  }
-  QK_DEVICE void next_step(const FloatKernelArgs& a) {
-    if (--steps_left == 0) steps_left = a.slice_steps;
-  }
-};
+// Scale `lane` of 16, without a branch.
+QK_DEVICE float scale_at(const uint8_t* scales, DType type, int lane) {
+  const bool wide = type == DType::f32;
+  const uint32_t word = reinterpret_cast<const uint32_t*>(scales)[wide ? lane : lane / 2];
+  const uint16_t half = static_cast<uint16_t>(lane % 2 == 0 ? word : word >> 16);
+  const float narrow = type == DType::bf16 ? bf16_to_float(half) : f16_to_float(half);
+  return wide ? bit_cast<float>(word) : narrow;
+}
 
 // Writes y of a row and output, or the sum alone.
 template <DType kType>
@@ -119,10 +115,9 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   uint8_t* shared = shared_memory<uint8_t>();
   uint8_t* ring = shared + (T::kGemv ? warp * T::kRingBytes : 0);
 
-  // ---- Into the ring ----
-  // A row of a step is a line of eight 16-byte pieces. Odd rows have the halves of their line swapped:
-  // the eight threads that read together want the same half of an even and an odd row, and so meet
-  // in no bank.
+  // ---- Into the ring ---- A row of a step is a line of eight 16-byte pieces. Odd rows have the
+  // halves of their line swapped: the eight threads that read together want the same half of an
+  // even and an odd row, and so meet in no bank.
   const int piece = member % 8;
   constexpr int kCopies = T::kRows * 8 / T::kTeam;
   const uint16_t* source[kCopies];
@@ -134,23 +129,18 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   const int copy_to = member / 8 * 128 + (piece ^ member / 8 % 2 * 4) * 16;
   // Four threads to a block fetch its scales and zero points, four lanes each.
   const int quarter = member % 4;
-  const uint8_t* meta =
-      a.packed + min(team_block + member / 4, last_block) * a.row_bytes;
+  const uint8_t* meta = a.packed + min(team_block + member / 4, last_block) * a.row_bytes;
   const int meta_to = T::kRows * 128 + member / 4 * T::kBlockBytes;
 
-  auto fetch_scale = [&](uint8_t* to, int group) {
-    const int64_t at = static_cast<int64_t>(min(group, a.groups - 1)) * kLanes + quarter * 4;
-    if (a.scale_type == DType::f32) {
-      cp_async<16>(to + quarter * 16, meta + a.scales + at * 4);
-    } else {
-      cp_async<8>(to + quarter * 8, meta + a.scales + at * 2);
-    }
-  };
-  auto fetch_zero = [&](uint8_t* to, int group) {
-    const int64_t at = static_cast<int64_t>(min(group, a.groups - 1)) * kLanes + quarter * 4;
-    cp_async<4>(to + quarter * 4, meta + a.zeros + at);
-  };
-  GroupCursor ahead(a, begin);
+  const bool wide = a.scale_type == DType::f32;
+  const int first_group = 2 * begin / a.group_chunks;
+  const int scale_stride = wide ? kLanes * 4 : kLanes * 2;
+  const uint8_t* scale_from = meta + a.scales + first_group * static_cast<int64_t>(scale_stride) +
+                              quarter * (scale_stride / 4);
+  const uint8_t* zero_from = meta + a.zeros + first_group * kLanes + quarter * 4;
+  const int first_end = min((first_group + 1) * a.group_chunks, a.group_end);
+  int fetched_end = first_end, fetched_slice = min(begin + a.slice_steps, end);
+  const bool fetches = member < T::kTeamBlocks * 4;
   auto fill = [&](int step, int stage) {
     if (step < end) {
       uint8_t* to = ring + stage * T::kStageBytes;
@@ -162,38 +152,48 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
                        source[i] + static_cast<int64_t>(step) * kStep);
         }
       }
-      const bool mine = member < T::kTeamBlocks * 4;
-      uint8_t* scale_to = to + meta_to;
-      uint8_t* zero_to = scale_to + 2 * T::kScaleBytes;
-      if (mine && ahead.group_ends()) fetch_scale(scale_to, ahead.group);
-      if (mine && a.asymmetric) fetch_zero(zero_to, ahead.group);
-      ahead.next_chunk(a);
-      if (mine && (ahead.group_ends() || ahead.slice_ends() || step + 1 == end)) {
-        fetch_scale(scale_to + T::kScaleBytes, ahead.group);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint8_t* scale_to = to + meta_to + half * T::kScaleBytes + quarter * (scale_stride / 4);
+        if (a.asymmetric && fetches) {
+          cp_async<4>(to + meta_to + 2 * T::kScaleBytes + half * kLanes + quarter * 4, zero_from);
+        }
+        // A scale is for the end of a group, or for a slice's that is inside of one.
+        const bool ends = 2 * step + half + 1 == fetched_end;
+        const bool inside = half == 1 && step + 1 == fetched_slice && fetched_end != INT32_MAX;
+        if (ends || inside) {
+          if (fetches && wide) cp_async<16>(scale_to, scale_from);
+          if (fetches && !wide) cp_async<8>(scale_to, scale_from);
+        }
+        if (ends) {
+          scale_from += scale_stride;
+          zero_from += kLanes;
+          fetched_end = next_end(a, fetched_end);
+        }
       }
-      if (mine && a.asymmetric) fetch_zero(zero_to + kLanes, ahead.group);
-      ahead.next_chunk(a);
-      ahead.next_step(a);
+      if (step + 1 == fetched_slice) fetched_slice = min(fetched_slice + a.slice_steps, end);
     }
     cp_async_commit();
   };
 
   // ---- Into registers ----
-  const uint8_t* weight[T::kBlocks];
-#pragma unroll
-  for (int r = 0; r < T::kBlocks; ++r) {
-    weight[r] = a.packed + min(block + r, last_block) * a.row_bytes + lane * 16;
-  }
+  const uint8_t* weight = a.packed + min(block, last_block) * a.row_bytes + lane * 16;
+  const int blocks_left = static_cast<int>(min(last_block - block, int64_t{T::kBlocks}));
   uint4 words[T::kDepth][T::kBlocks][T::kUnits];
-  auto load = [&](uint4(&w)[T::kBlocks][T::kUnits], int step, int u) {
+  auto load = [&](uint4(&w)[T::kBlocks][T::kUnits], int step, int half) {
     if (step >= end) return;
-    const int unit = step * T::kUnits + u;
 #pragma unroll
-    for (int r = 0; r < T::kBlocks; ++r) {
-      // An odd number of int8 chunks ends in the middle of a step.
-      w[r][u] = T::kUnits == 1 || unit < a.chunks
-                    ? load_stream_128(weight[r] + static_cast<int64_t>(unit) * kCudaUnit)
-                    : make_uint4(0, 0, 0, 0);
+    for (int u = 0; u < T::kUnits; ++u) {
+      if (T::kUnits == 2 && u != half) continue;
+      const int unit = step * T::kUnits + u;
+#pragma unroll
+      for (int r = 0; r < T::kBlocks; ++r) {
+        // An odd number of int8 chunks ends in the middle of a step.
+        w[r][u] = T::kUnits == 1 || unit < a.chunks
+                      ? load_stream_128(weight + min(r, max(blocks_left, 0)) * a.row_bytes +
+                                        static_cast<int64_t>(unit) * kCudaUnit)
+                      : make_uint4(0, 0, 0, 0);
+      }
     }
   };
 
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
       const uint8_t* at = scales + r * T::kBlockBytes;
-      const float scale[2] = {load_float(at, a.scale_type, g), load_float(at, a.scale_type, g + 8)};
+      const float scale[2] = {scale_at(at, a.scale_type, g), scale_at(at, a.scale_type, g + 8)};
 #pragma unroll
       for (int j = 0; j < T::kTiles; ++j) {
 #pragma unroll
@@ -224,11 +224,11 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   };
 
   // Half 0 or 1 of a step: a chunk of 32 k, which is two products of 16.
-  auto operands = [&](uint32_t(&left)[T::kBlocks][2][4], const uint4(&w)[T::kBlocks][T::kUnits],
+  auto operands = [&](uint32_t (&left)[T::kBlocks][2][4], const uint4(&w)[T::kBlocks][T::kUnits],
                       int half) {
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
-      const uint4 unit = w[r][T::kUnits == 1 ? 0 : half];
+      const uint4 unit = half == 0 ? w[r][0] : w[r][T::kUnits - 1];
       uint32_t pairs[2][4];
       if constexpr (T::kUnits == 1) {
         const uint32_t low[1] = {half == 0 ? unit.x : unit.z};
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
       for (int i = 0; i < 8; ++i) left[r][i / 4][i % 4] = pairs[i % 2][i / 2];
     }
   };
-  auto multiply = [&](const uint8_t* stage, const uint32_t(&left)[T::kBlocks][2][4], int half) {
+  auto multiply = [&](const uint8_t* stage, const uint32_t (&left)[T::kBlocks][2][4], int half) {
     const uint8_t* x = stage + x_from + ((half * 4 + t) ^ x_swap) * 16;
 #pragma unroll
     for (int j = 0; j < T::kTiles; ++j) {
@@ -289,46 +289,45 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
 #pragma unroll
     for (int u = 0; u < T::kUnits; ++u) load(words[d], begin + d, u);
   }
-  GroupCursor here(a, begin);
   int stage = 0, freed = T::kStages - 1;
-  for (int base = begin; base < end; base += T::kDepth) {
+  int group_end = first_end;  // chunks
+  for (int first = begin; first < end; first += a.slice_steps) {
+    const int last = min(first + a.slice_steps, end);
+    const uint8_t* scales = nullptr;
+    for (int base = first; base < last; base += T::kDepth) {
 #pragma unroll
-    for (int d = 0; d < T::kDepth; ++d) {
-      const int step = base + d;
-      if (step >= end) break;
-      cp_async_wait<T::kStages - 2>();
-      // What others copied is here, and what was read in the last step may be written.
-      if constexpr (T::kGemv) {
-        __syncwarp();
-      } else {
-        __syncthreads();
+      for (int d = 0; d < T::kDepth; ++d) {
+        const int step = base + d;
+        if (step >= last) break;
+        cp_async_wait<T::kStages - 2>();
+        // What others copied is here, and what was read in the last step may be written.
+        if constexpr (T::kGemv) {
+          __syncwarp();
+        } else {
+          __syncthreads();
+        }
+        fill(step + T::kStages - 1, freed);
+        const uint8_t* at = ring + stage * T::kStageBytes;
+#pragma unroll(T::kTiles == 8 ? 1 : 2)
+        for (int half = 0; half < 2; ++half) {
+          scales = at + my_meta + half * T::kScaleBytes;
+          zero_points(at + my_meta + 2 * T::kScaleBytes + half * kLanes);
+          uint32_t left[T::kBlocks][2][4];
+          operands(left, words[d], half);
+          if (T::kUnits == 2 || half == 1) load(words[d], step + T::kDepth, half);
+          multiply(at, left, half);
+          if (2 * step + half + 1 == group_end) {
+            fold(scales);
+            group_end = next_end(a, group_end);
+          }
+        }
+        freed = stage;
+        stage = stage + 1 == T::kStages ? 0 : stage + 1;
       }
-      fill(step + T::kStages - 1, freed);
-      const uint8_t* at = ring + stage * T::kStageBytes;
-      const uint8_t* scales = at + my_meta;
-      const uint8_t* zeros = scales + 2 * T::kScaleBytes;
-      uint32_t left[T::kBlocks][2][4];
-      zero_points(zeros);
-      operands(left, words[d], 0);
-      if (T::kUnits == 2) load(words[d], step + T::kDepth, 0);
-      multiply(at, left, 0);
-      if (here.group_ends()) fold(scales);
-      here.next_chunk(a);
-      zero_points(zeros + kLanes);
-      operands(left, words[d], 1);
-      load(words[d], step + T::kDepth, T::kUnits - 1);
-      multiply(at, left, 1);
-      const bool slice_ends = here.slice_ends() || step + 1 == end;
-      if (here.group_ends() || slice_ends) fold(scales + T::kScaleBytes);
-      if (!T::kGemv && slice_ends) {
-        const bool first = step < begin + a.slice_steps, last = step + 1 == end;
-        if (!(first && last)) end_slice(first, last);
-      }
-      here.next_chunk(a);
-      here.next_step(a);
-      freed = stage;
-      stage = stage + 1 == T::kStages ? 0 : stage + 1;
     }
+    // A slice that ends inside of a group.
+    if (2 * last < a.group_end && 2 * last % a.group_chunks != 0) fold(scales);
+    if (!T::kGemv && (first > begin || last < end)) end_slice(first == begin, last == end);
   }
   cp_async_wait<0>();
 
@@ -354,8 +353,7 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kSums; i += static_cast<int>(blockDim.x)) {
       const int row = lane % 4 * 2 + i / kWarp % 2;
-      const int64_t output =
-          (block + i / (4 * kWarp)) * kLanes + lane / 4 + i / kWarp % 4 / 2 * 8;
+      const int64_t output = (block + i / (4 * kWarp)) * kLanes + lane / 4 + i / kWarp % 4 / 2 * 8;
       if (row >= rows || output >= a.n) continue;
       float sum = slices[i];
       for (int slice = 1; slice < a.slices; ++slice) sum = sum + slices[slice * kSums + i];
@@ -379,8 +377,9 @@ void launch_tile(const FloatKernelArgs& a, Stream stream) {
 template <Format kFormat, DType kType>
 void launch_plan(const FloatPlan& plan, const FloatKernelArgs& a, Stream stream) {
   if (plan.gemv) {
-    plan.blocks == 4 ? launch_tile<FloatTile<kFormat, kType, 4, 1, 1, true>>(a, stream)
-                     : launch_tile<FloatTile<kFormat, kType, 1, 1, 1, true>>(a, stream);
+    plan.blocks == 4   ? launch_tile<FloatTile<kFormat, kType, 4, 1, 1, true>>(a, stream)
+    : plan.blocks == 2 ? launch_tile<FloatTile<kFormat, kType, 2, 1, 1, true>>(a, stream)
+                       : launch_tile<FloatTile<kFormat, kType, 1, 1, 1, true>>(a, stream);
   } else if (plan.tiles == 2) {
     launch_tile<FloatTile<kFormat, kType, 2, 2, 4, false>>(a, stream);
   } else if (plan.tiles == 4) {

@@ -6,21 +6,28 @@
 
 namespace qkernels::cuda {
 
-// A kernel goes along k in steps, which are what a 128-byte line of 16-bit x holds.
+// A kernel goes along k in steps, which are what a 128-byte line of 16-bit x holds, and turns of as
+// many steps as it loads weights ahead, at most.
 inline constexpr int64_t kStep = 64;
+inline constexpr int64_t kTurn = 4;
 
 // Rows of x up to which warps share out k instead of outputs.
 inline constexpr int64_t kGemvRows = 8;
 
-// Of a large GPU (A100: 108, H100 and RTX 4090: 128 or more). Only speed depends on it.
+// Of a large GPU: an A100 has 108, an H100 132. The emulator of the tests stands for a tiny one, so
+// that small shapes take every way there is.
+#ifdef QKERNELS_HOST
+inline constexpr int64_t kMultiprocessors = 4;
+#else
 inline constexpr int64_t kMultiprocessors = 128;
+#endif
 
-// K is cut into slices of consecutive steps. Each is summed up from 0, in order, and then their sums
-// are added in order. That is what a result's bits depend on, and so the cut may depend on N and K
-// alone: never on the number of rows, the kernel, or the GPU.
+// K is cut into slices of consecutive steps. Each is summed up from 0, in order, and then their
+// sums are added in order. That is what a result's bits depend on, and so the cut may depend on N
+// and K alone: never on the number of rows, the kernel, or the GPU.
 struct Slices {
   int64_t count;
-  int64_t steps;  // of each but the last
+  int64_t steps;  // of each but the last; whole turns
 };
 
 inline Slices slices_of(int64_t n, const BlockShape& shape) {
@@ -30,13 +37,13 @@ inline Slices slices_of(int64_t n, const BlockShape& shape) {
   // each with work for a while.
   int64_t count = 1;
   while (count < 16 && count * blocks < 16 * kMultiprocessors && count * 8 <= steps) count *= 2;
-  const int64_t each = steps == 0 ? 1 : (steps + count - 1) / count;
+  const int64_t each = steps == 0 ? kTurn : round_up((steps + count - 1) / count, kTurn);
   return {steps == 0 ? 1 : (steps + each - 1) / each, each};
 }
 
 // Products with float32 x have 24-bit significands, a tensor core's have 8 with bfloat16. So x is
-// split into three bfloat16 that add up to it, without error, and each makes a row of its own; so are
-// the levels of nf4. Codes less their zero point fit as they are.
+// split into three bfloat16 that add up to it, without error, and each makes a row of its own; so
+// are the levels of nf4. Codes less their zero point fit as they are.
 inline constexpr int64_t kParts = 3;
 
 struct FloatPlan {
@@ -76,9 +83,11 @@ inline FloatPlan float_plan(const LinearArgs& a) {
   const int64_t rows = p.rows * p.parts;
   p.gemv = rows <= kGemvRows;
   if (p.gemv) {
-    // A warp that reads x for four blocks of outputs needs less of it from the cache, but there must
-    // be warps enough.
-    p.blocks = rows > 2 && blocks >= 4 * kMultiprocessors ? 4 : 1;
+    // A warp with more blocks of outputs needs less of x from the cache and less instructions
+    // around a product, but there must be warps enough.
+    p.blocks = rows > 2 && blocks >= 4 * kMultiprocessors ? 4
+               : blocks >= 2 * kMultiprocessors           ? 2
+                                                          : 1;
     p.tiles = 1;
     p.warps = 1;
     p.cuts = 1;

@@ -1,5 +1,6 @@
 // How a GPU runs linear.
 #include "cuda/linear_float.h"
+#include "ops/checks.h"
 #include "ops/device.h"
 #include "ops/linear.h"
 
@@ -7,6 +8,11 @@ namespace qkernels {
 
 void run_linear(const LinearArgs& args) {
   if (args.rows == 0 || args.n == 0) return;
+  // Kernels count along a packed row in 32 bits.
+  if (args.shape.bytes > INT32_MAX) {
+    fail("linear", "a packed row has ", args.shape.bytes, " bytes, more than the ", INT32_MAX,
+         " that CUDA kernels take; split in_features=", args.shape.k, " and add the results");
+  }
   if (args.activation != Activation::float_) return run_linear_int8(args);
   const cuda::FloatWorkspace needed = cuda::linear_float_workspace(args);
   LinearArgs a = args;

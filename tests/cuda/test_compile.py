@@ -43,6 +43,14 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         r"LDG\.E\S*",
         r"STG\.E\.128",
     ),
+    # Weights in 16 bytes past L1, x in the background, products on the tensor cores.
+    r"\blinear_float_kernel<.*\(qkernels::DType\)1,": (
+        r"LDG\.E\S*128\S*",
+        r"LDGSTS\.E\.BYPASS\S*128",
+        r"LDS\.128",
+        r"HMMA\.16816\.F32\.BF16",
+    ),
+    r"\blinear_float_kernel<.*\(qkernels::DType\)2,": (r"HMMA\.16816\.F32",),
     # The same with scales that are chosen: groups of up to 256, and longer ones.
     r"\bshort_groups_kernel<.*QuantizeJob<\(qkernels::Format\)0, \(qkernels::DType\)1>": (
         r"LDG\.E\.128\S*",
