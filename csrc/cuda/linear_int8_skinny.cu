@@ -17,10 +17,13 @@ constexpr int kRingBytes = kWarps * kRing * kCudaUnit;
 constexpr int kTokenPitch = 20;
 constexpr int64_t kMostSumBytes = 40 * 1024;
 
-// Groups whose sums are in shared memory at a time: an even number, so that a round begins on a
+// What a group has in shared memory: its sums, and for each output its scale and zero point.
+constexpr int64_t group_bytes(int tokens) { return (tokens * kTokenPitch + 2 * kLanes) * 4; }
+
+// Groups that are in shared memory at a time: an even number, so that a round begins on a
 // pair of chunks.
-int64_t groups_at_once(const LinearArgs& a, int64_t group_bytes) {
-  return min(round_up(a.shape.groups, 2), kMostSumBytes / group_bytes / 2 * 2);
+int64_t groups_at_once(const LinearArgs& a, int tokens) {
+  return min(round_up(a.shape.groups, 2), kMostSumBytes / group_bytes(tokens) / 2 * 2);
 }
 
 // Where a warp is in the units of its weights: in a round, every warp has as many of them, one
@@ -68,6 +71,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
   constexpr int kChunks = Walk<kFormat>::kChunks;
   uint8_t* const shared = shared_memory<uint8_t>();
   int32_t* const group_sums = reinterpret_cast<int32_t*>(shared + kRingBytes);
+  float* const scales = reinterpret_cast<float*>(group_sums + groups * kGroupWords);
+  int32_t* const zeros = reinterpret_cast<int32_t*>(scales + groups * kLanes);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / 4, t = lane % 4;
   const Walk<kFormat> walk(a.shape, groups);
@@ -104,6 +109,15 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
     const int first_group = round * groups;
     const int here = min(groups, last + 1 - first_group);
     for (int i = threadIdx.x; i < here * kGroupWords; i += kThreads) group_sums[i] = 0;
+    // Read while weights are on their way: the threads that add up groups have nothing to hide the
+    // latency of memory behind.
+    for (int i = threadIdx.x; i < here * kLanes; i += kThreads) {
+      const int64_t output = static_cast<int64_t>(blockIdx.x) * kLanes + i % kLanes;
+      scales[i] = scale_at(a, output, first_group + i / kLanes);
+      if (!a.layout.symmetric) {
+        zeros[i] = zero_factor_at<kFormat>(a, output, first_group + i / kLanes);
+      }
+    }
     __syncthreads();
 
     const Cursor run = walk.at(round);
@@ -116,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int token = j * 8 + t * 2 + e % 2, lane_of_row = g + e / 2 * 8;
-          add_shared(to + token * kTokenPitch + lane_of_row, acc[j][e]);
+          if (token < a.rows) add_shared(to + token * kTokenPitch + lane_of_row, acc[j][e]);
           acc[j][e] = 0;
         }
       }
@@ -169,10 +183,11 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
         exact[o] = static_cast<uint32_t>(sum);
         if (a.y_type == DType::i32) continue;
         if (!a.layout.symmetric) {
-          sum += zero_factor_at<kFormat>(a, feature, first_group + i) *
+          sum += zeros[i * kLanes + threadIdx.x % kLanes] *
                  a.group_sums[(first_group + i) * a.rows + token];
         }
-        sums[o] = std::fma(static_cast<float>(sum), scale_at(a, feature, first_group + i), sums[o]);
+        sums[o] = std::fma(static_cast<float>(sum), scales[i * kLanes + threadIdx.x % kLanes],
+                           sums[o]);
       }
     }
     __syncthreads();
@@ -194,10 +209,9 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
 
 template <Format kFormat, int kTiles>
 void launch_as(const LinearArgs& a, Stream stream) {
-  constexpr int64_t kGroupBytes = kTiles * 8 * kTokenPitch * 4;
-  const int64_t groups = groups_at_once(a, kGroupBytes);
+  const int64_t groups = groups_at_once(a, kTiles * 8);
   launch(skinny_kernel<kFormat, kTiles>, blocks_for(a.n, kLanes), kThreads,
-         kRingBytes + groups * kGroupBytes, stream, a, static_cast<int>(groups));
+         kRingBytes + groups * group_bytes(kTiles * 8), stream, a, static_cast<int>(groups));
 }
 
 template <Format kFormat>
