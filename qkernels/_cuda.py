@@ -34,3 +34,16 @@ def load(library: Path = LIBRARY) -> str:
 
 
 PROBLEM = load()
+
+
+def why_not(*ops: str) -> str:
+    """Why ops cannot run on a GPU, or "" when they can.
+
+    Args:
+        ops: their names without the namespace.
+    """
+    if PROBLEM:
+        return PROBLEM
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [op for op in ops if not has(f"qkernels::{op}", "CUDA")]
+    return f"there is none for {', '.join(missing)} in this version" if missing else ""

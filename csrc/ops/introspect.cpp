@@ -1,4 +1,6 @@
 // What Python may ask about this build and this machine. No torch here: pybind11 and the tables.
+// Some releases of torch (2.11) refuse the pybind11 beside their headers where this is defined.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
