@@ -60,14 +60,16 @@ step() {
 
 on_gpu="device and not emulator"
 few="$on_gpu and (test_shapes or test_groups or test_bytes_and_inverse or test_int_mm or test_any_strides)"
-tests() { printf '%s\0' "$python" -m pytest tests/cuda -q -p no:cacheprovider --tb=short "$@"; }
+pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 
 if step build 240 "$python" setup.py build_ext --inplace; then
-  mapfile -d '' command < <(tests -k "$on_gpu" "--junitxml=$out/tests.xml")
-  step tests 150 "${command[@]}"
-  mapfile -d '' command < <(tests -x -k "$few")
+  # A process each: after a fault a process cannot use the GPU any more.
+  for file in $(grep -l "ops: Any" tests/cuda/test_*.py) tests/nn/test_devices.py; do
+    step "$(basename "$file" .py)" 90 "${pytest[@]}" "$file" -k "$on_gpu"
+  done
   for tool in memcheck racecheck synccheck; do
-    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 "${command[@]}"
+    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "${pytest[@]}" tests/cuda -x -k "$few"
   done
   step bench 180 "$python" -m qkernels.bench.cuda "$out" --seconds 120
 fi

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -12,13 +11,17 @@
 
 namespace qkernels {
 
-// std::runtime_error reaches Python as RuntimeError with exactly this text.
+inline void append(std::string& text, const std::string& part) { text += part; }
+inline void append(std::string& text, const char* part) { text += part; }
+inline void append(std::string& text, int64_t part) { text += std::to_string(part); }
+
+// std::runtime_error reaches Python as RuntimeError with exactly this text. No streams: they need the
+// locales of libstdc++, which fail where a compiler links a part of it into the library.
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
-  std::ostringstream text;
-  text << "qkernels::" << op << ": ";
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  std::string text = std::string("qkernels::") + op + ": ";
+  (append(text, parts), ...);
+  throw std::runtime_error(text);
 }
 
 inline std::string text_of(const Shape& shape) {

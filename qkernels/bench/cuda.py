@@ -1,8 +1,8 @@
 """Times of the CUDA kernels beside those of their peers: `python -m qkernels.bench.cuda OUTDIR`.
 
-Calls are captured in a CUDA graph, each with another copy of the weight so that none comes from the
-L2 cache, and the graph is timed by CUDA events: what is measured is the GPU's time and not Python's.
-Rates are compared with that of a copy on the device, measured in the same run.
+Calls are captured in a CUDA graph, each with another copy of the weight so that none comes from
+the L2 cache, and the graph is timed by CUDA events: that is the GPU's time and not Python's. Rates
+are compared with that of a copy on the device, measured in the same run.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ class Run:
     ) -> None:
         self.clock, self.sizes, self.say, self.until = clock, sizes, say, until
         self.rows: list[Row] = []
-        self.left_out: dict[str, str] = {}
+        # Contender and reason → in how many cases.
+        self.left_out: dict[str, int] = {}
 
     def all(self) -> None:
         """Measure everything; a contender that fails is left out and the rest goes on."""
@@ -201,19 +202,24 @@ class Run:
         """
         label = f"{row.group} {row.case}: {row.name}"
         if time.monotonic() > self.until:
-            self.left_out[label] = "the time was up"
+            self._leave_out(row.group, row.name, "the time was up")
             return None
         try:
             row.seconds = self.clock.seconds(calls())
         except (RuntimeError, ImportError, NotImplementedError, AttributeError) as error:
-            self.left_out[label] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            self.say(f"{label} is left out: {self.left_out[label]}")
+            self._leave_out(row.group, row.name, str(error))
             return None
         self.rows.append(row)
         rate = f", {row.bytes / row.seconds / 1e9:.0f} GB/s" if row.bytes else ""
         speed = f", {row.operations / row.seconds / 1e12:.1f} Top/s" if row.operations else ""
         self.say(f"{label}: {row.seconds * 1e6:.1f} µs{rate}{speed}")
         return row
+
+    def _leave_out(self, group: str, name: str, why: str) -> None:
+        key = f"{group}, {name}: {why.splitlines()[0].split('. ')[0][:200]}"
+        if key not in self.left_out:
+            self.say(f"{key}; left out")
+        self.left_out[key] = self.left_out.get(key, 0) + 1
 
     def _copy(self) -> None:
         def calls() -> list[Callable[[], object]]:
@@ -232,7 +238,7 @@ class Run:
             try:
                 coded = [functional.quantize(t, name, group_size) for t in x]
             except (RuntimeError, NotImplementedError) as error:
-                self.left_out[f"codec {name}"] = str(error).splitlines()[0][:300]
+                self._leave_out("codec", name, str(error))
                 continue
             nbytes = float(x[0].nbytes + coded[0].nbytes)
             case = f"{name} {side}x{side} group {group_size}, bfloat16"

@@ -61,13 +61,14 @@ def _conv(row: Row, copy: float) -> float | None:
     return next(iter(row.versus.values()), None) if row.group == "conv" else None
 
 
+_FEW_4 = "4-bit weights, {} rows: × bf16"
 TARGETS = (
     Target("quantize, dequantize: share of the copy rate", 0.85, _codec),
     Target("1 … 8 rows, weights of 32 … 64 MB: share of the copy rate", 0.55, _few(32e6, 64e6)),
     Target("1 … 8 rows, weights from 64 MB on: share of the copy rate", 0.70, _few(64e6, 1e12)),
-    Target("4-bit weights, 16 rows: × bf16", 2.5, _versus(_BF16, _FLOAT_4, lambda m: m == 16)),
-    Target("4-bit weights, 64 rows: × bf16", 1.8, _versus(_BF16, _FLOAT_4, lambda m: m == 64)),
-    Target("4-bit weights, from 512 rows on: × bf16", 0.95, _versus(_BF16, _FLOAT_4, lambda m: m >= 512)),
+    Target(_FEW_4.format("16"), 2.5, _versus(_BF16, _FLOAT_4, lambda m: m == 16)),
+    Target(_FEW_4.format("64"), 1.8, _versus(_BF16, _FLOAT_4, lambda m: m == 64)),
+    Target(_FEW_4.format("512 and more"), 0.95, _versus(_BF16, _FLOAT_4, lambda m: m >= 512)),
     Target("W8A8, from 1024 rows on: Top/s", 1300, _tops),
     Target("W8A8: × torch._int_mm", 1.0, _versus("torch._int_mm", ("W8A8",), lambda m: m > 16)),
     Target("int8 convolution: × bf16 channels-last", 1.5, _conv),
@@ -78,13 +79,13 @@ def _rows(row: Row) -> int:
     return int(row.case.split()[0])
 
 
-def report(rows: Sequence[Row], facts: Mapping[str, str], left_out: Mapping[str, str]) -> str:
+def report(rows: Sequence[Row], facts: Mapping[str, str], left_out: Mapping[str, int]) -> str:
     """The text.
 
     Args:
         rows: what was measured.
         facts: on what.
-        left_out: contender and case → why it is missing.
+        left_out: who is missing and why → in how many cases.
     """
     copy = copy_rate(rows)
     lines = ["# CUDA kernels", ""]
@@ -94,7 +95,8 @@ def report(rows: Sequence[Row], facts: Mapping[str, str], left_out: Mapping[str,
     lines += ["| --- | --- | --- | --- |", *(_target(target, rows, copy) for target in TARGETS)]
     lines += ["", "## Times", "", *_times(rows, copy)]
     if left_out:
-        lines += ["", "## Left out", "", *(f"- {key}: {why}" for key, why in left_out.items())]
+        lines += ["", "## Left out", ""]
+        lines += [f"- {who} ({count} cases)" for who, count in left_out.items()]
     return "\n".join(lines) + "\n"
 
 

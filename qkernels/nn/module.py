@@ -353,17 +353,17 @@ class QModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
         # fn may cast or move. A scalar shows which, and says no before anything has changed.
-        old = self.packed.detach()
-        probe = fn(torch.empty((), dtype=self.dtype, device=old.device))
+        here = self.packed.device
+        probe = fn(torch.empty((), dtype=self.dtype, device=here))
         self._check_device(probe.device)
-        # What can fail comes first: after it nothing but the device's memory can.
-        changes = self.scheme.layout_on(old.device.type) != self.scheme.layout_on(probe.device.type)
-        if changes and is_sharded(old):
-            raise RuntimeError(
-                f"{self._label()}: its weight is spread over processes, packed for "
-                f"{old.device.type!r}; move the module before it is distributed"
-            )
-        packed = self.packing.moved(old, probe.device) if changes else None
+        packed = None
+        if self.scheme.layout_on(here.type) != self.scheme.layout_on(probe.device.type):
+            if is_sharded(self.packed):
+                raise RuntimeError(
+                    f"{self._label()}: its weight is spread over processes and packed for "
+                    f"{here.type!r}; move the module before it is distributed"
+                )
+            packed = self.packing.moved(self.packed.detach(), probe.device)
 
         def on_float_state_only(t: Tensor) -> Tensor:
             if packed is not None and t is self.packed:

@@ -93,12 +93,11 @@ class Packing:
         """A packed weight on a device of another type, packed anew for its kernels.
 
         Args:
-            packed: from `pack`, or of the meta device.
+            packed: from `pack`, or on the meta device.
             device: where to.
         """
         if packed.is_meta or device.type == "meta":
-            shape = self.packed_shape(device.type)
-            return torch.empty(shape, dtype=packed.dtype, device="meta").to(device)
+            return torch.empty(self.packed_shape(device.type), dtype=packed.dtype, device=device)
         return self.pack(self.unpack(packed).to(device))
 
     def parameter(self, weight: Quantized) -> nn.Parameter:
