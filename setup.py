@@ -1,7 +1,8 @@
 """Builds the compiled libraries; everything else is declared in pyproject.toml.
 
-`qkernels._C` is always built. `qkernels._C_cuda`, the CUDA kernels, takes minutes more: it is built
-where nvcc is found and torch is one for CUDA, or where QKERNELS_CUDA=1 asks for it. No GPU is needed.
+`qkernels._C` is always built. `qkernels._C_cuda`, the CUDA kernels, takes minutes more: it is
+built where nvcc is found and torch is one for CUDA, or where QKERNELS_CUDA=1 asks for it. No GPU is
+needed.
 """
 
 import os

@@ -61,7 +61,9 @@ def test_targets_by_hand():
     assert values[1][1] == 0.4
     assert values[2][3] == 3.0
     text = report([copy, codec, slow, twice], {"device": "none"}, {})
-    assert "| quantize, dequantize: share of the copy rate | ≥ 0.85 | 1 of 1 | 0.90 … 0.90 |" in text
+    assert (
+        "| quantize, dequantize: share of the copy rate | ≥ 0.85 | 1 of 1 | 0.90 … 0.90 |" in text
+    )
     assert "| not measured |" in text
 
 
