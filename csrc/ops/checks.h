@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "core/codec.h"
 #include "ops/device.h"
@@ -13,10 +15,20 @@ namespace qkernels {
 
 inline void append(std::string& text, const std::string& part) { text += part; }
 inline void append(std::string& text, const char* part) { text += part; }
-inline void append(std::string& text, int64_t part) { text += std::to_string(part); }
+template <class Number>
+  requires std::is_arithmetic_v<Number>
+void append(std::string& text, Number part) {
+  if constexpr (std::is_integral_v<Number>) {
+    text += std::to_string(part);
+  } else {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", static_cast<double>(part));
+    text += digits;
+  }
+}
 
-// std::runtime_error reaches Python as RuntimeError with exactly this text. No streams: they need the
-// locales of libstdc++, which fail where a compiler links a part of it into the library.
+// std::runtime_error reaches Python as RuntimeError with exactly this text. No streams: they need
+// the locales of libstdc++, which fail where a compiler links a part of it into the library.
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
   std::string text = std::string("qkernels::") + op + ": ";

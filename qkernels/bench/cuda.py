@@ -130,7 +130,7 @@ class Gpu:
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3 / (turns * len(calls)))
-        return statistics.median(times)
+        return float(statistics.median(times))
 
 
 class Rehearsal:
@@ -293,7 +293,11 @@ class Run:
         weight_shape = (conv.out, conv.channels // conv.groups, conv.kernel, conv.kernel)
         weight = torch.randn(weight_shape, device=device, dtype=torch.bfloat16)
         weight = weight.to(memory_format=torch.channels_last)
-        rest = {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups}
+        rest: dict[str, Any] = {
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "groups": conv.groups,
+        }
         peer = self.time(
             Row("conv", str(conv), "torch bf16 channels-last", False, 0, 0.0, conv.operations),
             lambda: [lambda: torch.nn.functional.conv2d(x, weight, **rest)] * 2,
