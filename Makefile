@@ -17,8 +17,14 @@ PYTEST := $(BIN)/python -m pytest
 # What pytest shall do besides, as in `make test PYTEST_ARGS="-x -k linear"`.
 PYTEST_ARGS ?=
 
-# Of the CUDA kernels, where nvcc is found. Each takes minutes on two cores; `make test-full` compiles
+# Where nvcc is found the CUDA kernels are compiled, whether or not torch could load them, since tests
+# look at the machine code. Each architecture takes minutes on two cores; `make test-full` compiles
 # for all.
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) \
+  $(shell command -v nvcc))
+ifneq ($(NVCC),)
+export QKERNELS_CUDA ?= 1
+endif
 export QKERNELS_CUDA_ARCHS ?= 80
 
 .PHONY: help demo test test-full bench lint format build clean

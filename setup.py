@@ -1,7 +1,8 @@
 """Builds the compiled libraries; everything else is declared in pyproject.toml.
 
-`qkernels._C` is always built. `qkernels._C_cuda`, the CUDA kernels, is built where nvcc is found,
-with or without a GPU and whether or not torch itself knows CUDA.
+`qkernels._C` is always built. `qkernels._C_cuda`, the CUDA kernels, takes minutes more: it is
+built where nvcc is found and torch is one for CUDA, or where QKERNELS_CUDA=1 asks for it. No GPU is
+needed.
 """
 
 import os
@@ -167,7 +168,9 @@ def cuda_library():
     if asked not in ("", "0", "1"):
         fail(f"QKERNELS_CUDA must be 0 (no CUDA kernels), 1 or not set, got {asked!r}")
     toolkit = cuda_toolkit()
-    if asked == "0" or toolkit is None:
+    # A torch without CUDA compiles them but cannot load them.
+    wanted = asked == "1" or (asked == "" and torch.version.cuda is not None)
+    if not wanted or toolkit is None:
         if asked == "1":
             fail(
                 "QKERNELS_CUDA=1 asks for CUDA kernels, but nvcc was not found, or no "

@@ -21,8 +21,9 @@ def load(library: Path = LIBRARY) -> str:
     """
     if not library.exists():
         return (
-            "this build of qkernels has none: no nvcc was found when it was built, or "
-            "QKERNELS_CUDA=0 was set; `QKERNELS_CUDA=1 pip install .` in a checkout builds them"
+            "this build of qkernels has none: when it was built, no nvcc was found, or torch was "
+            "one without CUDA, or QKERNELS_CUDA=0 was set; `QKERNELS_CUDA=1 pip install "
+            "--no-build-isolation .` in a checkout builds them"
         )
     if torch.version.cuda is None:
         return "they are built, but this torch is built without CUDA; install one that has it"
@@ -34,3 +35,16 @@ def load(library: Path = LIBRARY) -> str:
 
 
 PROBLEM = load()
+
+
+def why_not(*ops: str) -> str:
+    """Why ops cannot run on a GPU, or "" when they can.
+
+    Args:
+        ops: their names without the namespace.
+    """
+    if PROBLEM:
+        return PROBLEM
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [op for op in ops if not has(f"qkernels::{op}", "CUDA")]
+    return f"there is none for {', '.join(missing)} in this version" if missing else ""

@@ -60,6 +60,20 @@ class Quantized:
             dtype=dtype,
         )
 
+    def to(self, device: torch.device | str) -> Quantized:
+        """The same on another device.
+
+        Args:
+            device: where to.
+
+        Example:
+            >>> quantize(torch.ones(2, 8), "int8").to("meta").data.device
+            device(type='meta')
+        """
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        parts = self.data.to(device), self.scale.to(device), zero_point
+        return Quantized(*parts, self.format, self.group_size, self.shape)
+
     def __repr__(self) -> str:
         groups = f"groups of {self.group_size}"
         per = {None: "per tensor", -1: "per row"}.get(self.group_size, groups)

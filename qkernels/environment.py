@@ -18,8 +18,9 @@ VARIABLES: dict[str, str] = {
         "that the machine lacks is an error. Not set: the best that the CPU can run."
     ),
     "QKERNELS_CUDA": (
-        "read when qkernels is built from source: 0 leaves the CUDA kernels out, 1 makes it an "
-        "error if nvcc is missing. Not set: they are built where nvcc is found."
+        "read when qkernels is built from source: 0 leaves the CUDA kernels out, 1 builds them and "
+        "makes it an error if nvcc is missing. Not set: they are built where nvcc is found and "
+        "torch is built with CUDA."
     ),
     "QKERNELS_CUDA_ARCHS": (
         "read when qkernels is built from source: the GPU architectures to build for, as 80;90a; "

@@ -20,8 +20,8 @@ def explain(module: nn.Module, x: Any) -> str:
     """Say what a quantized module, or every quantized module of a model, does with an input.
 
     Nothing is guessed: the kernel's name, the instruction set and the layout of the weight are
-    what the compiled library would use for an input of this shape. A single layer is not run; a
-    model runs once, to see what reaches its layers.
+    what the compiled library would use for an input of this shape. On a GPU the kernel has no
+    name. A single layer is not run; a model runs once, to see what reaches its layers.
 
     Args:
         module: a quantized layer, or a model that contains some.
@@ -77,7 +77,7 @@ def _explain_layer(module: QModule, x: Tensor) -> str:
             f"x.float()"
         )
     rows = _rows(x)
-    kernel, isa = module.kernel_for(rows, x.dtype), _C.isa()
+    kernel, isa = module.kernel_for(rows, x.dtype), _isa(module)
     scheme = module.scheme
     weights = _C.describe_layout(module.layout)["format"]
     if scheme.activation == "float":
@@ -103,7 +103,7 @@ def _explain_conv(module: QConvNd, x: Tensor) -> str:
             f"{module.in_channels}, {_count(dims, 'spatial dimension')})"
         )
     scheme = module.scheme
-    kernel = f"{module.kernel_for(x.dtype)} ({_C.isa()})"
+    kernel = f"{module.kernel_for(x.dtype)} ({_isa(module)})"
     if scheme.activation == "float":
         return (
             f"float arithmetic, not integer. x stays float; {kernel} turns the {scheme.format} "
@@ -121,7 +121,8 @@ def _explain_lowered(module: Int8Conv, x: Tensor) -> str:
     takes = "takes int8 codes" if x.dtype == torch.int8 else "quantizes x to int8"
     gives = "rounds to int8 codes" if module.y_scale is not None else "gives floats"
     return (
-        f"real integer arithmetic. {module.kernel} ({_C.isa()}) {takes}, sums products in int32, "
+        f"real integer arithmetic. {module.kernel} ({_isa(module)}) {takes}, sums products in "
+        f"int32, "
         f"and {gives}."
     )
 
@@ -135,7 +136,8 @@ def _explain_model(model: nn.Module, x: Any) -> Iterator[str]:
         )
         return
     inputs = _record_inputs(model, quantized, x)
-    yield f"{type(model).__name__} with {_count(len(quantized), 'quantized module')} on {_C.isa()}:"
+    where = ", ".join(sorted({_isa(module) for module in quantized.values()}))
+    yield f"{type(model).__name__} with {_count(len(quantized), 'quantized module')} on {where}:"
     for name, module in quantized.items():
         if name not in inputs:
             yield f"{name}: {_title(module)} did not run on this input."
@@ -205,6 +207,14 @@ def _title(module: QModule) -> str:
         size = "Linear" if s["linear"] else "×".join(map(str, s["kernel_size"]))
         return f"Int8Conv {s['in_channels']} → {s['out_channels']}, {size} {module.scheme}"
     return f"{type(module).__name__} {module.scheme}"
+
+
+def _isa(module: QModule) -> str:
+    """The instruction set of the CPU, or the GPU's architecture."""
+    if not module.packed.is_cuda:
+        return _C.isa()
+    major, minor = torch.cuda.get_device_capability(module.packed.device)
+    return f"sm_{major}{minor}"
 
 
 def _transforms(module: QLinear) -> str:

@@ -487,16 +487,19 @@ _library = torch.library.Library("qkernels", "IMPL")
 
 def _register_autocast(name: str) -> None:
     op = getattr(torch.ops.qkernels, name).default
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
-    def cast_first(x: Tensor, *args: Any) -> Any:
-        if x.dtype in _AUTOCAST_DTYPES:
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(x, *args)
+    def casting(device: str, keys: torch._C.DispatchKeySet) -> Callable[..., Any]:
+        def cast_first(x: Tensor, *args: Any) -> Any:
+            if x.dtype in _AUTOCAST_DTYPES:
+                x = x.to(torch.get_autocast_dtype(device))
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(x, *args)
 
-    implementation: Callable[..., Any] = cast_first
-    _library.impl(name, implementation, "AutocastCPU")
+        return cast_first
+
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        _library.impl(name, casting(device, keys), key)
 
 
 for _name in ("linear", "linear_differentiable", "conv", "conv_differentiable"):

@@ -230,7 +230,7 @@ def _converted(module: QATModule, packed: dict[object, nn.Parameter]) -> nn.Modu
     key = (
         tensor_key(module.weight),
         None if module.weight_scale is None else tensor_key(module.weight_scale),
-        module.scheme.layout,
+        module.scheme.layout_on(module.weight.device.type),
         module.scheme.group_size,
     )
     if key not in packed:

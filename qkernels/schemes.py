@@ -94,8 +94,23 @@ class Scheme:
 
     @property
     def layout(self) -> int:
-        """The number that describes a packed weight of this scheme, but for its shape."""
-        return _C.layout(self.format_code, scale_dtype_code(self.scale_dtype), self.symmetric)
+        """The number that describes a packed weight of this scheme on a CPU, but for its shape."""
+        return self.layout_on("cpu")
+
+    def layout_on(self, device: str) -> int:
+        """The number that describes a packed weight of this scheme on a device, but for its shape.
+
+        Args:
+            device: type of the device, as `torch.device` names it. What is on the meta device has
+                the shape that it has on a CPU.
+
+        Example:
+            >>> W4A16().layout_on("cuda") == W4A16().layout
+            False
+        """
+        family = "cuda" if device == "cuda" else "cpu"
+        scale = scale_dtype_code(self.scale_dtype)
+        return _C.layout(self.format_code, scale, self.symmetric, family)
 
     def shares_weight_with(self, other: Scheme) -> bool:
         """Whether both store a weight the same way, whatever they do with activations."""

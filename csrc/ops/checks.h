@@ -3,9 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "core/codec.h"
 #include "core/params.h"
@@ -13,13 +14,27 @@
 
 namespace qkernels {
 
-// std::runtime_error reaches Python as RuntimeError with exactly this text.
+inline void append(std::string& text, const std::string& part) { text += part; }
+inline void append(std::string& text, const char* part) { text += part; }
+template <class Number>
+  requires std::is_arithmetic_v<Number>
+void append(std::string& text, Number part) {
+  if constexpr (std::is_integral_v<Number>) {
+    text += std::to_string(part);
+  } else {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", static_cast<double>(part));
+    text += digits;
+  }
+}
+
+// std::runtime_error reaches Python as RuntimeError with exactly this text. No streams: they need
+// the locales of libstdc++, which fail where a compiler links a part of it into the library.
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
-  std::ostringstream text;
-  text << "qkernels::" << op << ": ";
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  std::string text = std::string("qkernels::") + op + ": ";
+  (append(text, parts), ...);
+  throw std::runtime_error(text);
 }
 
 inline std::string text_of(const Shape& shape) {

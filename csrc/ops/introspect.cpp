@@ -1,4 +1,6 @@
 // What Python may ask about this build and this machine. No torch here: pybind11 and the tables.
+// Some releases of torch (2.11) refuse the pybind11 beside their headers where this is defined.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -112,6 +114,16 @@ int64_t longest_sum(int64_t id) {
   return max_accumulation(l.format, l.symmetric);
 }
 
+// What csrc/cuda runs is not known here.
+Layout decode_cpu(int64_t id) {
+  const Layout layout = decode(id);
+  if (layout.device != kDeviceX86) {
+    throw std::invalid_argument("layout " + std::to_string(id) +
+                                " is packed for a GPU; only kernels of the CPU have names");
+  }
+  return layout;
+}
+
 std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
   if (activation < 0 || activation >= kActivationCount) {
     throw std::invalid_argument("activation must be 0, 1 or 2, got " + std::to_string(activation));
@@ -121,7 +133,7 @@ std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
                                 std::to_string(x_type));
   }
   LinearArgs a{};
-  a.layout = decode(id);
+  a.layout = decode_cpu(id);
   a.activation = static_cast<Activation>(activation);
   a.rows = rows;
   a.x_type = static_cast<DType>(x_type);
@@ -134,7 +146,7 @@ std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
 std::string conv_kernel_name(int64_t id, int64_t taps, int64_t group_channels, int64_t groups,
                              int64_t out_channels, int64_t group_size, int activation, int x_type) {
   const ConvPacking p =
-      conv_packing(decode(id), taps, group_channels, groups, out_channels, group_size);
+      conv_packing(decode_cpu(id), taps, group_channels, groups, out_channels, group_size);
   if (activation != 0) return kernels().conv_name(p.depthwise);
   return p.depthwise ? "conv_depthwise_w8a16"
                      : "gathered rows, " + kernel_name(id, 0, kLanes, x_type);

@@ -12,6 +12,10 @@
 
 #include "core/format.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // what torch before 2.13 has
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace qkernels {
 
 using torch::headeronly::ScalarType;

@@ -315,7 +315,9 @@ def _packed_weights(
             continue
         keys = [full_name(name, part) for part in WEIGHT_KEYS]
         sources = [header.tied.get(key, key) for key in keys]
-        same = (sources[0], module.layout, module.scheme.group_size, module.packing.conv)
+        device = _device_of(target)
+        layout = module.scheme.layout_on(device.type)
+        same = (sources[0], device, layout, module.scheme.group_size, module.packing.conv)
         if same not in packed:
             data, scale = values[sources[0]], values[sources[1]]
             zero_point = None if module.scheme.symmetric else values[sources[2]]
@@ -328,12 +330,20 @@ def _packed_weights(
                 torch.Size(module.shape),
             )
             try:
-                packed[same] = module.packing.pack(weight)
+                packed[same] = module.packing.pack(weight.to(device))
             except RuntimeError as error:
                 problem = f"{header.path} has a bad weight for {name}: {error}"
                 raise ModelFileError(problem) from None
         by_name[name] = packed[same]
     return by_name
+
+
+def _device_of(target: _Target) -> torch.device:
+    """Where a weight is going to be: where the module that it is for has its own."""
+    for tensor in target.old.parameters(recurse=False):
+        if not tensor.is_meta:
+            return tensor.device
+    return torch.device("cpu")
 
 
 def _commit(

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.lowering.program import Program
-from qkernels.nn.int8 import Int8Conv
+from qkernels.nn.carry import why_no_kernels
+from qkernels.nn.int8 import Int8Conv, Int8Module
+from qkernels.nn.module import QModule
 from qkernels.summary import Summary
 
 
@@ -87,6 +89,13 @@ class LoweredModel(nn.Module):
         return signature.unflatten(outputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoweredModel:
+        # All that runs has to be there on the new device, before anything moves.
+        device = fn(torch.empty(0)).device
+        needed = [m for m in self.modules() if isinstance(m, QModule | Int8Module)]
+        ops = sorted({op for module in needed for op in module.ops})
+        if (reason := why_no_kernels(device, ops)) is not None:
+            raise RuntimeError(f"LoweredModel: {reason}")
+
         # Types are part of the program, and a scale that is rounded is another scale.
         def keeping_type(t: Tensor) -> Tensor:
             out = fn(t)

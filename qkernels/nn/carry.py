@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from qkernels import _cuda
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -113,10 +117,27 @@ def why_not_quantizable(weight: Tensor) -> str | None:
             "its weight is on the meta device and has no values; load them first, or load a "
             "quantized file with load_model"
         )
-    if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}, which has no kernels in this version"
+    if (reason := why_no_kernels(weight.device, ("quantize",))) is not None:
+        return f"its weight is on {weight.device}: {reason}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {weight.dtype}; expected one of {', '.join(map(str, FLOAT_DTYPES))}"
     if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
         return "its weight holds NaN or Inf"
     return None
+
+
+def why_no_kernels(device: torch.device, ops: Sequence[str]) -> str | None:
+    """Why ops cannot run on a device, as the end of a sentence with the way out; or None.
+
+    Args:
+        device: of their tensors.
+        ops: their names without the namespace.
+    """
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type != "cuda":
+        return f"this version has no kernels for device {device.type!r}; keep the module on the CPU"
+    reason = _cuda.why_not(*ops)
+    if not reason:
+        return None
+    return f"qkernels has no CUDA kernels for it here: {reason}. Until then keep it on the CPU"

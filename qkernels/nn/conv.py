@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qkernels import _C, functional
 from qkernels.formats import kernel_dtype_code
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
-from qkernels.nn.module import QModule
+from qkernels.nn.module import CUDA_KERNEL, QModule
 from qkernels.nn.ranges import add_range_buffers, set_range
 from qkernels.nn.storage import quantize_weight
 from qkernels.schemes import W8A8, Scheme
@@ -45,6 +45,7 @@ class QConvNd(QModule):
     """
 
     float_type: ClassVar[type[nn.modules.conv._ConvNd]]
+    ops = ("pack_conv", "unpack_conv", "conv")
 
     bias: nn.Parameter | None
     x_scale: Tensor | None
@@ -106,7 +107,8 @@ class QConvNd(QModule):
         It keeps the bias (the same parameter), the mode, the dtype and the hooks.
 
         Args:
-            conv: the torch module of the same name, on the CPU.
+            conv: the torch module of the same name, on the CPU or a GPU, where the new one will
+                be too.
             scheme: how to quantize it.
             x_scale: for a static scheme, the scale of x.
             x_zero_point: for a static asymmetric scheme, the int8 code of zero.
@@ -258,7 +260,7 @@ class QConvNd(QModule):
     @property
     def kernel(self) -> str:
         """The kernel that inputs of the layer's dtype run, or why none can."""
-        if self.packed.device.type != "cpu":
+        if self.packed.device.type not in ("cpu", "cuda"):
             return f"none on {self.packed.device.type}"
         try:
             return self.kernel_for(self.dtype)
@@ -278,6 +280,8 @@ class QConvNd(QModule):
             >>> qk.nn.QConv2d(8, 16, 3).kernel_for(torch.float32).startswith("conv_w8a8_")
             True
         """
+        if self.packed.is_cuda:
+            return CUDA_KERNEL.format("conv")
         taps, groups = math.prod(self.kernel_size), self.groups
         return _C.conv_kernel_name(
             self.layout,
@@ -354,7 +358,7 @@ class QConv2d(_QConv):
         kernel_size: as for `nn.Conv2d`, as are stride, padding, dilation, groups, bias and
             padding_mode.
         scheme: how the weight is stored and what the arithmetic is.
-        device: "cpu", or "meta" for a module that is filled by loading.
+        device: "cpu", "cuda", or "meta" for a module that is filled by loading.
         dtype: of the bias, and of the float layer that `dequantize` gives.
 
     Raises:

@@ -29,7 +29,7 @@ class QEmbedding(QModule):
         scale_grad_by_freq: taken for nn.Embedding's sake, without effect on a frozen table.
         sparse: taken for nn.Embedding's sake, without effect on a frozen table.
         scheme: how the table is stored.
-        device: "cpu", or "meta" for a module that is filled by loading.
+        device: "cpu", "cuda", or "meta" for a module that is filled by loading.
         dtype: of the result.
 
     Raises:
@@ -41,6 +41,8 @@ class QEmbedding(QModule):
         >>> table(torch.tensor([3, 7])).shape
         torch.Size([2, 16])
     """
+
+    ops = ("pack", "unpack", "embedding")
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class QEmbedding(QModule):
         """A quantized embedding with the table of a float one; it keeps mode, dtype and hooks.
 
         Args:
-            embedding: an `nn.Embedding` on the CPU.
+            embedding: an `nn.Embedding` on the CPU or a GPU, where the new one will be too.
             scheme: how to quantize it.
 
         Raises:

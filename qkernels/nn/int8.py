@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import _C, functional
-from qkernels.nn.module import QModule
+from qkernels.nn.module import CUDA_KERNEL, QModule
 from qkernels.schemes import Scheme
 
 _CONV = torch.ops.qkernels.conv.default
@@ -46,6 +46,8 @@ class Int8Module(nn.Module):
     """
 
     names: ClassVar[tuple[str, ...]] = ("x", "y")
+    # The ops that a device must have for modules of this kind.
+    ops: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Mapping[str, Any], codes: Mapping[str, Codes]) -> None:
         super().__init__()
@@ -60,6 +62,8 @@ class Int8Module(nn.Module):
 class Quantize(Int8Module):
     """A float tensor to int8 codes."""
 
+    ops = ("quantize_with",)
+
     def forward(self, x: Tensor) -> Tensor:
         return _channels_inside(
             x,
@@ -69,6 +73,8 @@ class Quantize(Int8Module):
 
 class Dequantize(Int8Module):
     """int8 codes to a float tensor."""
+
+    ops = ("dequantize",)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = getattr(torch, self.settings["dtype"])
@@ -104,6 +110,7 @@ class Int8Conv(QModule):
     """
 
     names: ClassVar[tuple[str, ...]] = ("x", "residual", "y")
+    ops = ("pack_conv", "unpack_conv", "conv")
     bias: nn.Parameter | None
 
     def __init__(
@@ -124,7 +131,6 @@ class Int8Conv(QModule):
         for name in self.names:
             _add_codes(self, name, codes.get(name))
         self._rest = (
-            self.layout,
             s["out_channels"],
             s["groups"],
             -1,
@@ -162,6 +168,7 @@ class Int8Conv(QModule):
                 b["residual_zero_point"],
                 b["y_scale"],
                 b["y_zero_point"],
+                self.layout,
                 *self._rest,
                 dtype,
             )
@@ -172,6 +179,8 @@ class Int8Conv(QModule):
     @property
     def kernel(self) -> str:
         """The kernel that runs, or why none can."""
+        if self.packed.is_cuda:
+            return CUDA_KERNEL.format("conv")
         s = self.settings
         taps = math.prod(s["kernel_size"])
         sizes = (taps, s["in_channels"] // s["groups"], s["groups"], s["out_channels"])
@@ -197,6 +206,7 @@ class Int8Conv(QModule):
 class Int8MaxPool(Int8Module):
     """Max pooling of codes; the result has the same scale."""
 
+    ops = ("max_pool",)
     names = ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,6 +217,8 @@ class Int8MaxPool(Int8Module):
 class Int8AvgPool(Int8Module):
     """Average pooling of codes, to codes or float."""
 
+    ops = ("avg_pool",)
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.qkernels.avg_pool(x, **self._buffers, **_op_settings(self))
         return y
@@ -214,6 +226,8 @@ class Int8AvgPool(Int8Module):
 
 class Int8AdaptiveAvgPool(Int8Module):
     """Adaptive average pooling of codes, to codes or float."""
+
+    ops = ("adaptive_avg_pool",)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.qkernels.adaptive_avg_pool(x, **self._buffers, **_op_settings(self))
@@ -223,6 +237,7 @@ class Int8AdaptiveAvgPool(Int8Module):
 class Int8Add(Int8Module):
     """`epilogue(a + b)` of two tensors of codes, to codes or float."""
 
+    ops = ("add",)
     names = ("a", "b", "y")
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -234,6 +249,8 @@ class Int8Add(Int8Module):
 
 class Int8Concat(Int8Module):
     """Concatenation of codes, each brought to the result's scale; x has a scale for each."""
+
+    ops = ("concat",)
 
     def forward(self, *xs: Tensor) -> Tensor:
         b = self._buffers
@@ -251,6 +268,7 @@ class Int8Concat(Int8Module):
 class Int8Lookup(Int8Module):
     """Any function of one number, as a table of 256 codes; `settings["function"]` says which."""
 
+    ops = ("lookup",)
     names = ()
 
     def __init__(self, settings: Mapping[str, Any], codes: Mapping[str, Codes]) -> None:

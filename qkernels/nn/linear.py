@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qkernels import _C, functional
 from qkernels.formats import kernel_dtype_code
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
-from qkernels.nn.module import QModule
+from qkernels.nn.module import CUDA_KERNEL, QModule
 from qkernels.nn.ranges import add_range_buffers, set_range
 from qkernels.nn.storage import quantize_weight
 from qkernels.schemes import ACTIVATIONS, W8A8, Scheme
@@ -30,7 +30,7 @@ class QLinear(QModule):
         out_features: size of the last dimension of y.
         bias: whether there is a float bias.
         scheme: how the weight is stored and what the arithmetic is.
-        device: "cpu", or "meta" for a module that is filled by loading.
+        device: "cpu", "cuda", or "meta" for a module that is filled by loading.
         dtype: of the bias, and of the float layer that `dequantize` gives; y has the dtype of x.
 
     Raises:
@@ -43,6 +43,7 @@ class QLinear(QModule):
         torch.Size([8, 32])
     """
 
+    ops = ("pack", "unpack", "linear")
     bias: nn.Parameter | None
     x_scale: Tensor | None
     x_zero_point: Tensor | None
@@ -88,7 +89,7 @@ class QLinear(QModule):
         It keeps the bias (the same parameter), the mode, the dtype and the hooks.
 
         Args:
-            linear: an `nn.Linear` on the CPU.
+            linear: an `nn.Linear` on the CPU or a GPU, where the new layer will be too.
             scheme: how to quantize it.
             x_scale: for a static scheme, the scale of x.
             x_zero_point: for a static asymmetric scheme, the int8 code of zero.
@@ -280,7 +281,7 @@ class QLinear(QModule):
     @property
     def kernel(self) -> str:
         """The kernel that one row of input runs, or why none can."""
-        if self.packed.device.type != "cpu":
+        if self.packed.device.type not in ("cpu", "cuda"):
             return f"none on {self.packed.device.type}"
         try:
             return self.kernel_for(1, self.dtype)
@@ -301,6 +302,8 @@ class QLinear(QModule):
             >>> qk.nn.QLinear(64, 32).kernel_for(8, torch.float32).startswith("matmul_w8a8_")
             True
         """
+        if self.packed.is_cuda:
+            return CUDA_KERNEL.format("linear")
         # Factors for x are applied in float32.
         code = 0 if self.x_premul is not None else kernel_dtype_code(dtype)
         return _C.kernel_name(self.layout, self.scheme.activation_code, rows, code)

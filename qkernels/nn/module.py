@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qkernels import _C
 from qkernels.functional import Quantized
+from qkernels.nn.carry import why_no_kernels
 from qkernels.nn.sharded import gathered, is_sharded, sharded_like
 from qkernels.nn.storage import (
     WEIGHT_KEYS,
@@ -24,11 +25,13 @@ from qkernels.nn.storage import (
 )
 from qkernels.schemes import Scheme
 
-__all__ = ["WEIGHT_KEYS", "QModule", "check_device"]
+__all__ = ["WEIGHT_KEYS", "QModule"]
 
 _saved = SavedWeights()
 # What a state_dict holds instead of WEIGHT_KEYS while the weight is spread over processes.
 PACKED_KEYS = ("packed", "layout")
+# What stands for the name of a kernel on a GPU: the CUDA library chooses by shape and names none.
+CUDA_KERNEL = "a CUDA kernel of {}"
 
 
 class QModule(nn.Module):
@@ -36,10 +39,14 @@ class QModule(nn.Module):
 
     `packed` is a frozen parameter, so that optimizers pass it by. `state_dict()` and pickle give
     the weight in storage layout instead: `weight`, `weight_scale` and, if it is asymmetric,
-    `weight_zero_point`.
+    `weight_zero_point`. `layout` is that of the device that `packed` is on: `.to("cuda")` and
+    `.cpu()` pack it anew.
     """
 
     packed: nn.Parameter
+    layout: int
+    # The ops that a device must have for modules of this kind.
+    ops: tuple[str, ...] = ("pack", "unpack")
     # Attributes that a float module has no use for.
     own_attributes = ("dtype", "conv", "epilogue", "layout", "qualified_name", "scheme", "shape")
     # Code that reads `weight` must not be led here; see `settle_fast_paths`.
@@ -67,16 +74,17 @@ class QModule(nn.Module):
                 "qk.W4A16(group_size=128)"
             )
         self.scheme = scheme
-        self.layout = scheme.layout
         # Of the float module that this one stands for: what dequantize() gives.
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         if not self.dtype.is_floating_point:
             raise TypeError(f"{type(self).__name__}: dtype is {dtype}; expected a floating type")
         self.shape = (rows, columns)
         self.conv = conv  # taps and groups of a convolution
-        packed = torch.empty(self.packing.packed_shape, dtype=torch.uint8, device=device)
+        where = torch.empty(0, device=device).device
+        self._check_device(where)
+        shape = self.packing.packed_shape(where.type)
+        packed = torch.empty(shape, dtype=torch.uint8, device=where)
         self.packed = nn.Parameter(packed, requires_grad=False)
-        check_device(type(self).__name__, packed.device)
 
     @property
     def packing(self) -> Packing:
@@ -125,7 +133,17 @@ class QModule(nn.Module):
         Args:
             weight: float [rows, columns].
         """
+        weight = weight.to(self.packed.device)
         self.packed.copy_(self.packing.pack(quantize_weight(weight, self.scheme)))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as `nn.Module` does; `packed` brings its layout with it."""
+        super().register_parameter(name, param)
+        if name == "packed":
+            self._follow(self.packed.device)
+
+    def _follow(self, device: torch.device) -> None:
+        self.layout = self.scheme.layout_on(device.type)
 
     def __getattr__(self, name: str) -> Any:
         # Torch's own way costs 0.7 µs for each parameter of each call.
@@ -335,16 +353,36 @@ class QModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
         # fn may cast or move. A scalar shows which, and says no before anything has changed.
-        probe = fn(torch.empty((), dtype=self.dtype, device=self.packed.device))
-        check_device(self._label(), probe.device)
+        here = self.packed.device
+        probe = fn(torch.empty((), dtype=self.dtype, device=here))
+        self._check_device(probe.device)
+        packed = None
+        if self.scheme.layout_on(here.type) != self.scheme.layout_on(probe.device.type):
+            if is_sharded(self.packed):
+                raise RuntimeError(
+                    f"{self._label()}: its weight is spread over processes and packed for "
+                    f"{here.type!r}; move the module before it is distributed"
+                )
+            packed = self.packing.moved(self.packed.detach(), probe.device)
 
         def on_float_state_only(t: Tensor) -> Tensor:
+            if packed is not None and t is self.packed:
+                return packed
             out = fn(t)
             return out if out.dtype == t.dtype or not self._keeps_dtype(t) else t.to(out.device)
 
         super()._apply(on_float_state_only, recurse)  # type: ignore[no-untyped-call]
+        # Another module may have moved a weight that both share.
+        self._follow(self.packed.device)
         self.dtype = probe.dtype
         return self
+
+    def _check_device(self, device: torch.device) -> None:
+        reason = why_no_kernels(device, self.ops)
+        if reason is not None:
+            raise RuntimeError(
+                f"{self._label()}: {reason}, or turn it back to float with dequantize_"
+            )
 
     def _keeps_dtype(self, tensor: Tensor) -> bool:
         """Whether `.to(dtype)` must leave a tensor of this module as it is."""
@@ -369,7 +407,7 @@ class QModule(nn.Module):
         packed = state["_parameters"]["packed"]
         if isinstance(packed, StorageForm):  # copy.copy, which does not pickle
             state["_parameters"]["packed"] = packed.packed
-        state["layout"] = state["scheme"].layout
+        state["layout"] = state["scheme"].layout_on(state["_parameters"]["packed"].device.type)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
@@ -379,20 +417,3 @@ def _meaning(layout: Tensor) -> str:
     except (RuntimeError, ValueError):
         return f"of the unknown layout {layout.item()}"
     return ", ".join(f"{key} {value}" for key, value in what.items())
-
-
-def check_device(label: str, device: torch.device) -> None:
-    """Refuse devices without kernels.
-
-    Args:
-        label: names the module in the message.
-        device: where a packed weight is to live.
-
-    Raises:
-        RuntimeError: there are no kernels for the device.
-    """
-    if device.type not in ("cpu", "meta"):
-        raise RuntimeError(
-            f"{label}: this version has no kernels for device {device.type!r}; keep the module on "
-            "the CPU, or turn it back to float with dequantize_ before moving it"
-        )

@@ -36,7 +36,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> Quantized:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a module's weight is packed for the kernels.
+    """How a module's weight is packed for the kernels of the device that it is on.
 
     Args:
         rows: output features, or entries of a table.
@@ -50,10 +50,13 @@ class Packing:
     scheme: Scheme
     conv: tuple[int, int] | None = None
 
-    @property
-    def packed_shape(self) -> tuple[int, int]:
-        """Shape of the packed weight."""
-        layout, group_size = self.scheme.layout, self.scheme.group_size
+    def packed_shape(self, device: str) -> tuple[int, int]:
+        """Shape of the packed weight.
+
+        Args:
+            device: type of the device that it is for.
+        """
+        layout, group_size = self.scheme.layout_on(device), self.scheme.group_size
         if self.conv is None:
             blocks = -(-self.rows // _C.BLOCK_ROWS)
             return blocks, _C.block_bytes(layout, self.columns, group_size)
@@ -67,10 +70,11 @@ class Packing:
         Args:
             weight: [rows, columns], quantized as the scheme says.
         """
+        layout = self.scheme.layout_on(weight.data.device.type)
         if self.conv is None:
-            return functional.pack(weight, self.scheme.layout)
+            return functional.pack(weight, layout)
         taps, groups = self.conv
-        return functional.pack_conv(weight, self.scheme.layout, taps=taps, groups=groups)
+        return functional.pack_conv(weight, layout, taps=taps, groups=groups)
 
     def unpack(self, packed: Tensor) -> Quantized:
         """The quantized matrix that a packed weight holds.
@@ -78,12 +82,23 @@ class Packing:
         Args:
             packed: from `pack`.
         """
-        layout, group_size = self.scheme.layout, self.scheme.group_size
+        layout, group_size = self.scheme.layout_on(packed.device.type), self.scheme.group_size
         if self.conv is None:
             return functional.unpack(packed, layout, self.rows, self.columns, group_size)
         taps, groups = self.conv
         sizes = (self.rows, self.columns, group_size)
         return functional.unpack_conv(packed, layout, *sizes, taps=taps, groups=groups)
+
+    def moved(self, packed: Tensor, device: torch.device) -> Tensor:
+        """A packed weight on a device of another type, packed anew for its kernels.
+
+        Args:
+            packed: from `pack`, or on the meta device.
+            device: where to.
+        """
+        if packed.is_meta or device.type == "meta":
+            return torch.empty(self.packed_shape(device.type), dtype=packed.dtype, device=device)
+        return self.pack(self.unpack(packed).to(device))
 
     def parameter(self, weight: Quantized) -> nn.Parameter:
         """A quantized matrix as the frozen parameter that a module holds.

@@ -97,6 +97,8 @@ def wheel(sdist: Path, clean_python: Path, tmp_path_factory: pytest.TempPathFact
     ninja = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     pip = [clean_python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
     environment = {**os.environ, "PATH": ninja, "QKERNELS_CUDA_ARCHS": "80"}
+    if CUDA:
+        environment["QKERNELS_CUDA"] = "1"  # whatever torch is here
     output(*pip, "--wheel-dir", out, sdist, cwd=out, env=environment)
     (archive,) = out.glob("qkernels-*.whl")
     return archive
@@ -179,7 +181,10 @@ exec(compile(open("setup.py").read(), "setup.py", "exec"))
     [
         ({"QKERNELS_CUDA": "yes"}, "QKERNELS_CUDA must be 0 (no CUDA kernels), 1 or not set"),
         ({"QKERNELS_CUDA": "1", "NO_NVCC": "1"}, "asks for CUDA kernels, but nvcc was not found"),
-        ({"QKERNELS_CUDA_ARCHS": "80;12"}, "QKERNELS_CUDA_ARCHS names '12', which"),
+        (
+            {"QKERNELS_CUDA": "1", "QKERNELS_CUDA_ARCHS": "80;12"},
+            "QKERNELS_CUDA_ARCHS names '12', which",
+        ),
     ],
 )
 def test_building_says_what_is_wrong_with_cuda(variables, sentence, tmp_path: Path) -> None:

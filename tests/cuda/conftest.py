@@ -1,4 +1,8 @@
-"""Builds and loads the emulator's library once, as torch.ops.qkernels_host."""
+"""What computes in the tests of kernels: the emulator, and a GPU where there is one.
+
+A test that asks for `ops` runs on each of them; one that is about the emulator itself, or about a
+mistake that no GPU survives, asks for `emulator`.
+"""
 
 import fcntl
 from typing import Any
@@ -10,10 +14,17 @@ from helpers import cuda
 
 
 @pytest.fixture(scope="session")
-def ops() -> Any:
+def emulator() -> Any:
+    """The emulator's library, built and loaded once, as torch.ops.qkernels_host."""
     cuda.OUT.mkdir(parents=True, exist_ok=True)
     with (cuda.OUT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         library = cuda.emulated()
     torch.ops.load_library(str(library))
     return torch.ops.qkernels_host
+
+
+@pytest.fixture(scope="session", params=cuda.targets())
+def ops(request: pytest.FixtureRequest) -> Any:
+    """The ops with CPU tensors, as kernels for CUDA."""
+    return cuda.DeviceOps() if request.param == "device" else request.getfixturevalue("emulator")

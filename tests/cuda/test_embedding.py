@@ -36,6 +36,14 @@ def test_indices(ops: Any) -> None:
     for _, view in strided(indices):
         same_tensor(ops.embedding(view, packed, *rest), want)
     assert ops.embedding(indices[:0], packed, *rest).shape == (0, 7, 24)
+
+
+def test_indices_out_of_range_end_the_kernel(emulator: Any) -> None:
+    """An assertion on the device, after which no process can go on using a GPU."""
+    w = weight(KINDS[4], 40, 24, 8)
+    stored = (w.data, w.scale_tensor, w.zero_tensor)
+    packed = emulator.pack(*stored, w.kind.cuda_layout, 24, 8)
+    rest = (w.kind.cuda_layout, 40, 24, 8, torch.float32)
     for wrong in (-1, 40):
         with pytest.raises(RuntimeError, match="an index is out of range"):
-            ops.embedding(torch.tensor([0, wrong]), packed, *rest)
+            emulator.embedding(torch.tensor([0, wrong]), packed, *rest)

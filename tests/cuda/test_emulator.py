@@ -9,20 +9,20 @@ POISON = -1
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16], ids=str)
-def test_mma(ops: Any, dtype: torch.dtype) -> None:
+def test_mma(emulator: Any, dtype: torch.dtype) -> None:
     k = 32 // dtype.itemsize
     a, b = (torch.randint(-128, 128, (rows, k)).to(dtype) for rows in (16, 8))
     integers = dtype == torch.int8
     d = torch.zeros(16, 8, dtype=torch.int32 if integers else torch.float32)
-    ops.probe_mma(a, b, d, [torch.int8, torch.bfloat16, torch.float16].index(dtype))
+    emulator.probe_mma(a, b, d, [torch.int8, torch.bfloat16, torch.float16].index(dtype))
     # Small integers: every sum is exact in float32 too.
     assert torch.equal(d.double(), a.double() @ b.double().t() + 1)
 
 
-def test_ldmatrix_loads_the_fragment_of_a(ops: Any) -> None:
+def test_ldmatrix_loads_the_fragment_of_a(emulator: Any) -> None:
     a = torch.randint(0, 256, (16, 32), dtype=torch.uint8)
     got = torch.zeros(32, 4, dtype=torch.int32)
-    ops.probe_ldmatrix(a, got)
+    emulator.probe_ldmatrix(a, got)
     words = a.view(torch.int32)  # [row, quarter of a half]
     for lane in range(32):
         g, t = divmod(lane, 4)
@@ -30,29 +30,29 @@ def test_ldmatrix_loads_the_fragment_of_a(ops: Any) -> None:
         assert got[lane].tolist() == [int(word) for word in want]
 
 
-def copied(ops: Any, valid: int, wait: bool, barrier: bool) -> tuple[list[int], list[int]]:
+def copied(emulator: Any, valid: int, wait: bool, barrier: bool) -> tuple[list[int], list[int]]:
     """What two blocks of 64 threads read of their neighbours, and what was to be read."""
     words = torch.arange(64, dtype=torch.int32) * 0x01010101
     to = torch.zeros(2, 64, dtype=torch.int32)
-    ops.probe_copy(words, to, valid, wait, barrier)
+    emulator.probe_copy(words, to, valid, wait, barrier)
     want = words.roll(-1) & (1 << 8 * valid) - 1
     return to.tolist(), want.tolist()
 
 
 @pytest.mark.parametrize("valid", [0, 1, 3, 4])
-def test_copies_land_and_are_filled_up_with_zeros(ops: Any, valid: int) -> None:
-    got, want = copied(ops, valid, wait=True, barrier=True)
+def test_copies_land_and_are_filled_up_with_zeros(emulator: Any, valid: int) -> None:
+    got, want = copied(emulator, valid, wait=True, barrier=True)
     assert got == [want, want]
 
 
-def test_a_copy_that_nobody_waited_for_is_poison(ops: Any) -> None:
-    got, _ = copied(ops, 4, wait=False, barrier=True)
+def test_a_copy_that_nobody_waited_for_is_poison(emulator: Any) -> None:
+    got, _ = copied(emulator, 4, wait=False, barrier=True)
     # A thread waits before it ends, so the last ones to read find what the first ones waited for.
     assert got[0].count(POISON) >= 62
 
 
-def test_a_missing_barrier_shows_in_one_order_or_the_other(ops: Any) -> None:
-    got, want = copied(ops, 4, wait=True, barrier=False)
+def test_a_missing_barrier_shows_in_one_order_or_the_other(emulator: Any) -> None:
+    got, want = copied(emulator, 4, wait=True, barrier=False)
     assert got[0] != want and got[1] != want
     assert POISON in got[0] and POISON in got[1]
 
@@ -74,9 +74,9 @@ def test_a_missing_barrier_shows_in_one_order_or_the_other(ops: Any) -> None:
         ("too much memory", "some GPUs have 99 KiB of shared memory, got 102400 bytes"),
     ],
 )
-def test_mistakes_are_said(ops: Any, mistake: str, sentence: str) -> None:
+def test_mistakes_are_said(emulator: Any, mistake: str, sentence: str) -> None:
     with pytest.raises(RuntimeError) as raised:
-        ops.probe_mistake(mistake)
+        emulator.probe_mistake(mistake)
     assert sentence in str(raised.value)
     # And the next kernel runs.
-    test_mma(ops, torch.int8)
+    test_mma(emulator, torch.int8)

@@ -66,7 +66,7 @@ assert torch.equal(q.dequantize(torch.float32), torch.ones(4, 64))
 
 
 def test_loads_and_registers_what_the_emulator_tests(
-    library: Path, ops: Any, tmp_path: Path
+    library: Path, emulator: Any, tmp_path: Path
 ) -> None:
     """With the one missing function put in its place, a torch without CUDA can load it."""
     source, stub = tmp_path / "stream.c", tmp_path / "stream.so"

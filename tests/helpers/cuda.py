@@ -1,4 +1,5 @@
-"""Builds the emulator's library with g++, and says how nvcc compiles the same sources."""
+"""Builds the emulator's library with g++, says how nvcc compiles the same sources, and hands the
+tests of kernels the emulator or a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,3 +81,56 @@ def emulated() -> Path:
     if done.returncode != 0:
         sys.exit(f"the emulator's library does not build:\n{done.stdout[-8000:]}")
     return OUT / "qkernels_host.so"
+
+
+# ---- Where the tests of kernels run --------------------------------------------------------------
+
+
+def targets() -> list[str]:
+    """The emulator, and the GPU where there is one that the library runs on."""
+    from qkernels import _cuda
+
+    return ["emulator", *(["device"] if torch.cuda.is_available() and not _cuda.PROBLEM else [])]
+
+
+class DeviceOps:
+    """torch.ops.qkernels for tensors of the CPU, computed on the GPU: what the emulator offers.
+
+    Arguments go to the GPU with the strides that they have, what is written there comes back, and
+    the results are on the CPU.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return DeviceOp(getattr(torch.ops.qkernels, name))
+
+
+class DeviceOp:
+    """One of them."""
+
+    def __init__(self, op: Any) -> None:
+        self._op = op
+
+    def __getattr__(self, overload: str) -> Any:
+        return DeviceOp(getattr(self._op, overload))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        moved = {key: on_gpu(value) for key, value in kwargs.items()}
+        result = self._op(*map(on_gpu, args), **moved)
+        for key, value in kwargs.items():
+            if isinstance(value, Tensor):
+                value.copy_(moved[key])
+        if isinstance(result, Tensor):
+            return result.cpu()
+        return tuple(t.cpu() for t in result) if isinstance(result, tuple | list) else result
+
+
+def on_gpu(value: Any) -> Any:
+    """A tensor on the GPU with the same strides and place in its storage; other values as is."""
+    if not isinstance(value, Tensor) or value.is_cuda:
+        return value
+    whole = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).cuda()
+    there = torch.empty(0, dtype=value.dtype, device="cuda")
+    there.set_(whole.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+    if value.is_neg():
+        there = torch._neg_view(there)
+    return there
