@@ -67,11 +67,11 @@ if step build 240 "$python" setup.py build_ext --inplace; then
   for file in $(grep -l "ops: Any" tests/cuda/test_*.py) tests/nn/test_devices.py; do
     step "$(basename "$file" .py)" 90 "${pytest[@]}" "$file" -k "$on_gpu"
   done
+  step bench 180 "$python" -m qkernels.bench.cuda "$out" --seconds 120
   for tool in memcheck racecheck synccheck; do
     step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "${pytest[@]}" tests/cuda -x -k "$few"
   done
-  step bench 180 "$python" -m qkernels.bench.cuda "$out" --seconds 120
 fi
 
 "$python" - "$out" <<'PYTHON' || failed=1
