@@ -124,18 +124,6 @@ inline FloatWorkspace linear_float_workspace(const LinearArgs& a) {
           p.partial() ? sums * rows * a.n : 0};
 }
 
-// The kernel's name, which depends on the format and type of x, and whether there are few rows.
-inline const char* linear_float_name(Format format, DType x_type, int64_t rows) {
-  constexpr const char* kNames[][4] = {
-      {"mma_w8a16_gemm", "mma_w8a16_gemv", "mma_w8a16_gemm_f32x3", "mma_w8a16_gemv_f32x3"},
-      {"mma_w4a16_gemm", "mma_w4a16_gemv", "mma_w4a16_gemm_f32x3", "mma_w4a16_gemv_f32x3"},
-      {"mma_nf4a16_gemm", "mma_nf4a16_gemv", "mma_nf4a16_gemm_f32x3", "mma_nf4a16_gemv_f32x3"},
-  };
-  const bool wide = x_type == DType::f32;
-  const bool few = rows * (wide ? kParts : 1) <= kGemvRows;
-  return kNames[static_cast<int>(format)][wide * 2 + few];
-}
-
 // y = f(x . W + bias); `sums` and args.panel as linear_float_workspace says.
 void linear_float(const LinearArgs& args, float* sums, Stream stream);
 

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cuda/linear_float.h"
 
 namespace py = pybind11;
 
@@ -137,9 +136,6 @@ std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
   a.activation = static_cast<Activation>(activation);
   a.rows = rows;
   a.x_type = static_cast<DType>(x_type);
-  if (a.layout.device == kDeviceCuda && a.activation == Activation::float_) {
-    return cuda::linear_float_name(a.layout.format, a.x_type, rows);
-  }
   return kernels().linear_name(a);
 }
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from helpers import reference as ref
 from helpers.check import HALF_ULP, float_path_bound, same_tensor, within
 from helpers.data import FLOATS, KINDS, Kind, Weight, awkward, floats, rng, strided, weight
-from qkernels import _C
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -266,10 +265,3 @@ def test_wrong_calls_say_what_is_wrong(ops: Any) -> None:
         linear(ops, w, torch.ones(2, 63))
     with pytest.raises(RuntimeError, match="packed for another device"):
         ops.linear(torch.ones(2, 64), w.packed, *[None] * 5, *w.sizes, 0, 0)
-
-
-def test_names_of_kernels() -> None:
-    w4, nf4 = KINDS[3].cuda_layout, KINDS[6].cuda_layout
-    assert _C.kernel_name(w4, 0, 8, 1) == "mma_w4a16_gemv"
-    assert _C.kernel_name(w4, 0, 9, 1) == "mma_w4a16_gemm"
-    assert _C.kernel_name(nf4, 0, 3, 0) == "mma_nf4a16_gemm_f32x3"  # nine rows

@@ -126,6 +126,8 @@ class DeviceOp:
 
 def on_gpu(value: Any) -> Any:
     """A tensor on the GPU with the same strides and place in its storage; other values as is."""
+    if isinstance(value, list):
+        return [on_gpu(item) for item in value]
     if not isinstance(value, Tensor) or value.is_cuda:
         return value
     whole = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).cuda()
