@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
           sum += zeros[i * kLanes + threadIdx.x % kLanes] *
                  a.group_sums[(first_group + i) * a.rows + token];
         }
-        sums[o] = std::fma(static_cast<float>(sum), scales[i * kLanes + threadIdx.x % kLanes],
-                           sums[o]);
+        sums[o] =
+            std::fma(static_cast<float>(sum), scales[i * kLanes + threadIdx.x % kLanes], sums[o]);
       }
     }
     __syncthreads();
