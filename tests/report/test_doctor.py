@@ -168,7 +168,7 @@ def test_cuda_kernels_are_there_or_it_says_why(monkeypatch):
 
 def test_why_cuda_kernels_do_not_load(monkeypatch, tmp_path):
     library = tmp_path / "_C_cuda.so"
-    assert "no nvcc was found when it was built" in _cuda.load(library)
+    assert "when it was built, no nvcc was found" in _cuda.load(library)
     library.write_bytes(b"not a library")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "this torch is built without CUDA" in _cuda.load(library)
