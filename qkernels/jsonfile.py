@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,14 +14,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class JsonFile:
+class JsonFile(ABC):
     """`save_json` and `load_json` for classes with `to_dict` and `from_dict`."""
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; `from_dict` reads them."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """What `to_dict` described.
 
@@ -30,7 +32,6 @@ class JsonFile:
         Raises:
             ValueError: it is none.
         """
-        raise NotImplementedError
 
     def save_json(self, path: str | PathLike[str]) -> None:
         """Write it as JSON; an existing file is replaced in one step or not at all.
