@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qkernels import _C
 from qkernels.formats import format_of
+from qkernels.ops import refuse_forward_mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +221,7 @@ def fake_quantize(
         tensor([[1., 1., 1.]])
     """
     code = format_of(format).code
+    refuse_forward_mode("fake_quantize")
     if x.dtype == torch.float64:
         return fake_quantize(x.float(), format, group_size, symmetric, scale_dtype).double()
     out: Tensor = torch.ops.qkernels.fake_quantize(x, code, group_size, symmetric, scale_dtype)
@@ -263,6 +265,7 @@ def fake_quantize_with(
         (tensor([ 0.5000, 63.5000]), tensor([1., 0.]))
     """
     code = format_of(format).code
+    refuse_forward_mode("fake_quantize_with")
     if x.dtype == torch.float64:
         return fake_quantize_with(x.float(), scale, zero_point, format, group_size).double()
     out: Tensor = torch.ops.qkernels.fake_quantize_with(x, scale, zero_point, code, group_size)

@@ -8,6 +8,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qkernels.codes import (
     Quantized,
@@ -21,6 +22,7 @@ from qkernels.codes import (
     unpack,
     unpack_conv,
 )
+from qkernels.ops import refuse_forward_mode
 from qkernels.schemes import ACTIVATIONS
 
 __all__ = [
@@ -193,6 +195,8 @@ def linear_by_codes(
         activation: a value of `qkernels.schemes.ACTIVATIONS`.
         epilogue: a value of `EPILOGUES`.
     """
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode("linear")
     wants_grad = _is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -360,6 +364,7 @@ def conv(
             f"conv: {error} is not known; expected activation in {list(ACTIVATIONS)} and "
             f"epilogue in {list(EPILOGUES)}"
         ) from None
+    refuse_forward_mode("conv")
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qkernels import _C
 
@@ -46,6 +47,22 @@ def check_device(op: str, first: Tensor, **others: Tensor | None) -> None:
                 f"qkernels::{op}: {name} is on {tensor.device} but the first argument is on "
                 f"{first.device}; move them to one device"
             )
+
+
+def refuse_forward_mode(op: str) -> None:
+    """Torch gives an op without a forward-mode formula the derivative 0, without a word.
+
+    Args:
+        op: for the message.
+
+    Raises:
+        RuntimeError: torch.func.jvp, or what is built on it, is at work.
+    """
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"qkernels::{op} has no forward-mode derivative (torch.func.jvp, jacfwd, dual "
+            "numbers); use backward(), or the float model"
+        )
 
 
 # ---- quantize, dequantize ------------------------------------------------------------------------

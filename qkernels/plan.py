@@ -428,5 +428,6 @@ def _refuse(reasons: Iterable[str], op: str) -> None:
         count = "a layer" if len(lines) == 1 else f"{len(lines)} layers"
         raise ValueError(
             f"{op} cannot quantize {count}, and has changed nothing: {'; '.join(lines)}. "
-            "Name it in ignore to leave it float"
+            f"Name {'it' if len(lines) == 1 else 'them'} in ignore to leave float what cannot be "
+            "quantized"
         )

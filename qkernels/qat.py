@@ -13,10 +13,10 @@ from qkernels.nn import QModule
 from qkernels.nn.batchnorm import pairs_to_fold
 from qkernels.nn.carry import why_not_quantizable
 from qkernels.nn.conv import QConvNd
-from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.kinds import quantized_from_shell, why_no_kernel
 from qkernels.nn.linear import why_too_long
 from qkernels.nn.observer import InputRange
+from qkernels.nn.parents import settle_parents
 from qkernels.nn.qat import (
     QATConv1d,
     QATConv2d,
@@ -131,7 +131,7 @@ def prepare_qat_(
         if isinstance(new, QATConvolution) and id(old) in pairs:
             new.fold(pairs[id(old)])
             became[step.names] += ", folds the batch normalization after it"
-    settle_fast_paths(model)
+    settle_parents(model)
     return summary_of(f"{type(model).__name__} prepared", model, steps, became)
 
 
@@ -193,7 +193,7 @@ def convert_(model: nn.Module) -> Summary:
         step = next(s for s in steps if model.get_submodule(s.names[0]) is norm)
         replace_everywhere(model, step.names, norm, nn.Identity())
         became[step.names] = f"Identity, folded into {into}"
-    settle_fast_paths(model)
+    settle_parents(model)
     return summary_of(f"{type(model).__name__} converted", model, steps, became)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from difflib import get_close_matches
 from types import MappingProxyType
 
 import torch
@@ -19,9 +20,9 @@ from qkernels.mixed.plan import PrecisionPlan
 from qkernels.nn import QEmbedding, QLinear, QModule
 from qkernels.nn.carry import share_hooks
 from qkernels.nn.conv import QConvNd
-from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.int8 import Int8Conv
 from qkernels.nn.kinds import QUANTIZED, base_of, quantized_from_shell
+from qkernels.nn.parents import settle_parents
 from qkernels.nn.qat import QATModule
 from qkernels.nn.ranges import set_range
 from qkernels.optimize import check_optimizer, search_scales
@@ -35,7 +36,7 @@ from qkernels.plan import (
     own_bytes,
     tensor_key,
 )
-from qkernels.schemes import Scheme
+from qkernels.schemes import SCHEMES, Scheme
 from qkernels.summary import ModuleRow, Summary
 
 DEFAULT_IGNORE = ("lm_head",)
@@ -115,7 +116,7 @@ def quantize_(
         for step in wanted:
             convert(step)
             advance(step)
-    settle_fast_paths(model)
+    settle_parents(model)
     return summary_of(f"{type(model).__name__} quantized", model, *_told(steps, folds))
 
 
@@ -174,7 +175,7 @@ def dequantize_(model: nn.Module) -> Summary:
         new.weight = weights.setdefault(key, new.weight)
         replace_everywhere(model, step.names, old, new)
         became[step.names] = type(new).__name__
-    settle_fast_paths(model)
+    settle_parents(model)
     return summary_of(f"{type(model).__name__} dequantized", model, steps, became)
 
 
@@ -390,12 +391,19 @@ def schemes_by_pattern(
     for pattern, value in schemes.items():
         if not isinstance(pattern, str) or not isinstance(value, Scheme):
             raise TypeError(
-                f"{op}: scheme is {scheme!r}; expected a scheme like qk.W8A8(), or a dict "
-                "from patterns of module names to schemes"
+                f"{op}: scheme is {scheme!r}; expected a scheme like {_nearest_scheme(value)}, or "
+                "a dict from patterns of module names to schemes"
             )
     if not schemes and not isinstance(scheme, PrecisionPlan):  # which may leave all as it is
         raise ValueError(f"{op}: scheme is an empty dict; expected at least one pattern")
     return schemes
+
+
+def _nearest_scheme(given: object) -> str:
+    """What may have been meant by something that is no scheme: its class, or its name."""
+    name = given.__name__ if isinstance(given, type) else str(given)
+    near = get_close_matches(name.upper(), list(SCHEMES), n=1)
+    return f"qk.{near[0] if near else 'W8A8'}()"
 
 
 def summary_of(

@@ -66,6 +66,34 @@ class ModuleEntry:
             entry["epilogue"] = self.epilogue
         return entry
 
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> ModuleEntry:
+        """The entry that `to_dict` turned into JSON values.
+
+        Args:
+            entry: read from a file, so it may hold anything.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such entry.
+        """
+        rows, columns = entry["shape"]
+        if not all(isinstance(size, int) and 0 <= size < 1 << 40 for size in (rows, columns)):
+            raise ValueError(f"shape is {entry['shape']!r}")
+        if entry["kind"] not in BY_NAME:
+            raise ValueError(f"kind is {entry['kind']!r}")
+        dtype = getattr(torch, str(entry["dtype"]), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype is {entry['dtype']!r}")
+        scheme = Scheme.from_dict(entry["scheme"])
+        transforms = tuple(entry.get("input_transforms", ()))
+        known = ("x_premul", "k_perm") if entry["kind"] == "QLinear" else ()
+        if not set(transforms) <= set(known):
+            raise ValueError(f"input_transforms is {entry['input_transforms']!r}")
+        epilogue = entry.get("epilogue", "none")
+        if epilogue not in (EPILOGUES if has_epilogue(BY_NAME[entry["kind"]]) else ("none",)):
+            raise ValueError(f"epilogue is {epilogue!r}")
+        return cls(entry["kind"], scheme, (rows, columns), dtype, transforms, epilogue)
+
 
 @dataclass(frozen=True)
 class ModelFile:
@@ -222,7 +250,8 @@ def _parse(file: Path, document: dict[str, Any]) -> ModelFile:
             f"{file} has file version {version}, written by qkernels {document.get('written_by')}; "
             f"this qkernels reads up to version {VERSION}: upgrade it"
         )
-    modules = {str(name): _parse_module(entry) for name, entry in document["modules"].items()}
+    entries = document["modules"].items()
+    modules = {str(name): ModuleEntry.from_dict(entry) for name, entry in entries}
     tied = {str(alias): str(name) for alias, name in document["tied"].items()}
     checksums = {str(name): int(value) for name, value in document["crc32"].items()}
     metadata = document["metadata"]
@@ -237,23 +266,3 @@ def _parse(file: Path, document: dict[str, Any]) -> ModelFile:
             raise ValueError(f"fused names {layer!r} for {name!r}, which computes no activation")
     written_by = str(document["written_by"])
     return ModelFile(file, version, written_by, modules, tied, checksums, metadata, program, fused)
-
-
-def _parse_module(entry: dict[str, Any]) -> ModuleEntry:
-    rows, columns = entry["shape"]
-    if not all(isinstance(size, int) and 0 <= size < 1 << 40 for size in (rows, columns)):
-        raise ValueError(f"shape is {entry['shape']!r}")
-    if entry["kind"] not in BY_NAME:
-        raise ValueError(f"kind is {entry['kind']!r}")
-    dtype = getattr(torch, str(entry["dtype"]), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype is {entry['dtype']!r}")
-    scheme = Scheme.from_dict(entry["scheme"])
-    transforms = tuple(entry.get("input_transforms", ()))
-    known = ("x_premul", "k_perm") if entry["kind"] == "QLinear" else ()
-    if not set(transforms) <= set(known):
-        raise ValueError(f"input_transforms is {entry['input_transforms']!r}")
-    epilogue = entry.get("epilogue", "none")
-    if epilogue not in (EPILOGUES if has_epilogue(BY_NAME[entry["kind"]]) else ("none",)):
-        raise ValueError(f"epilogue is {epilogue!r}")
-    return ModuleEntry(entry["kind"], scheme, (rows, columns), dtype, transforms, epilogue)

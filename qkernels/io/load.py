@@ -23,9 +23,9 @@ from qkernels.io.file import (
 from qkernels.io.save import full_name, own_tensors, uncompiled, why_not_storable
 from qkernels.nn import QLinear, QModule
 from qkernels.nn.carry import has_hooks, why_not_replaceable
-from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.fused import FusedActivation, epilogue_of
 from qkernels.nn.kinds import BY_NAME, QUANTIZED, quantized_from_shell
+from qkernels.nn.parents import settle_parents
 from qkernels.nn.storage import WEIGHT_KEYS
 from qkernels.quantize import replace_everywhere
 
@@ -76,7 +76,7 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     for name, layer in header.fused.items():
         if not isinstance(model.get_submodule(name), FusedActivation):
             apply_fusion(model, name, layer)
-    settle_fast_paths(model)
+    settle_parents(model)
     return model
 
 
@@ -185,16 +185,28 @@ def _new_module(header: ModelFile, name: str, module: nn.Module) -> nn.Module:
                 "it into the float model, which is then quantized as the file says"
             )
         return module
-    return _shell(header, entry, name, module, label)
+    return shell_for(header.path, entry, name, module)
 
 
-def _shell(
-    header: ModelFile, entry: ModuleEntry, name: str, module: nn.Module, label: str
+def shell_for(
+    path: str | os.PathLike[str], entry: ModuleEntry, name: str, module: nn.Module
 ) -> QModule:
+    """The quantized module that a file has in the place of a float one, without values.
+
+    Args:
+        path: the file, for errors.
+        entry: what it says about the module.
+        name: of the module.
+        module: of the float model.
+
+    Raises:
+        ModelFileError: they do not fit.
+    """
+    label = f"{name or 'the model'} ({type(module).__name__})"
     wanted = next(kind for kind, made in QUANTIZED.items() if made is BY_NAME[entry.kind])
     if not isinstance(module, wanted) or type(module).forward is not wanted.forward:
         raise ModelFileError(
-            f"{label} is {entry.kind} in {header.path}, which replaces nn.{wanted.__name__} only; "
+            f"{label} is {entry.kind} in {path}, which replaces nn.{wanted.__name__} only; "
             "load it into the model it was saved from"
         )
     reason = why_not_replaceable(module)
@@ -205,7 +217,7 @@ def _shell(
     if reason is None and not name:
         reason = "it is itself the model, which cannot be replaced in place; pass a quantized one"
     if reason is not None:
-        raise ModelFileError(f"{header.path} does not fit the model at {label}: {reason}")
+        raise ModelFileError(f"{path} does not fit the model at {label}: {reason}")
     new = quantized_from_shell(module, entry.scheme)
     new.dtype = entry.dtype
     for buffer, like in new.optional_targets().items():

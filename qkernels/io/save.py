@@ -67,13 +67,9 @@ def save_model(
     used_storages: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QModule):
-            kind = type(module).__name__
-            transforms = module.input_transforms if isinstance(module, QLinear) else ()
-            modules[name] = ModuleEntry(
-                kind, module.scheme, module.shape, module.dtype, transforms, module.epilogue
-            )
+            modules[name] = entry_of(module)
         elif isinstance(module, FusedActivation):
-            fused[name] = _fused_layer(name, module, layer_names)
+            fused[name] = fused_layer("save_model", name, module, layer_names)
         for key, shared_as, tensor in _named_tensors(name, module):
             if shared_as in first_name:
                 tied[key] = first_name[shared_as]
@@ -100,10 +96,33 @@ def save_model(
     write_tensors("save_model", path, tensors, {METADATA_KEY: header.to_json()})
 
 
-def _fused_layer(name: str, fused: FusedActivation, layer_names: Mapping[int, str]) -> str:
+def entry_of(module: QModule) -> ModuleEntry:
+    """What a file says about a quantized module."""
+    return ModuleEntry(
+        kind=type(module).__name__,
+        scheme=module.scheme,
+        shape=module.shape,
+        dtype=module.dtype,
+        input_transforms=module.input_transforms if isinstance(module, QLinear) else (),
+        epilogue=module.epilogue,
+    )
+
+
+def fused_layer(op: str, name: str, fused: FusedActivation, layer_names: Mapping[int, str]) -> str:
+    """Name of the layer that computes a fused activation.
+
+    Args:
+        op: the function that was called, for errors.
+        name: of the activation.
+        fused: stands in its place.
+        layer_names: names of the model's quantized layers by id.
+
+    Raises:
+        ValueError: that layer is not in the model any more.
+    """
     if id(fused.layer) not in layer_names or fused.layer.epilogue == "none":
         raise ValueError(
-            f"save_model: the layer that computed the activation {name} is not in the model any "
+            f"{op}: the layer that computed the activation {name} is not in the model any "
             "more; put an activation module in its place"
         )
     return layer_names[id(fused.layer)]

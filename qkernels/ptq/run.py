@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from qkernels.calibration import Calibration, Int8Range
 from qkernels.nn import QModule
-from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.kinds import QUANTIZED, base_of
+from qkernels.nn.parents import settle_parents
 from qkernels.plan import Step
 from qkernels.ptq.blocks import Group, trace
 from qkernels.ptq.checkpoint import Checkpoint, Finished, identity_of
@@ -213,7 +213,7 @@ class _Work:
                 finished = self._solve(unit, stats[number])
                 if store is not None:
                     store.save(number, finished)
-        settle_fast_paths(self._model)
+        settle_parents(self._model)
         return [step for number in numbers for step in self._units[number]]
 
     def _statistics(self, group: Group, replay: Replay) -> dict[int, LayerStatistics]:

@@ -18,7 +18,7 @@ from qkernels.io.file import ModelFileError, checksum, open_tensors, raw_header,
 from qkernels.io.load import some
 from qkernels.io.save import checked_metadata, full_name, own_tensors, plain, uncompiled
 from qkernels.io.save import write_tensors as write
-from qkernels.nn.fastpath import settle_fast_paths
+from qkernels.nn.parents import settle_parents
 from qkernels.plan import check_model
 from qkernels.transfer.adapter import LoRA, adapter_for, adapter_shapes, check_settings
 from qkernels.transfer.lora import (
@@ -155,7 +155,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             tensor.copy_(values[key])
             if fresh and isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(True)
-    settle_fast_paths(bare)
+    settle_parents(bare)
     return model
 
 

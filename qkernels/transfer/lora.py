@@ -9,7 +9,7 @@ from torch import nn
 from qkernels.nn import QLinear, QModule
 from qkernels.nn.carry import hand_over_hooks, why_not_replaceable
 from qkernels.nn.conv import QConvNd
-from qkernels.nn.fastpath import settle_fast_paths
+from qkernels.nn.parents import settle_parents
 from qkernels.plan import check_model, why_parent_needs_float
 from qkernels.transfer.adapter import BASES, LoRA, adapter_for, check_settings
 from qkernels.transfer.parts import choose
@@ -70,7 +70,7 @@ def add_lora_(
     for module in saved:
         setattr(module, SAVED_TOO, True)
     freeze_but_adapters(model)
-    settle_fast_paths(model)
+    settle_parents(model)
     return what_trains(model, f"{type(model).__name__} with LoRA adapters of rank {rank}")
 
 
@@ -94,7 +94,7 @@ def remove_(model: nn.Module) -> None:
     """
     for names, adapter in adapters_for(model, "remove_"):
         unwrap(model, names, adapter)
-    settle_fast_paths(model)
+    settle_parents(model)
 
 
 def adapters(model: nn.Module) -> dict[str, LoRA]:

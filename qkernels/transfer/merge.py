@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.nn import QLinear, QModule
-from qkernels.nn.fastpath import settle_fast_paths
+from qkernels.nn.parents import settle_parents
 from qkernels.nn.storage import quantize_weight
 from qkernels.summary import table_text
 from qkernels.transfer.adapter import LoRA, as_matrix, base_matrix
@@ -128,7 +128,7 @@ def merge_(model: nn.Module) -> Merged:
     for names, adapter in found:
         rows.append(_merge(names[0], adapter))
         unwrap(model, names, adapter)
-    settle_fast_paths(model)
+    settle_parents(model)
     return Merged(f"{type(model).__name__}: {len(rows)} adapters merged", tuple(rows))
 
 

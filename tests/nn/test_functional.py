@@ -177,3 +177,27 @@ def test_static_activation_scale():
     # The row that holds the largest value has the same scale either way.
     row = int(x.abs().amax(1).argmax())
     assert math.isclose(static[row].norm(), dynamic[row].norm(), rel_tol=1e-5)
+
+
+FORWARD_MODE = "has no forward-mode derivative"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("scheme", [qk.W8A8(), qk.W4A16(group_size=16)])
+def test_forward_mode_is_refused_rather_than_zero(scheme, frozen):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU())
+    convolution = torch.nn.Sequential(torch.nn.Conv1d(16, 16, 3))
+    for module, x in ((model, torch.randn(2, 32)), (convolution, torch.randn(2, 16, 8))):
+        qk.quantize_(module, scheme)
+        if frozen:
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+        with pytest.raises(RuntimeError, match=FORWARD_MODE):
+            torch.func.jvp(module, (x,), (x,))
+        assert module(x).isfinite().all()  # and nothing is left of it
+    for fake in (
+        lambda x: functional.fake_quantize(x, "int8"),
+        lambda x: functional.fake_quantize_with(x, torch.tensor(0.1), None, "int8", None),
+    ):
+        with pytest.raises(RuntimeError, match=FORWARD_MODE):
+            torch.func.jvp(fake, (torch.randn(4),), (torch.ones(4),))

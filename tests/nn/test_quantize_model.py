@@ -487,3 +487,24 @@ def test_inside_inference_mode(model):
     model.encoder[0].linear1.bias.requires_grad_()
     model(TOKENS).sum().backward()
     assert model.encoder[0].linear1.bias.grad is not None
+
+
+@pytest.mark.parametrize(
+    "scheme, meant",
+    [
+        (qk.W4A16, "like qk.W4A16()"),
+        ("w4a8", "like qk.W4A8()"),
+        ({"*": "nf4"}, "like qk.NF4()"),
+        (None, "like qk.W8A8()"),
+    ],
+)
+def test_a_scheme_that_is_none_is_answered_with_what_was_meant(scheme, meant):
+    with pytest.raises(TypeError) as caught:
+        qk.quantize_(nn.Sequential(nn.Linear(8, 8)), scheme)
+    assert meant in str(caught.value)
+
+
+def test_python_can_name_what_is_spelled_alike():
+    with pytest.raises(AttributeError) as caught:
+        qk.W8A9  # noqa: B018
+    assert (caught.value.name, caught.value.obj) == ("W8A9", qk)
