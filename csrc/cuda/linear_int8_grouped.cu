@@ -107,11 +107,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
 
   const Outputs<4> outputs =
       load_outputs<4>(a, place.features * T::kFeatures + exchanged_feature<T>());
-  exchange<T>(sums, [&](int at, const uint32_t (&four)[4]) {
+  const auto load = [&](int at) { return load_token(a, min(token + at, a.rows - 1), false); };
+  exchange<T>(sums, load, [&](int at, const TokenCodes& codes, const uint32_t (&four)[4]) {
     if (token + at >= a.rows) return;
     const float floats[4] = {bit_cast<float>(four[0]), bit_cast<float>(four[1]),
                              bit_cast<float>(four[2]), bit_cast<float>(four[3])};
-    finish<4>(a, token + at, outputs, floats);
+    finish<4>(a, token + at, codes, outputs, floats);
   });
 }
 
