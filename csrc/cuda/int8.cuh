@@ -230,8 +230,4 @@ QK_DEVICE uint32_t encode_low_byte(const Encoder& e, float x) {
   return bit_cast<uint32_t>(quotient + 0x1.8p23f) + e.zero;
 }
 
-QK_DEVICE uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410);
-}
-
 }  // namespace qkernels::cuda

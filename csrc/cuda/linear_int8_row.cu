@@ -1,15 +1,9 @@
 // linear with int8 activations and one group for each row of the weight, for more than a few
 // tokens, and int_mm: sums stay exact integers to the end.
-#include "cuda/int8_gemm.cuh"
 #include "cuda/linear_int8.cuh"
 
 namespace qkernels::cuda {
 namespace {
-
-// 64 x 64 a warp: each operand that comes from shared memory meets as many of the other as
-// registers allow.
-using Large = Tile<128, 128, 64, 64, 4, 2>;
-using Small = Tile<64, 64, 32, 32, 5, 2>;
 
 // Exact sums may be cut over several blocks: blockIdx.y takes `stages` of them and writes to
 // partial[blockIdx.y][rows][n rounded up to 4].
@@ -80,8 +74,8 @@ void launch_as(const LinearArgs& a, const Int8Plan& plan, int32_t* partial, Stre
 
 template <Format kFormat>
 void launch_format(const LinearArgs& a, const Int8Plan& plan, int32_t* partial, Stream stream) {
-  plan.kind == Int8Plan::large ? launch_as<Large, kFormat>(a, plan, partial, stream)
-                               : launch_as<Small, kFormat>(a, plan, partial, stream);
+  plan.kind == Int8Plan::large ? launch_as<RowTiles::Large, kFormat>(a, plan, partial, stream)
+                               : launch_as<RowTiles::Small, kFormat>(a, plan, partial, stream);
 }
 
 }  // namespace
