@@ -56,8 +56,8 @@ struct ImageStages {
     for (int i = 0; i < kCopies; ++i) {
       // Where nothing is copied, `from` is not read.
       const bool there = piece.offset >= 0 && (taps[i] >> piece.tap & 1) != 0;
-      cp_async<kPiece>(stage_memory + to + i * kStep * kStageK,
-                       corners[i] + piece.offset, there ? kPiece : 0);
+      cp_async<kPiece>(stage_memory + to + i * kStep * kStageK, corners[i] + piece.offset,
+                       there ? kPiece : 0);
     }
     load(stage + 1);
   }
@@ -97,9 +97,9 @@ struct ResultTables {
     for (int i = threadIdx.x; i < T::kTokens; i += T::kThreads) {
       const int64_t n = divide(min(pixel + i, a.batch * a.pixels() - 1), a.pixels());
       const ImageCodes& codes = a.codes[n];
-      store_shared_128(pixels + i,
-                       make_uint4(bit_cast<uint32_t>(codes.scale), static_cast<uint32_t>(codes.zero),
-                                  static_cast<uint32_t>(n), 0));
+      store_shared_128(
+          pixels + i, make_uint4(bit_cast<uint32_t>(codes.scale), static_cast<uint32_t>(codes.zero),
+                                 static_cast<uint32_t>(n), 0));
     }
   }
 
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     return ahead;
   };
   const auto store = [&](int token, const ConvOutputs& outputs, const Ahead& ahead,
-                         const uint32_t(&four)[4]) {
+                         const uint32_t (&four)[4]) {
     if (pixel + token >= pixels) return;
     finish_conv(a, results, outputs, ahead.scale, ahead.zero, ahead.at, ahead.residual, four);
   };
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     const ConvOutputs outputs = known.outputs(at, a.group_outputs() - feature - at);
     exchange<T>(
         exact, [&](int token) { return load(token, at, outputs.count); },
-        [&](int token, const Ahead& ahead, const uint32_t(&four)[4]) {
+        [&](int token, const Ahead& ahead, const uint32_t (&four)[4]) {
           store(token, outputs, ahead, four);
         });
     return;

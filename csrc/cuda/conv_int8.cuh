@@ -194,7 +194,8 @@ QK_DEVICE void store_conv(const ConvArgs& a, const ConvResults& r, int64_t at, i
     if (codes) {
       static_cast<uint32_t*>(a.y)[at / 4] = low_bytes(words[0], words[1], words[2], words[3]);
     } else if (floats) {
-      store_128(static_cast<uint32_t*>(a.y) + at, make_uint4(words[0], words[1], words[2], words[3]));
+      store_128(static_cast<uint32_t*>(a.y) + at,
+                make_uint4(words[0], words[1], words[2], words[3]));
     } else {
       store_64(static_cast<uint16_t*>(a.y) + at,
                make_uint2(words[0] | words[1] << 16, words[2] | words[3] << 16));

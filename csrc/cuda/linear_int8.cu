@@ -12,8 +12,9 @@ constexpr int64_t kMostSkinny = 32;
 
 template <class Tiles>
 bool takes_large(const LinearArgs& a) {
-  return a.rows > Tiles::Small::kTokens && product_cycles<typename Tiles::Large>(a.n, a.rows, 1) <=
-                                               product_cycles<typename Tiles::Small>(a.n, a.rows, 1);
+  return a.rows > Tiles::Small::kTokens &&
+         product_cycles<typename Tiles::Large>(a.n, a.rows, 1) <=
+             product_cycles<typename Tiles::Small>(a.n, a.rows, 1);
 }
 
 Int8Plan plan_of(const LinearArgs& a) {
