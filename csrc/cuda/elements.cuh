@@ -88,38 +88,77 @@ QK_DEVICE void store_eight(void* data, int64_t at, const float (&y)[kEight]) {
   }
 }
 
-// encode() of core/codec.h. Its 15 comparisons for nf4 would take longer than memory does; the
-// guess and what it is good for are those of csrc/cpu/codes.inl. Lanes may ask for different
-// middles at once, since the table is in global memory and on one or two lines of the L1 cache.
+// encode() of core/codec.h. Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low
+// bits: a conversion would take as long as four additions. The 15 comparisons for nf4 would take
+// longer than memory does; the guess, 0 to 14, and what it is good for are those of
+// csrc/cpu/codes.inl. Lanes may ask for different middles at once, since the table is in global
+// memory and on one or two lines of the L1 cache.
 template <Format kFormat>
 QK_DEVICE int encode_element(float x, const Affine& affine, bool symmetric) {
+  constexpr float kRound = 0x1.8p23f;
+  constexpr int kRoundBits = 0x4b400000;
+  const float quotient = x * affine.inverse;
+  const bool number = quotient == quotient;
   if constexpr (kFormat != Format::nf4) {
-    return encode(x, kFormat, affine, symmetric);
+    const int zero = affine.zero_point;
+    const float low = static_cast<float>(code_min(kFormat, symmetric) - zero);
+    const float high = static_cast<float>(code_max(kFormat, symmetric) - zero);
+    const float value = std::fmin(std::fmax(quotient, low), high);
+    return number ? bit_cast<int>(value + kRound) + (zero - kRoundBits) : zero;
   } else {
     static constexpr Nf4Table middles = kNf4Middles;
-    const float quotient = x * affine.inverse;
-    if (quotient != quotient) return 7;
-    const float value = quotient < -1.0f ? -1.0f : quotient > 1.0f ? 1.0f : quotient;
+    const float value = std::fmin(std::fmax(quotient, -1.0f), 1.0f);
     const float slope = std::fma(value * value, -4.347f, 11.318f);
-    const int guess = round_clamp(std::fma(value, slope, 6.772f), 0, 14);
-    return guess + (value > middles.at[guess]);
+    const int guess = bit_cast<int>(std::fma(value, slope, 6.772f) + kRound) - kRoundBits;
+    return number ? guess + (value > middles.at[guess]) : 7;
   }
 }
 
-// Codes as they lie in storage.
+// The lowest bytes of four words.
+QK_DEVICE uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410);
+}
+
+// Eight codes as they lie in storage. Those of 4 bits are 0 to 15.
+template <int kBits>
+QK_DEVICE void pack_eight(uint32_t (&words)[kBits / 4], const int* codes) {
+#pragma unroll
+  for (int w = 0; w < kBits / 4; ++w) {
+    constexpr int kEach = 32 / kBits;
+    const int* const c = codes + w * kEach;
+    if constexpr (kBits == 8) {
+      words[w] = low_bytes(static_cast<uint32_t>(c[0]), static_cast<uint32_t>(c[1]),
+                           static_cast<uint32_t>(c[2]), static_cast<uint32_t>(c[3]));
+    } else if constexpr (kBits == 16) {
+      words[w] = prmt(static_cast<uint32_t>(c[0]), static_cast<uint32_t>(c[1]), 0x5410);
+    } else {
+      words[w] = 0;
+#pragma unroll
+      for (int i = kEach - 1; i >= 0; --i) words[w] = words[w] * 16 + static_cast<uint32_t>(c[i]);
+    }
+  }
+}
+
+// Codes as they lie in storage: one, the two of a byte, or eights.
 template <Format kFormat, int kUnit>
 QK_DEVICE void store_codes(uint8_t* to, const int (&codes)[kUnit]) {
   constexpr int kBits = info(kFormat).bits;
-  if constexpr (kUnit == kEight) {
-    uint32_t words[kBits / 4] = {};
+  if constexpr (kUnit % kEight == 0) {
+    constexpr int kWords = kUnit * kBits / 32, kOfEight = kBits / 4;
+    uint32_t words[kWords];
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) {
-      const uint32_t code = static_cast<uint32_t>(codes[i]) & ((1u << kBits) - 1);
-      words[i * kBits / 32] |= code << i * kBits % 32;
+    for (int i = 0; i < kUnit / kEight; ++i) {
+      uint32_t eight[kOfEight];
+      pack_eight<kBits>(eight, codes + i * kEight);
+#pragma unroll
+      for (int j = 0; j < kOfEight; ++j) words[i * kOfEight + j] = eight[j];
     }
-    if constexpr (kBits == 16) {
-      store_128(to, make_uint4(words[0], words[1], words[2], words[3]));
-    } else if constexpr (kBits == 8) {
+    if constexpr (kWords % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        store_128(to + i * 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
+      }
+    } else if constexpr (kWords == 2) {
       store_64(to, make_uint2(words[0], words[1]));
     } else {
       *reinterpret_cast<uint32_t*>(to) = words[0];

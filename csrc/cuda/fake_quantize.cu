@@ -24,12 +24,18 @@ struct FakeJob {
     return choose_affine(range, kFormat, args.symmetric, args.scale_type);
   }
 
-  QK_DEVICE void put(int64_t row, int64_t begin, const float (&x)[kEight],
+  template <int kCount>
+  QK_DEVICE void put(int64_t row, int64_t begin, const float (&x)[kCount],
                      const Affine& affine) const {
-    float y[kEight];
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) y[i] = fake_element<kFormat>(x[i], affine, args.symmetric);
-    store_eight<kType>(args.y, row * args.cols + begin, y);
+    for (int eight = 0; eight < kCount; eight += kEight) {
+      float y[kEight];
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) {
+        y[i] = fake_element<kFormat>(x[eight + i], affine, args.symmetric);
+      }
+      store_eight<kType>(args.y, row * args.cols + begin + eight, y);
+    }
   }
 };
 

@@ -4,7 +4,8 @@
 //   static constexpr DType kType;  of x
 //   args  with x, cols, groups, group_size and symmetric
 //   Affine settle(const Range&, int64_t row, int64_t group, bool writes)
-//   void put(int64_t row, int64_t begin, const float (&x)[kEight], const Affine&)
+//   void put(int64_t row, int64_t begin, const float (&x)[kCount], const Affine&), for a kCount of
+//     8 and 16
 //
 // Groups that are ragged or too long for registers take two passes, of which the second finds most
 // of x in the L2 cache: `choose_scales`, and then the kernel for scales that are given.
@@ -24,9 +25,10 @@ QK_DEVICE void join(Range* range, const Range& other, bool symmetric) {
 }
 
 // A symmetric scale needs the magnitude alone.
-QK_DEVICE void extend(Range* range, const float (&x)[kEight], bool symmetric) {
+template <int kCount>
+QK_DEVICE void extend(Range* range, const float (&x)[kCount], bool symmetric) {
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (symmetric) {
       range->magnitude = max(range->magnitude, bit_cast<uint32_t>(x[i]) & 0x7fffffff);
     } else {
@@ -70,8 +72,10 @@ QK_DEVICE Group group_at(const Args& a, int64_t index) {
 inline constexpr int kShortThreads = 256;
 inline constexpr int64_t kShortGroup = kWarp * kEight;
 
-// 2^log_width threads, up to a warp, take a group, and each of them eight elements.
-template <class Job>
+// 2^log_width threads, up to a warp, take a group, and each of them kCount elements: 16 where rows
+// and groups consist of sixteens, because what a thread does once for its group is as much work as
+// encoding eight.
+template <class Job, int kCount>
 __global__ void __launch_bounds__(kShortThreads)
     short_groups_kernel(const Job job, int64_t total, int log_width) {
   const auto& a = job.args;
@@ -80,16 +84,39 @@ __global__ void __launch_bounds__(kShortThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (kShortThreads >> log_width);
   const int64_t index = first + (thread >> log_width);
   const Group group = group_at(a, min(index, total - 1));
-  const int64_t at = group.begin + part * kEight;
+  const int64_t at = group.begin + part * kCount;
   const bool mine = index < total && at < group.end;
-  float x[kEight] = {};
-  if (mine) load_eight<Job::kType>(x, a.x, group.row * a.cols + at);
+  Eight<Job::kType> held[kCount / kEight];
+  float x[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount / kEight; ++i) {
+    if (mine) {
+      held[i].load(a.x, group.row * a.cols + at + i * kEight);
+    } else {
+      held[i].clear();
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount / kEight; ++i) {
+    float eight[kEight];
+    held[i].widen(eight);
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) x[i * kEight + j] = eight[j];
+  }
   Range range;
   extend(&range, x, a.symmetric);
   range = reduce(range, width, a.symmetric);
   if (!mine) return;
   const Affine affine = job.settle(range, group.row, group.number, part == 0);
   job.put(group.row, at, x, affine);
+}
+
+template <class Job, int kCount>
+void launch_short_groups(const Job& job, int64_t total, Stream stream) {
+  int log_width = 0;
+  while (int64_t{kCount} << log_width < job.args.group_size) ++log_width;
+  const dim3 grid(blocks_for(total, kShortThreads >> log_width));
+  launch(short_groups_kernel<Job, kCount>, grid, kShortThreads, 0, stream, job, total, log_width);
 }
 
 // ---- Long groups --------------------------------------------------------------------------------
@@ -168,14 +195,13 @@ void launch_groups(const Job& job, int64_t rows, Stream stream) {
   const auto& a = job.args;
   const int64_t total = rows * a.groups;
   if (total == 0) return;
-  const int64_t eights = a.group_size / kEight;
   if (a.group_size <= kShortGroup) {
-    int log_width = 0;
-    while (1 << log_width < eights) ++log_width;
-    const dim3 grid(blocks_for(total, kShortThreads >> log_width));
-    launch(short_groups_kernel<Job>, grid, kShortThreads, 0, stream, job, total, log_width);
+    const bool sixteens = a.group_size % 16 == 0 && a.cols % 16 == 0;
+    if (sixteens) return launch_short_groups<Job, 16>(job, total, stream);
+    launch_short_groups<Job, kEight>(job, total, stream);
   } else {
-    const unsigned warps = blocks_for(eights, held_eights(Job::kType) * kWarp);
+    const unsigned warps =
+        blocks_for(a.group_size, int64_t{held_eights(Job::kType)} * kEight * kWarp);
     launch(long_groups_kernel<Job>, dim3(static_cast<unsigned>(total)), warps * kWarp,
            warps * static_cast<int64_t>(sizeof(Range)), stream, job);
   }

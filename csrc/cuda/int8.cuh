@@ -80,6 +80,7 @@ QK_DEVICE Outputs<kCount> load_outputs(const LinearArgs& a, int64_t feature) {
   return o;
 }
 
+// The scale of a group of a weight.
 QK_DEVICE float scale_at(const LinearArgs& a, int64_t feature, int64_t group) {
   const uint8_t* row = a.packed + feature / kLanes * a.shape.bytes;
   return load_float(row + a.shape.scales, a.layout.scale, group * kLanes + feature % kLanes);
@@ -128,40 +129,105 @@ QK_DEVICE void store_outputs(const LinearArgs& a, int64_t token, const Outputs<k
   }
 }
 
+// Of a token: what its results need.
+struct TokenCodes {
+  float scale, zero;
+  int32_t sum;  // of the codes; for weights with one group a row and zero points
+};
+
+QK_DEVICE TokenCodes load_token(const LinearArgs& a, int64_t token, bool sums) {
+  if (a.y_type == DType::i32) return {};
+  return {a.row_scale[token], a.row_zero[token], sums ? a.group_sums[token] : 0};
+}
+
+// The usual epilogues are looked at once for all values, so that their instructions mix.
+template <int kCount>
+QK_DEVICE void apply_epilogue(float (&y)[kCount], Epilogue epilogue) {
+  if (epilogue == Epilogue::none) return;
+  if (epilogue == Epilogue::relu) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] < 0.0f ? 0.0f : y[i];
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) y[i] = qkernels::apply_epilogue(y[i], epilogue);
+}
+
 // From the sums over all groups, times the weight's scales, to y.
 template <int kCount>
-QK_DEVICE void finish(const LinearArgs& a, int64_t token, const Outputs<kCount>& o,
-                      const float (&sums)[kCount]) {
-  const float scale = a.row_scale[token];
-  const float zero = a.row_zero[token];
-  uint32_t values[kCount];
+QK_DEVICE void finish(const LinearArgs& a, int64_t token, const TokenCodes& codes,
+                      const Outputs<kCount>& o, const float (&sums)[kCount]) {
+  const bool zeros = a.activation == Activation::int8_asymmetric;
+  float y[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    float sum = sums[i];
-    if (a.activation == Activation::int8_asymmetric) sum = std::fma(-zero, o.weight_sum[i], sum);
-    const float y = std::fma(scale, sum, o.bias[i]);
-    values[i] = bit_cast<uint32_t>(apply_epilogue(y, a.epilogue));
+    const float sum = zeros ? std::fma(-codes.zero, o.weight_sum[i], sums[i]) : sums[i];
+    y[i] = std::fma(codes.scale, sum, o.bias[i]);
   }
+  apply_epilogue(y, a.epilogue);
+  uint32_t values[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = bit_cast<uint32_t>(y[i]);
   store_outputs<kCount>(a, token, o, values);
 }
 
-// The same where a row of the weight is one group, from the exact sums as the tensor cores leave
-// them.
+// Outputs of a weight whose rows are one group each.
+template <int kCount>
+struct RowOutputs {
+  Outputs<kCount> all;
+  float scale[kCount];
+  int zero[kCount];  // zero_factor
+};
+
 template <Format kFormat, int kCount>
-QK_DEVICE void finish_exact(const LinearArgs& a, int64_t token, const Outputs<kCount>& o,
-                            const uint32_t (&exact)[kCount]) {
-  if (a.y_type == DType::i32) return store_outputs<kCount>(a, token, o, exact);
-  const int32_t codes = a.layout.symmetric ? 0 : a.group_sums[token];
+QK_DEVICE RowOutputs<kCount> load_row_outputs(const LinearArgs& a, int64_t feature) {
+  RowOutputs<kCount> o{};
+  o.all = load_outputs<kCount>(a, feature);
+  if (a.y_type == DType::i32) return o;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i >= o.all.count) continue;
+    o.scale[i] = scale_at(a, feature + i, 0);
+    if (!a.layout.symmetric) o.zero[i] = zero_factor_at<kFormat>(a, feature + i, 0);
+  }
+  return o;
+}
+
+// From exact sums as the tensor cores leave them to y, where a row of the weight is one group.
+template <Format kFormat, int kCount>
+QK_DEVICE void finish_exact(const LinearArgs& a, int64_t token, const TokenCodes& codes,
+                            const RowOutputs<kCount>& o, const uint32_t (&exact)[kCount]) {
+  if (a.y_type == DType::i32) return store_outputs<kCount>(a, token, o.all, exact);
   float sums[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    sums[i] = 0.0f;
-    if (i >= o.count) continue;
-    int32_t sum = static_cast<int32_t>(exact[i]) >> kSumShift<kFormat>;
-    if (!a.layout.symmetric) sum += zero_factor_at<kFormat>(a, o.feature + i, 0) * codes;
-    sums[i] = std::fma(static_cast<float>(sum), scale_at(a, o.feature + i, 0), 0.0f);
+    const int32_t sum = static_cast<int32_t>(exact[i]) >> kSumShift<kFormat>;
+    sums[i] = std::fma(static_cast<float>(sum + o.zero[i] * codes.sum), o.scale[i], 0.0f);
   }
-  finish<kCount>(a, token, o, sums);
+  finish<kCount>(a, token, codes, o.all, sums);
+}
+
+// ---- Codes --------------------------------------------------------------------------------------
+
+// Quotients between `low` and `high` have codes in range.
+struct Encoder {
+  float inverse, low, high;
+  uint32_t zero;
+};
+
+QK_DEVICE Encoder make_encoder(const Affine& affine, bool symmetric) {
+  const int zero = affine.zero_point;
+  return {affine.inverse, static_cast<float>(code_min(Format::int8, symmetric) - zero),
+          static_cast<float>(code_max(Format::int8, symmetric) - zero),
+          static_cast<uint32_t>(zero)};
+}
+
+// The code in the lowest byte, as encode_integer gives it; that of NaN may be any. Adding
+// 1.5 * 2^23 rounds half to even and leaves the integer in the low bits, which is cheaper than a
+// conversion.
+QK_DEVICE uint32_t encode_low_byte(const Encoder& e, float x) {
+  const float quotient = std::fmin(std::fmax(x * e.inverse, e.low), e.high);
+  return bit_cast<uint32_t>(quotient + 0x1.8p23f) + e.zero;
 }
 
 }  // namespace qkernels::cuda

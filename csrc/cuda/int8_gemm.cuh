@@ -14,6 +14,8 @@
 
 namespace qkernels::cuda {
 
+constexpr int max_of(int a, int b) { return a < b ? b : a; }
+
 template <int kFeatures_, int kTokens_, int kWarpFeatures, int kWarpTokens, int kStages_,
           int kBlocks_>
 struct Tile {
@@ -26,6 +28,12 @@ struct Tile {
   static constexpr int kRows = kWarpFeatures / 16;  // m16 tiles of a warp
   static constexpr int kColumns = kWarpTokens / 8;  // n8 tiles of a warp
   static constexpr int kTokenBytes = kTokens * kStageK;
+  // Of a multiprocessor for a stage, by what limits it: products of 6.4 cycles on a quarter of it,
+  // or int8 operands that warps read from shared memory and copies write to it, 128 bytes a cycle.
+  static constexpr int kProductCycles = kFeatures / 16 * (kTokens / 8) * 2 / 4 * 64 / 10;
+  static constexpr int kSharedCycles =
+      (kWarps * (kWarpFeatures + kWarpTokens) + kFeatures + kTokens) * kStageK / 128;
+  static constexpr int kCycles = max_of(kProductCycles, kSharedCycles);
   // Results leave by shared memory, so many tokens at once.
   static constexpr int kRound = kTokens < 64 ? kTokens : 64;
   static constexpr int kRoundPitch = kFeatures + 4;  // words; see `exchange`
@@ -169,8 +177,8 @@ QK_DEVICE int chunks_of(const BlockShape& s, int64_t group) {
 
 // sums += the product over stages [begin, end). All threads may write to shared memory afterwards.
 template <class T, Format kFormat, class Weights, class Tokens, class After>
-QK_DEVICE void multiply(Sums<T>& sums, const Weights& weights, const Tokens& tokens, int begin,
-                        int end, uint32_t zero, const After& after) {
+QK_DEVICE void multiply(Sums<T>& sums, const Weights& weights, Tokens& tokens, int begin, int end,
+                        uint32_t zero, const After& after) {
   uint8_t* const shared = shared_memory<uint8_t>();
   constexpr int kBytes = kStageBytes<T, kFormat>;
   constexpr int kWeightBytes = kBytes - T::kTokenBytes;
@@ -229,17 +237,32 @@ QK_DEVICE void exchange_words(const Word (&words)[T::kRows][T::kColumns][4], con
   }
 }
 
-// The same, body(token, words) for four consecutive features of a token at a time. A thread always
-// gets those from exchanged_feature() on.
-template <class T, class Word, class Body>
-QK_DEVICE void exchange(const Word (&words)[T::kRows][T::kColumns][4], const Body& body) {
+// The same for four consecutive features of a token at a time: body(token, load(token), words). A
+// thread always gets those from exchanged_feature() on. Tokens are taken kTogether at a time, so
+// that what `load` reads of one does not wait for what is stored of another.
+template <class T, class Word, class Load, class Body>
+QK_DEVICE void exchange(const Word (&words)[T::kRows][T::kColumns][4], const Load& load,
+                        const Body& body) {
+  constexpr int kFours = T::kFeatures / 4, kStep = T::kThreads / kFours, kTogether = 4;
+  static_assert(T::kRound % (kStep * kTogether) == 0);
   exchange_words<T>(words, [&](const uint32_t* shared, int first) {
-    constexpr int kFours = T::kFeatures / 4;
-    const int feature = threadIdx.x % kFours * 4;
-    for (int token = threadIdx.x / kFours; token < T::kRound; token += T::kThreads / kFours) {
-      const uint4 v = load_shared_128(shared + token * T::kRoundPitch + feature);
-      const uint32_t four[4] = {v.x, v.y, v.z, v.w};
-      body(first + token, four);
+    const uint32_t* const from = shared + threadIdx.x % kFours * 4;
+#pragma unroll 1
+    for (int i = 0; i < T::kRound; i += kStep * kTogether) {
+      const int token = i + threadIdx.x / kFours;
+      decltype(load(0)) loaded[kTogether];
+      uint4 v[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) loaded[j] = load(first + token + j * kStep);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        v[j] = load_shared_128(from + (token + j * kStep) * T::kRoundPitch);
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const uint32_t four[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+        body(first + token + j * kStep, loaded[j], four);
+      }
     }
   });
 }
@@ -248,6 +271,15 @@ QK_DEVICE void exchange(const Word (&words)[T::kRows][T::kColumns][4], const Bod
 template <class T>
 QK_DEVICE int exchanged_feature() {
   return threadIdx.x % (T::kFeatures / 4) * 4;
+}
+
+// Cycles per stage until a device has done `times` products with tiles T, each multiprocessor one
+// tile after the other.
+template <class T>
+int64_t product_cycles(int64_t features, int64_t tokens, int64_t times) {
+  const int64_t tiles =
+      int64_t{blocks_for(features, T::kFeatures)} * blocks_for(tokens, T::kTokens) * times;
+  return int64_t{blocks_for(tiles, multiprocessors())} * T::kCycles;
 }
 
 // Tiles of one block after the other: kBand tokens tiles, then the next features, so that blocks

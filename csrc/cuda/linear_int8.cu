@@ -1,8 +1,6 @@
 // linear with int8 activations, and int_mm: workspace, and the choice of a kernel.
 #include "cuda/linear_int8.cuh"
 
-#include "cuda/int8_gemm.cuh"
-
 namespace qkernels::cuda {
 namespace {
 
@@ -12,21 +10,27 @@ constexpr int64_t kSkinny = 16;
 // Of so many, if the tiles would not fill the device either.
 constexpr int64_t kMostSkinny = 32;
 
+template <class Tiles>
+bool takes_large(const LinearArgs& a) {
+  return a.rows > Tiles::Small::kTokens &&
+         product_cycles<typename Tiles::Large>(a.n, a.rows, 1) <=
+             product_cycles<typename Tiles::Small>(a.n, a.rows, 1);
+}
+
 Int8Plan plan_of(const LinearArgs& a) {
   const int64_t device = multiprocessors();
   const int stages = static_cast<int>(panel_pitch(a.shape) / kStageK);
-  const auto tiles = [&](int64_t edge) {
-    return (a.n + edge - 1) / edge * ((a.rows + edge - 1) / edge);
-  };
+  const int64_t tiles = int64_t{blocks_for(a.n, RowTiles::Small::kFeatures)} *
+                        blocks_for(a.rows, RowTiles::Small::kTokens);
   Int8Plan plan{Int8Plan::small, 1, stages};
-  if (a.rows <= kSkinny || (a.rows <= kMostSkinny && tiles(64) < device)) {
+  if (a.rows <= kSkinny || (a.rows <= kMostSkinny && tiles < device)) {
     plan.kind = Int8Plan::skinny;
-  } else if (a.rows > 64 && tiles(128) >= device) {
+  } else if (a.shape.groups == 1 ? takes_large<RowTiles>(a) : takes_large<GroupedTiles>(a)) {
     plan.kind = Int8Plan::large;
   } else if (a.shape.groups == 1) {
     // Two blocks on each multiprocessor, but a part that is worth its start.
     constexpr int64_t kLeast = 8;  // stages
-    const int64_t parts = min(2 * device / tiles(64), stages / kLeast);
+    const int64_t parts = min(2 * device / tiles, stages / kLeast);
     plan.parts = static_cast<int>(max(parts, int64_t{1}));
     plan.stages = (stages + plan.parts - 1) / plan.parts;
     plan.parts = stages == 0 ? 1 : (stages + plan.stages - 1) / plan.stages;

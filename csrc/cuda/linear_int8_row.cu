@@ -1,15 +1,9 @@
 // linear with int8 activations and one group for each row of the weight, for more than a few
 // tokens, and int_mm: sums stay exact integers to the end.
-#include "cuda/int8_gemm.cuh"
 #include "cuda/linear_int8.cuh"
 
 namespace qkernels::cuda {
 namespace {
-
-// 64 x 64 a warp: each operand that comes from shared memory meets as many of the other as
-// registers allow.
-using Large = Tile<128, 128, 64, 64, 4, 2>;
-using Small = Tile<64, 64, 32, 32, 5, 2>;
 
 // Exact sums may be cut over several blocks: blockIdx.y takes `stages` of them and writes to
 // partial[blockIdx.y][rows][n rounded up to 4].
@@ -30,16 +24,20 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   const int64_t feature = place.features * T::kFeatures + exchanged_feature<T>();
   if (partial != nullptr) {
     const int64_t pitch = round_up(a.n, 4);
-    exchange<T>(exact, [&](int at, const uint32_t (&four)[4]) {
+    const auto nothing = [](int) { return 0; };
+    exchange<T>(exact, nothing, [&](int at, int, const uint32_t (&four)[4]) {
       if (token + at >= a.rows || feature >= a.n) return;
       const int64_t line = blockIdx.y * a.rows + token + at;
       store_128(partial + line * pitch + feature, make_uint4(four[0], four[1], four[2], four[3]));
     });
     return;
   }
-  const Outputs<4> outputs = load_outputs<4>(a, feature);
-  exchange<T>(exact, [&](int at, const uint32_t (&four)[4]) {
-    if (token + at < a.rows) finish_exact<kFormat, 4>(a, token + at, outputs, four);
+  const RowOutputs<4> outputs = load_row_outputs<kFormat, 4>(a, feature);
+  const auto load = [&](int at) {
+    return load_token(a, min(token + at, a.rows - 1), !a.layout.symmetric);
+  };
+  exchange<T>(exact, load, [&](int at, const TokenCodes& codes, const uint32_t (&four)[4]) {
+    if (token + at < a.rows) finish_exact<kFormat, 4>(a, token + at, codes, outputs, four);
   });
 }
 
@@ -58,7 +56,8 @@ __global__ void __launch_bounds__(kSumThreads)
     const uint4 v = load_128(partial + (part * a.rows + token) * pitch + feature);
     sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
   }
-  finish_exact<kFormat, 4>(a, token, load_outputs<4>(a, feature), sums);
+  finish_exact<kFormat, 4>(a, token, load_token(a, token, !a.layout.symmetric),
+                           load_row_outputs<kFormat, 4>(a, feature), sums);
 }
 
 template <class T, Format kFormat>
@@ -75,8 +74,8 @@ void launch_as(const LinearArgs& a, const Int8Plan& plan, int32_t* partial, Stre
 
 template <Format kFormat>
 void launch_format(const LinearArgs& a, const Int8Plan& plan, int32_t* partial, Stream stream) {
-  plan.kind == Int8Plan::large ? launch_as<Large, kFormat>(a, plan, partial, stream)
-                               : launch_as<Small, kFormat>(a, plan, partial, stream);
+  plan.kind == Int8Plan::large ? launch_as<RowTiles::Large, kFormat>(a, plan, partial, stream)
+                               : launch_as<RowTiles::Small, kFormat>(a, plan, partial, stream);
 }
 
 }  // namespace

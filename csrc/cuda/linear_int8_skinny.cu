@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
     if (a.y_type == DType::i32) {
       store_outputs<1>(a, token, outputs, {exact[o]});
     } else {
-      finish<1>(a, token, outputs, {sums[o]});
+      finish<1>(a, token, load_token(a, token, false), outputs, {sums[o]});
     }
   }
 }

@@ -77,32 +77,6 @@ QK_DEVICE Affine row_affine(const LinearArgs& a, const Range& range) {
 
 // ---- Codes --------------------------------------------------------------------------------------
 
-// Quotients between `low` and `high` have codes in range.
-struct Encoder {
-  float inverse, low, high;
-  uint32_t zero;
-};
-
-QK_DEVICE Encoder make_encoder(const Affine& affine, bool symmetric) {
-  const int zero = affine.zero_point;
-  return {affine.inverse, static_cast<float>(code_min(Format::int8, symmetric) - zero),
-          static_cast<float>(code_max(Format::int8, symmetric) - zero),
-          static_cast<uint32_t>(zero)};
-}
-
-// The code in the lowest byte. Adding 1.5 * 2^23 rounds half to even and leaves the integer in the
-// low bits, which is cheaper than a conversion. The codes of a row with NaN do not matter.
-QK_DEVICE uint32_t encode_low_byte(const Encoder& e, float x) {
-  float quotient = x * e.inverse;
-  quotient = quotient < e.low ? e.low : quotient;
-  quotient = quotient > e.high ? e.high : quotient;
-  return bit_cast<uint32_t>(quotient + 0x1.8p23f) + e.zero;
-}
-
-QK_DEVICE uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410);
-}
-
 // Eight codes in the order in which the weight's fragments take k: as they are for int8, and as
 // `weight_fragment` takes nibbles out of a word for 4 bits.
 QK_DEVICE uint2 k_order(uint32_t low, uint32_t high, bool nibbles) {

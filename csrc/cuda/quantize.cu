@@ -26,11 +26,12 @@ struct QuantizeJob {
     return affine;
   }
 
-  QK_DEVICE void put(int64_t row, int64_t begin, const float (&x)[kEight],
+  template <int kCount>
+  QK_DEVICE void put(int64_t row, int64_t begin, const float (&x)[kCount],
                      const Affine& affine) const {
-    int codes[kEight];
+    int codes[kCount];
 #pragma unroll
-    for (int i = 0; i < kEight; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       codes[i] = encode_element<kFormat>(x[i], affine, args.symmetric);
     }
     uint8_t* out = static_cast<uint8_t*>(args.data) + row * args.row_bytes;

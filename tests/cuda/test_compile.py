@@ -38,6 +38,11 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     r"\brow_kernel<": (r"IMMA\.16832\.S8\.S8", r"LDGSTS\S*\.128\S*", r"LDS\.128"),
     r"\bgrouped_kernel<": (r"IMMA\.16832\.S8\.S8", r"LDGSTS\S*\.128\S*", r"LDS\.128"),
     r"\bskinny_kernel<": (r"IMMA\.16832\.S8\.S8", r"LDGSTS\S*\.128\S*", r"LDS\.128"),
+    # Two eights of bfloat16 to 4 bits: a vector of codes.
+    r"\bshort_groups_kernel<.*QuantizeJob<\(qkernels::Format\)[12], \(qkernels::DType\)1>, 16>": (
+        r"LDG\.E\.128\S*",
+        r"STG\.E\.64",
+    ),
     r"\bconv_kernel<": (r"IMMA\.16832\.S8\.S8", r"LDGSTS\S*", r"LDS\.128"),
     r"\bdequantize_kernel<\(qkernels::Format\)1, \(qkernels::DType\)1, true>": (
         r"LDG\.E\S*",
@@ -54,7 +59,7 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     # The same with scales that are chosen: groups of up to 256, and longer ones.
     r"\bshort_groups_kernel<.*QuantizeJob<\(qkernels::Format\)0, \(qkernels::DType\)1>": (
         r"LDG\.E\.128\S*",
-        r"STG\.E\.64",
+        r"STG\.E\.(64|128)",
     ),
     r"\blong_groups_kernel<.*QuantizeJob<\(qkernels::Format\)0, \(qkernels::DType\)1>": (
         r"LDG\.E\.128\S*",

@@ -27,6 +27,15 @@ GEOMETRIES = {
     "a volume": Geometry((3, 4, 5), (2, 2, 3), (1, 2, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1), 2, 4, 5),
     "transposed": Geometry((4, 5), (3, 3), (2, 2), (1, 1), (1, 0), (1, 1), 2, 5, 6, 2, True),
 }
+# Channels that are whole pieces: codes of channels last are read where they are.
+IN_PLACE = {
+    "large tiles": Geometry((7, 9), (3, 3), (2, 1), (1, 1), (1, 1), (1, 1), 1, 16, 72),
+    "narrow tiles": Geometry((7, 9), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 1, 16, 40),
+    "groups": Geometry((5, 6), (3, 2), (1, 2), (2, 0), (1, 1), (2, 1), 2, 16, 6),
+    "cut off": Geometry((8, 9), (2, 3), (1, 1), (-1, 1), (1, -2), (1, 1), 1, 32, 8),
+    "more taps than bits": Geometry((7, 8), (6, 6), (1, 1), (2, 2), (2, 3), (1, 1), 1, 16, 8),
+    "depthwise": Geometry((8, 7), (3, 3), (2, 1), (1, 1), (1, 1), (1, 2), 16, 1, 1),
+}
 
 
 @pytest.fixture(params=[1, 64])
@@ -83,6 +92,25 @@ def test_codes_in_and_out(ops: Any, name: str) -> None:
         conv(ops, w, x, **given, **coded, y_scale=0.5, y_zero=-3, epilogue=6)
         conv(ops, w, x, torch.float16, **given, residual=floats(shape, torch.bfloat16), epilogue=2)
         conv(ops, w, x, x_scale=0.02, activation=SYMMETRIC, y_scale=0.4)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_codes_in_place(ops: Any, name: str) -> None:
+    g = IN_PLACE[name]
+    w = conv_weight(g, KIND)
+    codes = rng("codes", name).integers(-128, 128, (g.batch, g.channels, *g.size), np.int8)
+    x = torch.from_numpy(codes).contiguous(memory_format=torch.channels_last)
+    shape = (g.batch, g.outputs, *g.out)
+    given = {"x_scale": 0.02, "activation": SYMMETRIC, "bias": floats((g.outputs,), seed="bias")}
+    conv(ops, w, x, **given)
+    conv(ops, w, x, torch.bfloat16, **given, epilogue=1)
+    for dtype in (torch.float32, torch.float16):
+        conv(ops, w, x, **given, residual=floats(shape, dtype), y_scale=0.5, epilogue=1)
+    residual = torch.from_numpy(rng("residual", name).integers(-128, 128, shape, np.int8))
+    coded = {"residual": residual, "r_scale": 0.1, "r_zero": 4}
+    conv(ops, w, x, **given, **coded, y_scale=0.5, y_zero=-3)
+    conv(ops, w, x, **{**given, "activation": ASYMMETRIC}, x_zero=7, y_scale=0.5)
 
 
 def test_a_bad_image_touches_no_other(ops: Any) -> None:
