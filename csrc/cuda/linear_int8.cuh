@@ -1,16 +1,11 @@
-// The kernels of linear with int8 activations, and how one is chosen. All give the same bits: sums
-// within a group are exact, and groups are added up in one order.
+// The kernels of linear with int8 activations. All give the same bits: sums within a group are
+// exact, and groups are added up in one order.
 #pragma once
 
+#include "cuda/linear_int8.h"
 #include "cuda/ptx.cuh"
 
 namespace qkernels::cuda {
-
-struct Int8Plan {
-  enum Kind { skinny, small, large } kind;
-  int parts;   // blocks that share a tile's sums, of rows that are one group
-  int stages;  // of such a part
-};
 
 void prepare_int8(const LinearArgs& a, Stream stream);
 
