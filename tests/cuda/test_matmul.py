@@ -70,9 +70,7 @@ def rounded(w: Weight, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def check(
-    w: Weight, x: Tensor, y: Tensor, bias: Tensor | None = None, roundings: int = 1
-) -> None:
+def check(w: Weight, x: Tensor, y: Tensor, bias: Tensor | None = None, roundings: int = 1) -> None:
     """Inside of the bound of docs/NUMERICS.md; `roundings` of x or W to 16 bits."""
     assert y.dtype == x.dtype
     a, exact = ref.values(x).astype(np.float64), w.exact()
@@ -200,7 +198,9 @@ def test_the_environment_sets_the_threshold(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_thresholds_are_those_of_the_results() -> None:
     """The number of rows at which our dequantize and torch's matmul together take as long as our
     kernel, on lines through the measured times; the mean of three shapes, in eights."""
-    seconds = {(r["case"], r["name"]): r["seconds"] for r in json.loads(RESULTS.read_text())["rows"]}
+    seconds = {
+        (r["case"], r["name"]): r["seconds"] for r in json.loads(RESULTS.read_text())["rows"]
+    }
     for kind, scheme, codec in (
         (KINDS[0], "W8A16", "int8 8192x8192 group -1"),
         (KINDS[3], "W4A16 g128", "int4 8192x8192 group 128"),
