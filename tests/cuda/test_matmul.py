@@ -1,9 +1,8 @@
-"""linear and its gradient by torch's matmul of the dequantized weight: when, and what comes of it."""
+"""linear and its gradient by torch's matmul of the dequantized weight: when, and what it gives."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,22 +208,24 @@ def test_the_thresholds_are_those_of_the_results() -> None:
         crossings = []
         for k, n in ((8192, 8192), (8192, 28672), (4096, 4096)):
             dequantize = seconds[f"dequantize {codec}, bfloat16", "qkernels"] * k * n / 8192**2
-
-            def gain(rows: int, k: int = k, n: int = n, dequantize: float = dequantize) -> float:
-                case = f"{rows} rows {k}x{n}"
-                return seconds[case, scheme] - seconds[case, "matmul bf16"] - dequantize
-
-            crossings.append(crossing(gain))
+            gains = {
+                rows: seconds[f"{rows} rows {k}x{n}", scheme]
+                - seconds[f"{rows} rows {k}x{n}", "matmul bf16"]
+                - dequantize
+                for rows in (16, 64, 512, 2048)
+            }
+            crossings.append(crossing(gains))
         assert threshold(kind, torch.bfloat16) == threshold(kind, torch.float16)
         mean = sum(crossings) / len(crossings)
         assert abs(threshold(kind, torch.bfloat16) - mean) <= 8, (scheme, crossings)
 
 
-def crossing(gain: Callable[[int], float], rows: tuple[int, ...] = (16, 64, 512, 2048)) -> float:
+def crossing(gains: dict[int, float]) -> float:
     """Where a gain that is known for some numbers of rows goes from below zero to above."""
-    gains = [gain(m) for m in rows]
-    i = next(i for i, g in enumerate(gains) if g > 0)
-    return rows[i - 1] - gains[i - 1] * (rows[i] - rows[i - 1]) / (gains[i] - gains[i - 1])
+    rows = list(gains)
+    i = next(i for i, m in enumerate(rows) if gains[m] > 0)
+    low, high = rows[i - 1], rows[i]
+    return low - gains[low] * (high - low) / (gains[high] - gains[low])
 
 
 # ---- linear_backward_input -----------------------------------------------------------------------
