@@ -286,21 +286,10 @@ class Run:
                 found.bytes = float(_packed_bytes(scheme, k, n, device))
 
     def _crossover(self) -> None:
-        shapes, rows = self.sizes.crossover
-        todo = [
-            (f"{m} rows {k}x{n} {name}{', gradient' if backward else ''}", m, k, n, *what, backward)
-            for backward in (False, True)
-            for k, n in shapes
-            for name, *what in crossover.cases()
-            for m in rows
-            # The kernel of a gradient in float32 has the bits of the CPU, and so stays.
-            if not (backward and what[1] == torch.float32)
-        ]
-        for case, m, k, n, scheme, dtype, backward in todo:
-            call = crossover.calls(m, k, n, scheme, dtype, self.clock.device, backward)
+        for case, operations, call in crossover.calls(*self.sizes.crossover, self.clock.device):
             for way in (crossover.KERNEL, crossover.MATMUL):
                 with crossover.forced(way):
-                    row = Row(crossover.GROUP, case, way, True, 0, 0.0, 2.0 * m * k * n)
+                    row = Row(crossover.GROUP, case, way, True, 0, 0.0, operations)
                     self.time(row, self._rotated(call))
 
     def _rotated(self, call: Call) -> Callable[[], Sequence[Callable[[], object]]]:

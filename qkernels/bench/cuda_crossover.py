@@ -51,19 +51,29 @@ def forced(way: str) -> Iterator[None]:
 
 
 def calls(
-    rows: int, k: int, n: int, scheme: Scheme, dtype: torch.dtype, device: str, backward: bool
-) -> Call:
-    """The op with the weight as its argument.
+    shapes: Sequence[tuple[int, int]], rows: Sequence[int], device: str
+) -> Iterator[tuple[str, float, Call]]:
+    """Every case: its name, the multiplications and additions in it, and the op.
 
     Args:
-        rows: of x.
-        k: in_features.
-        n: out_features.
-        scheme: of the weight.
-        dtype: of x.
+        shapes: (in_features, out_features).
+        rows: numbers of rows of x.
         device: "cuda", or "cpu" in a rehearsal.
-        backward: linear_backward_input instead of linear.
     """
+    for backward in (False, True):
+        for k, n in shapes:
+            for name, scheme, dtype in cases():
+                # The kernel of a gradient in float32 has the bits of the CPU, and so stays.
+                if backward and dtype == torch.float32:
+                    continue
+                for m in rows:
+                    case = f"{m} rows {k}x{n} {name}{', gradient' if backward else ''}"
+                    yield case, 2.0 * m * k * n, _call(m, k, n, scheme, dtype, device, backward)
+
+
+def _call(
+    rows: int, k: int, n: int, scheme: Scheme, dtype: torch.dtype, device: str, backward: bool
+) -> Call:
     layout = scheme.layout_on(device)
     x = torch.randn(rows, n if backward else k, device=device, dtype=dtype)
 

@@ -92,7 +92,7 @@ def check(w: Weight, x: Tensor, y: Tensor, bias: Tensor | None = None, roundings
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_shapes(ops: Any, kind: Kind, dtype: torch.dtype) -> None:
+def test_products(ops: Any, kind: Kind, dtype: torch.dtype) -> None:
     for i, (n, k, group_size) in enumerate(SHAPES):
         w = weight(kind, n, k, group_size)
         x = floats((3 + 7 * i, k), dtype, seed=i)
