@@ -17,6 +17,12 @@ VARIABLES: dict[str, str] = {
         "the instruction set that kernels use: scalar, avx2, avxvnni, avx512 or avx512bf16; one "
         "that the machine lacks is an error. Not set: the best that the CPU can run."
     ),
+    "QKERNELS_MATMUL_ROWS": (
+        "on a GPU, the rows of x from which a linear layer with float activations, and its "
+        "gradient, dequantize the weight and call torch's matmul, whatever the format. A large "
+        "number keeps the kernels, and with them results that do not depend on the other rows. "
+        "Not set: the numbers in csrc/cuda/linear_float.h."
+    ),
     "QKERNELS_CUDA": (
         "read when qkernels is built from source: 0 leaves the CUDA kernels out, 1 builds them and "
         "makes it an error if nvcc is missing. Not set: they are built where nvcc is found and "

@@ -20,8 +20,8 @@ def explain(module: nn.Module, x: Any) -> str:
     """Say what a quantized module, or every quantized module of a model, does with an input.
 
     Nothing is guessed: the kernel's name, the instruction set and the layout of the weight are
-    what the compiled library would use for an input of this shape. On a GPU the kernel has no
-    name. A single layer is not run; a model runs once, to see what reaches its layers.
+    what the compiled library would use for an input of this shape. A single layer is not run; a
+    model runs once, to see what reaches its layers.
 
     Args:
         module: a quantized layer, or a model that contains some.
@@ -80,7 +80,13 @@ def _explain_layer(module: QModule, x: Tensor) -> str:
     kernel, isa = module.kernel_for(rows, x.dtype), _isa(module)
     scheme = module.scheme
     weights = _C.describe_layout(module.layout)["format"]
-    if scheme.activation == "float":
+    if scheme.activation == "float" and kernel.startswith("dequantize"):
+        arithmetic = (
+            f"float arithmetic, not integer. The {weights} weights are turned back to "
+            f"{_dtype(x.dtype)}, and torch multiplies {_count(rows, 'row')} of x by them: {kernel} "
+            f"({isa}), which is faster than a kernel of its own for so many."
+        )
+    elif scheme.activation == "float":
         arithmetic = (
             f"float arithmetic, not integer. x stays float; {kernel} ({isa}) turns the {weights} "
             f"weights back to float while it multiplies {_count(rows, 'row')}."
@@ -104,6 +110,11 @@ def _explain_conv(module: QConvNd, x: Tensor) -> str:
         )
     scheme = module.scheme
     kernel = f"{module.kernel_for(x.dtype)} ({_isa(module)})"
+    if scheme.activation == "float" and kernel.startswith("dequantize"):
+        return (
+            f"float arithmetic, not integer. The {scheme.format} weights are turned back to "
+            f"{_dtype(x.dtype)}, and torch convolves x with them: {kernel}."
+        )
     if scheme.activation == "float":
         return (
             f"float arithmetic, not integer. x stays float; {kernel} turns the {scheme.format} "

@@ -72,6 +72,9 @@ if step build 240 "$python" setup.py build_ext --inplace; then
     step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "${pytest[@]}" tests/cuda -x -k "$few"
   done
+  # Torch's own kernels take part here, so only for what no kernel may do.
+  step memcheck_matmul 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    "${pytest[@]}" tests/cuda/test_matmul.py -x -k "$on_gpu and test_products"
 fi
 
 "$python" - "$out" <<'PYTHON' || failed=1

@@ -165,6 +165,7 @@ inline constexpr int kLanes = 16;
 inline constexpr int64_t kLine = 64;
 inline constexpr int kGroupPad = 8;    // on x86
 inline constexpr int kCudaChunk = 32;  // k
+inline constexpr int kWarp = 32;       // threads
 inline constexpr int kCudaUnit = 512;  // bytes that a warp reads at once
 
 QK_HD inline constexpr int64_t round_up(int64_t value, int64_t multiple) {

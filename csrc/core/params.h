@@ -120,6 +120,29 @@ struct LinearArgs {
   int32_t* group_sums;  // sums of the rows' codes by group, in an order that the ISA chooses
 };
 
+// Columns [k_begin, k_end) of packed matrices [n, k], one behind the other, as floats; CUDA alone.
+struct DequantizePackedArgs {
+  const uint8_t* packed;
+  Layout layout;
+  BlockShape shape;
+  int64_t matrices, n;
+  int64_t k_begin, k_end;
+  void* y;  // [matrices * n, k_end - k_begin]
+  DType y_type;
+};
+
+// y = f(x + bias), element by element; CUDA alone. Element i of x and y is of channel
+// i / inner % channels. x may be y.
+struct FinishArgs {
+  const void* x;
+  void* y;
+  DType type;  // of both
+  int64_t count, channels, inner;
+  const void* bias;  // [channels] or null
+  DType bias_type;
+  Epilogue epilogue;
+};
+
 // dx[rows, k] = dy[rows, n] . W[n, k], dequantized a panel at a time.
 struct BackwardArgs {
   const void* dy;  // [rows, n]

@@ -243,7 +243,7 @@ void conv_tiles(const ConvArgs& a, const ConvTables& tables, int piece, bool bor
   if (piece == 4) return launch_as<Small, 4>(a, tables, borders, stream);
   const auto cycles = [&](auto tile) {
     using T = decltype(tile);
-    return product_cycles<T>(a.group_outputs(), a.batch * a.pixels(), a.groups);
+    return product_cycles<T>(a.group_outputs(), a.batch * a.pixels(), a.groups, multiprocessors());
   };
   const int64_t large = cycles(Large{}), narrow = cycles(Narrow{}), small = cycles(Small{});
   if (large <= min(narrow, small)) return launch_as<Large, 16>(a, tables, borders, stream);

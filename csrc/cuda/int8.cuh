@@ -2,14 +2,10 @@
 // from exact sums to y.
 #pragma once
 
+#include "cuda/linear_int8.h"
 #include "cuda/ptx.cuh"
 
 namespace qkernels::cuda {
-
-// A product advances by so many k at a time, and rows of the panel are padded to it.
-inline constexpr int kStageK = 2 * kCudaChunk;
-
-QK_HD inline int64_t panel_pitch(const BlockShape& s) { return round_up(s.k_padded, kStageK); }
 
 // Sums of 4-bit weights count sixteenths: the tensor cores get 16 * (code - 8).
 template <Format kFormat>

@@ -11,33 +11,9 @@
 #pragma once
 
 #include "cuda/int8.cuh"
+#include "cuda/tile.h"
 
 namespace qkernels::cuda {
-
-constexpr int max_of(int a, int b) { return a < b ? b : a; }
-
-template <int kFeatures_, int kTokens_, int kWarpFeatures, int kWarpTokens, int kStages_,
-          int kBlocks_>
-struct Tile {
-  static constexpr int kFeatures = kFeatures_, kTokens = kTokens_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kBlocks = kBlocks_;  // on a multiprocessor, for the compiler
-  static constexpr int kAcross = kFeatures / kWarpFeatures;  // warps side by side
-  static constexpr int kWarps = kAcross * (kTokens / kWarpTokens);
-  static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kRows = kWarpFeatures / 16;  // m16 tiles of a warp
-  static constexpr int kColumns = kWarpTokens / 8;  // n8 tiles of a warp
-  static constexpr int kTokenBytes = kTokens * kStageK;
-  // Of a multiprocessor for a stage, by what limits it: products of 6.4 cycles on a quarter of it,
-  // or int8 operands that warps read from shared memory and copies write to it, 128 bytes a cycle.
-  static constexpr int kProductCycles = kFeatures / 16 * (kTokens / 8) * 2 / 4 * 64 / 10;
-  static constexpr int kSharedCycles =
-      (kWarps * (kWarpFeatures + kWarpTokens) + kFeatures + kTokens) * kStageK / 128;
-  static constexpr int kCycles = max_of(kProductCycles, kSharedCycles);
-  // Results leave by shared memory, so many tokens at once.
-  static constexpr int kRound = kTokens < 64 ? kTokens : 64;
-  static constexpr int kRoundPitch = kFeatures + 4;  // words; see `exchange`
-};
 
 // Bytes of a stage of 16 outputs.
 template <Format kFormat>
@@ -271,15 +247,6 @@ QK_DEVICE void exchange(const Word (&words)[T::kRows][T::kColumns][4], const Loa
 template <class T>
 QK_DEVICE int exchanged_feature() {
   return threadIdx.x % (T::kFeatures / 4) * 4;
-}
-
-// Cycles per stage until a device has done `times` products with tiles T, each multiprocessor one
-// tile after the other.
-template <class T>
-int64_t product_cycles(int64_t features, int64_t tokens, int64_t times) {
-  const int64_t tiles =
-      int64_t{blocks_for(features, T::kFeatures)} * blocks_for(tokens, T::kTokens) * times;
-  return int64_t{blocks_for(tiles, multiprocessors())} * T::kCycles;
 }
 
 // Tiles of one block after the other: kBand tokens tiles, then the next features, so that blocks

@@ -45,6 +45,9 @@ void add(const AddArgs& args, int64_t count, Stream stream);
 void lookup(const LookupArgs& args, int64_t count, Stream stream);
 void concat(const ConcatArgs& args, Stream stream);
 
+void dequantize_packed(const DequantizePackedArgs& args, Stream stream);
+void finish(const FinishArgs& args, Stream stream);
+
 void pack(const PackArgs& args, Stream stream);
 void unpack(const UnpackArgs& args, Stream stream);
 // An index that is out of range stops the kernel with an assertion, and the process cannot use the

@@ -45,6 +45,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <DType kType>
+__global__ void __launch_bounds__(kThreads) gather_kernel(const LinearArgs a, void* to) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= a.rows * a.shape.k) return;
+  const int64_t row = at / a.shape.k;
+  store_element<kType>(to, at, gathered<kType>(a, row, at - row * a.shape.k));
+}
+
 // y of the sums [levels, cuts, parts, rows, n]: cuts in order, the largest parts last.
 template <DType kType>
 __global__ void __launch_bounds__(kThreads)
@@ -121,6 +129,13 @@ void linear_rows(const LinearArgs& a, float* sums, Stream stream) {
 }
 
 }  // namespace
+
+void gather_rows(const LinearArgs& a, void* to, Stream stream) {
+  for_float(a.x_type, [&](auto type) {
+    launch(gather_kernel<decltype(type)::value>, blocks_for(a.rows * a.shape.k, kThreads), kThreads,
+           0, stream, a, to);
+  });
+}
 
 void linear_float(const LinearArgs& whole, float* sums, Stream stream) {
   const int64_t turn = float_plan(whole).rows;

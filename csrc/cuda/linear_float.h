@@ -1,6 +1,9 @@
 // linear with float activations: what runs for which shape. Plain C++, so that `explain` can ask.
 #pragma once
 
+#include <cstdlib>
+#include <string>
+
 #include "core/params.h"
 #include "cuda/launch.h"
 
@@ -108,6 +111,65 @@ inline FloatPlan float_plan(const LinearArgs& a) {
   p.cuts = p.slices.count;
   return p;
 }
+
+// ---- Many rows ----------------------------------------------------------------------------------
+
+// Rows from which it is faster to dequantize W and to call torch's matmul. 16-bit x: the mean of
+// what follows for three shapes from benchmarks/results/gpu-h100/gpu.json, the time of our
+// dequantize and matmul together against that of our kernel (tests/cuda/test_matmul.py computes
+// it). float32 x: estimated from the same kernels, whose rows then count three times, and nine
+// times with nf4, and an H100's 67 Teraflop/s of float32 by its datasheet; only nf4 gains.
+constexpr int64_t matmul_rows(Format format, DType x_type) {
+  constexpr int64_t kNever = INT64_MAX;
+  if (x_type == DType::f32) return format == Format::nf4 ? 32 : kNever;
+  switch (format) {
+    case Format::int8:
+      return 112;
+    case Format::int4:
+      return 136;
+    default:
+      return 88;
+  }
+}
+
+// The same of linear_backward_input, whose kernel has not been measured. With 512 rows dequantizing
+// and matmul take 153 us on an H100 (8192 x 8192, int4); were the kernel at 60 % of matmul's rate,
+// which is what mma.sync reaches of the tensor cores there, it would take 151. float32 stays: its
+// kernel has the bits of the CPU.
+constexpr int64_t backward_matmul_rows(DType type) { return type == DType::f32 ? INT64_MAX : 512; }
+
+// A number of rows that the environment sets in place of the tables.
+inline int64_t rows_or_environment(int64_t rows) {
+  const char* const given = std::getenv("QKERNELS_MATMUL_ROWS");
+  return given == nullptr || *given == 0 ? rows : std::strtoll(given, nullptr, 10);
+}
+
+// Matmul is slow for matrices whose rows do not begin on 16 bytes.
+inline bool suits_matmul(int64_t rows, int64_t from, int64_t n, const BlockShape& shape) {
+  return n % 8 == 0 && shape.k % 8 == 0 && n > 0 && shape.k > 0 && rows > 0 &&
+         rows >= rows_or_environment(from);
+}
+
+inline bool by_matmul(const LinearArgs& a) {
+  return suits_matmul(a.rows, matmul_rows(a.layout.format, a.x_type), a.n, a.shape);
+}
+inline bool by_matmul(const BackwardArgs& a) {
+  return suits_matmul(a.rows, backward_matmul_rows(a.type), a.n, a.shape);
+}
+
+// What `explain` calls it.
+inline std::string linear_float_name(const LinearArgs& a) {
+  if (by_matmul(a)) return "dequantize + matmul";
+  const FloatPlan p = float_plan(a);
+  if (p.gemv) return "cuda gemv";
+  return "cuda mma " + std::to_string(8 * p.tiles) + "x" +
+         std::to_string(kLanes * p.blocks * p.warps);
+}
+
+// x [rows, k] as the weight sees it: multiplied by premul and in the order of perm, in its type.
+void gather_rows(const LinearArgs& args, void* to, Stream stream);
+
+// ---- The kernels --------------------------------------------------------------------------------
 
 // What a call needs besides its arguments.
 struct FloatWorkspace {

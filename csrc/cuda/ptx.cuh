@@ -22,8 +22,6 @@
 
 namespace qkernels::cuda {
 
-inline constexpr int kWarp = 32;
-
 // ---- Launch -------------------------------------------------------------------------------------
 
 // Runs kernel(args...) with `shared_bytes` of shared memory. An empty grid is nothing to do.

@@ -36,6 +36,8 @@ inline Tensor empty_on_device(const Shape& shape, const Shape& strides, ScalarTy
 
 inline cuda::Stream current_stream() { return nullptr; }
 
+inline torch::stable::Device this_device() { return torch::headeronly::DeviceType::CPU; }
+
 #else
 
 // The GPU of the op that this thread is in, -1 outside of one.
@@ -82,6 +84,11 @@ inline cuda::Stream current_stream() {
   return stream;
 }
 
+inline torch::stable::Device this_device() {
+  return {torch::headeronly::DeviceType::CUDA,
+          static_cast<torch::stable::DeviceIndex>(current_device())};
+}
+
 #endif
 
 inline Tensor empty_on_device(const Shape& shape, ScalarType type) {
@@ -91,6 +98,15 @@ inline Tensor empty_on_device(const Shape& shape, ScalarType type) {
 // Device memory of a call, from torch's allocator: captured graphs may hold it.
 inline Tensor workspace_on_device(int64_t bytes) {
   return empty_on_device({bytes}, ScalarType::Byte);
+}
+
+// Memory of the device as torch's ops take it. They only read what was const.
+inline Tensor view_on_device(const void* data, const Shape& shape, const Shape& strides,
+                             ScalarType type) {
+  return torch::stable::from_blob(const_cast<void*>(data), shape, strides, this_device(), type);
+}
+inline Tensor view_on_device(const void* data, const Shape& shape, ScalarType type) {
+  return view_on_device(data, shape, dense_strides(shape), type);
 }
 
 }  // namespace qkernels

@@ -1,6 +1,7 @@
 // How a GPU runs linear.
 #include "cuda/linear_float.h"
 #include "ops/checks.h"
+#include "ops/cuda_matmul.h"
 #include "ops/device.h"
 #include "ops/linear.h"
 
@@ -14,6 +15,7 @@ void run_linear(const LinearArgs& args) {
          " that CUDA kernels take; split in_features=", args.shape.k, " and add the results");
   }
   if (args.activation != Activation::float_) return run_linear_int8(args);
+  if (cuda::by_matmul(args)) return linear_by_matmul(args);
   const cuda::FloatWorkspace needed = cuda::linear_float_workspace(args);
   LinearArgs a = args;
   std::optional<Tensor> panel, partial;

@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/linear_float.h"
+#include "cuda/linear_int8.h"
 
 namespace py = pybind11;
 
@@ -113,17 +115,17 @@ int64_t longest_sum(int64_t id) {
   return max_accumulation(l.format, l.symmetric);
 }
 
-// What csrc/cuda runs is not known here.
+// Of the kernels of the CPU, which are chosen by the instruction set.
 Layout decode_cpu(int64_t id) {
   const Layout layout = decode(id);
   if (layout.device != kDeviceX86) {
     throw std::invalid_argument("layout " + std::to_string(id) +
-                                " is packed for a GPU; only kernels of the CPU have names");
+                                " is packed for a GPU; cuda_kernel_name knows its kernels");
   }
   return layout;
 }
 
-std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
+void check_codes(int activation, int x_type) {
   if (activation < 0 || activation >= kActivationCount) {
     throw std::invalid_argument("activation must be 0, 1 or 2, got " + std::to_string(activation));
   }
@@ -131,6 +133,27 @@ std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
     throw std::invalid_argument("x_type must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
                                 std::to_string(x_type));
   }
+}
+
+// The choice that csrc/cuda makes for x on a line of 16 bytes.
+std::string cuda_kernel_name(int64_t id, int activation, int64_t rows, int64_t in_features,
+                             int64_t out_features, int64_t group_size, int x_type,
+                             int64_t multiprocessors) {
+  check_codes(activation, x_type);
+  block_bytes(id, in_features, group_size);  // checks them
+  LinearArgs a{};
+  a.layout = decode(id);
+  a.shape = block_shape(a.layout, in_features, group_size);
+  a.activation = static_cast<Activation>(activation);
+  a.rows = rows;
+  a.n = out_features;
+  a.x_type = static_cast<DType>(x_type);
+  if (activation != 0) return cuda::linear_int8_name(a, multiprocessors);
+  return cuda::linear_float_name(a);
+}
+
+std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
+  check_codes(activation, x_type);
   LinearArgs a{};
   a.layout = decode_cpu(id);
   a.activation = static_cast<Activation>(activation);
@@ -141,8 +164,13 @@ std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
 
 std::string conv_kernel_name(int64_t id, int64_t taps, int64_t group_channels, int64_t groups,
                              int64_t out_channels, int64_t group_size, int activation, int x_type) {
+  const Layout layout = decode(id);
   const ConvPacking p =
-      conv_packing(decode_cpu(id), taps, group_channels, groups, out_channels, group_size);
+      conv_packing(layout, taps, group_channels, groups, out_channels, group_size);
+  if (layout.device == kDeviceCuda) {
+    if (activation == 0) return "dequantize + convolution";
+    return p.depthwise ? "cuda depthwise int8" : "cuda implicit gemm int8 mma";
+  }
   if (activation != 0) return kernels().conv_name(p.depthwise);
   return p.depthwise ? "conv_depthwise_w8a16"
                      : "gathered rows, " + kernel_name(id, 0, kLanes, x_type);
@@ -206,5 +234,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BLOCK_ROWS") = kLanes;  // output features in a row of a packed weight
   m.def("kernel_name", &kernel_name, py::arg("layout"), py::arg("activation"), py::arg("rows"),
         py::arg("x_type") = 0, "The kernel that linear runs for `rows` rows of such a dtype code.");
+  m.def("cuda_kernel_name", &cuda_kernel_name, py::arg("layout"), py::arg("activation"),
+        py::arg("rows"), py::arg("in_features"), py::arg("out_features"), py::arg("group_size"),
+        py::arg("x_type"), py::arg("multiprocessors"),
+        "The kernel that linear runs on a GPU with so many multiprocessors.");
   m.def("build_info", &build_info, "Version, compiler and interface of this build.");
 }

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qkernels import _C, functional
+from qkernels.bench import cuda_crossover as crossover
 from qkernels.bench.cuda_peers import Call, linear_peers
 from qkernels.bench.plan import Conv
 from qkernels.formats import format_of
@@ -56,6 +57,7 @@ class Sizes:
         shapes: (in_features, out_features).
         rows: numbers of rows of x.
         convs: the convolutions.
+        crossover: shapes, and numbers of rows, for which both ways to multiply are timed.
     """
 
     copy: int = 1 << 30
@@ -63,9 +65,15 @@ class Sizes:
     shapes: tuple[tuple[int, int], ...] = ((8192, 8192), (8192, 28672), (4096, 4096))
     rows: tuple[int, ...] = (1, 4, 8, 16, 64, 512, 2048)
     convs: tuple[Conv, ...] = CONVS
+    crossover: tuple[tuple[tuple[int, int], ...], tuple[int, ...]] = (
+        ((8192, 8192), (4096, 4096)),
+        (16, 32, 64, 128, 256),
+    )
 
 
-TINY = Sizes(1 << 12, 128, ((128, 64),), (1, 16, 64), (Conv(16, 16, 6, 3, batch=2),))
+TINY = Sizes(
+    1 << 12, 128, ((128, 64),), (1, 16, 64), (Conv(16, 16, 6, 3, batch=2),), (((128, 64),), (16,))
+)
 
 
 @dataclass
@@ -73,7 +81,7 @@ class Row:
     """What one contender needed in one case.
 
     Args:
-        group: "copy", "codec", "linear" or "conv".
+        group: "copy", "codec", "linear", "conv" or "crossover".
         case: what is computed.
         name: of the contender.
         own: whether it is qkernels.
@@ -187,6 +195,7 @@ class Run:
                 self._linear(m, k, n)
         for conv in self.sizes.convs:
             self._conv(conv)
+        self._crossover()
         self._copy()
 
     def copies(self, nbytes: int) -> int:
@@ -275,6 +284,13 @@ class Run:
             if found:
                 found.versus = {peer: s / found.seconds for peer, s in peers.items()}
                 found.bytes = float(_packed_bytes(scheme, k, n, device))
+
+    def _crossover(self) -> None:
+        for case, operations, call in crossover.calls(*self.sizes.crossover, self.clock.device):
+            for way in (crossover.KERNEL, crossover.MATMUL):
+                with crossover.forced(way):
+                    row = Row(crossover.GROUP, case, way, True, 0, 0.0, operations)
+                    self.time(row, self._rotated(call))
 
     def _rotated(self, call: Call) -> Callable[[], Sequence[Callable[[], object]]]:
         def calls() -> list[Callable[[], object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from qkernels.bench import cuda_crossover as crossover
 from qkernels.bench.cuda import Row, copy_rate
 
 _BF16 = "matmul bf16"
@@ -93,7 +94,11 @@ def report(rows: Sequence[Row], facts: Mapping[str, str], left_out: Mapping[str,
     lines += [f"- copy rate: {copy / 1e12:.2f} TB/s, bytes read and written", ""]
     lines += ["## Targets", "", "| target | goal | met | measured, worst to best |"]
     lines += ["| --- | --- | --- | --- |", *(_target(target, rows, copy) for target in TARGETS)]
-    lines += ["", "## Times", "", *_times(rows, copy)]
+    both = [(r.case, r.name, r.seconds) for r in rows if r.group == crossover.GROUP]
+    rest = [r for r in rows if r.group != crossover.GROUP]
+    lines += ["", "## Times", "", *_times(rest, copy)]
+    if both:
+        lines += ["", "## Kernel, or dequantize and matmul", "", *crossover.table(both)]
     if left_out:
         lines += ["", "## Left out", ""]
         lines += [f"- {who} ({count} cases)" for who, count in left_out.items()]

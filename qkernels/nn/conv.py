@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qkernels import _C, functional
 from qkernels.formats import kernel_dtype_code
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
-from qkernels.nn.module import CUDA_KERNEL, QModule
+from qkernels.nn.module import QModule
 from qkernels.nn.ranges import add_range_buffers, set_range
 from qkernels.nn.storage import quantize_weight
 from qkernels.schemes import W8A8, Scheme
@@ -280,8 +280,6 @@ class QConvNd(QModule):
             >>> qk.nn.QConv2d(8, 16, 3).kernel_for(torch.float32).startswith("conv_w8a8_")
             True
         """
-        if self.packed.is_cuda:
-            return CUDA_KERNEL.format("conv")
         taps, groups = math.prod(self.kernel_size), self.groups
         return _C.conv_kernel_name(
             self.layout,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import _C, functional
-from qkernels.nn.module import CUDA_KERNEL, QModule
+from qkernels.nn.module import QModule
 from qkernels.schemes import Scheme
 
 _CONV = torch.ops.qkernels.conv.default
@@ -179,8 +179,6 @@ class Int8Conv(QModule):
     @property
     def kernel(self) -> str:
         """The kernel that runs, or why none can."""
-        if self.packed.is_cuda:
-            return CUDA_KERNEL.format("conv")
         s = self.settings
         taps = math.prod(s["kernel_size"])
         sizes = (taps, s["in_channels"] // s["groups"], s["groups"], s["out_channels"])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qkernels import _C, functional
 from qkernels.formats import kernel_dtype_code
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
-from qkernels.nn.module import CUDA_KERNEL, QModule
+from qkernels.nn.module import QModule
 from qkernels.nn.ranges import add_range_buffers, set_range
 from qkernels.nn.storage import quantize_weight
 from qkernels.schemes import ACTIVATIONS, W8A8, Scheme
@@ -303,10 +303,37 @@ class QLinear(QModule):
             True
         """
         if self.packed.is_cuda:
-            return CUDA_KERNEL.format("linear")
+            gpu = torch.cuda.get_device_properties(self.packed.device)
+            return self.cuda_kernel_for(rows, dtype, gpu.multi_processor_count)
         # Factors for x are applied in float32.
         code = 0 if self.x_premul is not None else kernel_dtype_code(dtype)
         return _C.kernel_name(self.layout, self.scheme.activation_code, rows, code)
+
+    def cuda_kernel_for(self, rows: int, dtype: torch.dtype, multiprocessors: int) -> str:
+        """The same on a GPU, which need not be there.
+
+        Args:
+            rows: of the input, all dimensions but the last taken together.
+            dtype: of the input.
+            multiprocessors: of the GPU.
+
+        Example:
+            >>> layer = qk.nn.QLinear(4096, 4096, scheme=qk.W4A16(group_size=128))
+            >>> layer.cuda_kernel_for(1, torch.bfloat16, 132)
+            'cuda gemv'
+            >>> layer.cuda_kernel_for(512, torch.bfloat16, 132)
+            'dequantize + matmul'
+        """
+        return _C.cuda_kernel_name(
+            self.scheme.layout_on("cuda"),
+            self.scheme.activation_code,
+            rows,
+            self.in_features,
+            self.out_features,
+            self.scheme.group_size,
+            kernel_dtype_code(dtype),
+            multiprocessors,
+        )
 
     @property
     def input_transforms(self) -> tuple[str, ...]:

@@ -30,8 +30,6 @@ __all__ = ["WEIGHT_KEYS", "QModule"]
 _saved = SavedWeights()
 # What a state_dict holds instead of WEIGHT_KEYS while the weight is spread over processes.
 PACKED_KEYS = ("packed", "layout")
-# What stands for the name of a kernel on a GPU: the CUDA library chooses by shape and names none.
-CUDA_KERNEL = "a CUDA kernel of {}"
 
 
 class QModule(nn.Module):

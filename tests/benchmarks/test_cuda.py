@@ -12,6 +12,7 @@ import torch
 
 from qkernels.bench import cuda
 from qkernels.bench.cuda import TINY, Rehearsal, Row, Run
+from qkernels.bench.cuda_crossover import KERNEL, MATMUL, forced, table
 from qkernels.bench.cuda_report import TARGETS, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,11 +24,23 @@ def test_rehearsal(tmp_path):
     found = json.loads((tmp_path / "gpu.json").read_text())
     names = {(row["group"], row["name"]) for row in found["rows"]}
     assert {("linear", name) for name in cuda.SCHEMES} <= names
+    assert {("crossover", "kernel"), ("crossover", "dequantize + matmul")} <= names
     assert {("copy", "torch copy_"), ("codec", "qkernels"), ("conv", "W8A8")} <= names
     assert found["left_out"] == {}
     own = next(row for row in found["rows"] if row["name"] == "W8A8" and row["versus"])
     assert own["bytes"] > 0
-    assert "| linear 1 rows 128x64 | NF4 g64 |" in (tmp_path / "gpu.md").read_text()
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| linear 1 rows 128x64 | NF4 g64 |" in text
+    assert "| 16 rows 128x64 W4A16 g128 bf16, gradient |" in text
+
+
+def test_both_ways_side_by_side():
+    times = [("16 rows", KERNEL, 2e-6), ("16 rows", MATMUL, 8e-6), ("32 rows", KERNEL, 1e-6)]
+    assert list(table(times))[2:] == ["| 16 rows | 2.0 | 8.0 | 0.25 |"]
+    for way, rows in ((KERNEL, str(1 << 60)), (MATMUL, "1")):
+        with forced(way):
+            assert os.environ["QKERNELS_MATMUL_ROWS"] == rows
+    assert "QKERNELS_MATMUL_ROWS" not in os.environ
 
 
 def test_what_fails_is_left_out():

@@ -16,7 +16,6 @@ cpu = torch.ops.qkernels
 SYMMETRIC, ASYMMETRIC = 1, 2
 KIND = Kind(ref.INT8, True, torch.float32)
 
-PLAIN = Geometry((7, 9), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
 GEOMETRIES = {
     "3 channels": Geometry((9, 8), (3, 3), (2, 2), (1, 1), (1, 0), (1, 1), 1, 3, 24),
     "a tap is whole pieces": Geometry((6, 7), (3, 2), (1, 2), (2, 0), (0, 1), (2, 1), 1, 20, 70),
@@ -151,12 +150,3 @@ def test_packing_comes_back(ops: Any) -> None:
             for got, want in zip(back, w.stored, strict=True):
                 if want is not None:
                     same_tensor(got, want)
-
-
-def test_float_activations_say_that_they_are_missing(ops: Any) -> None:
-    w = conv_weight(PLAIN, KIND)
-    arguments = list(w.arguments(PLAIN.input()))
-    arguments[1] = ops.pack_conv(*w.stored, KIND.cuda_layout, *w.sizes)
-    arguments[10] = KIND.cuda_layout
-    with pytest.raises(RuntimeError, match="no CUDA kernel yet; pass activation=1 or 2"):
-        ops.conv(*arguments, None)

@@ -133,8 +133,8 @@ def test_on_a_device_there_and_back(scheme):
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(twin(INDICES.cuda()).cpu(), got)
     assert torch.equal(copy.deepcopy(model)(INDICES.cuda()).cpu(), got)
-    assert "CUDA kernel" in qk.explain(model, INDICES.cuda())
-    assert "CUDA kernel" in repr(model)
+    assert "by cuda" in qk.explain(model, INDICES.cuda())
+    assert "kernel=cuda" in repr(model)
     other = quantized(scheme)
     other.load_state_dict(model.state_dict())  # from a GPU's checkpoint
     assert torch.equal(other(INDICES), expected)
@@ -144,6 +144,61 @@ def test_on_a_device_there_and_back(scheme):
     model.cpu()
     assert all(torch.equal(m.packed, p) for m, p in zip(model, packed, strict=True))
     assert torch.equal(model(INDICES), expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_device_many_rows(dtype):
+    """Both sides of the threshold, and captured in a graph."""
+    layer = QLinear(64, 48, scheme=qk.W4A16(group_size=16))
+    x = torch.randn(300, 64, dtype=dtype)
+    expected = layer(x)
+    layer.cuda()
+    with torch.no_grad():
+        for there in (x[:20].cuda(), x.cuda()):
+            layer(there)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = layer(there)
+            graph.replay()
+            close = y.cpu().float() - expected[: len(y)].float()
+            assert close.norm() <= 0.02 * expected[: len(y)].float().norm()
+    there = x.cuda().requires_grad_()
+    layer(there).sum().backward()
+    assert there.grad.isfinite().all()
+
+
+CONVOLUTIONS = [*SCHEMES[2:5], SCHEMES[6], qk.W8A8(), qk.W8A8(activation="asymmetric")]
+
+
+@on_gpu
+@pytest.mark.parametrize("scheme", CONVOLUTIONS, ids=str)
+def test_on_a_device_convolutions(scheme):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, stride=2)
+    ).eval()
+    qk.quantize_(model, scheme)
+    x = torch.randn(2, 3, 9, 8)
+    expected = model(x)
+    model.cuda()
+    for there in (x.cuda(), x.cuda().contiguous(memory_format=torch.channels_last)):
+        got = model(there).cpu()
+        assert (got - expected).norm() <= 0.02 * expected.norm()
+    there = x.cuda().requires_grad_()
+    model(there).sum().backward()
+    assert there.grad.isfinite().all()
+    assert torch.equal(model.cpu()(x), expected)
+
+
+@on_gpu
+def test_on_a_device_a_lowered_model():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3), nn.Flatten()
+    ).eval()
+    x = torch.randn(4, 3, 14, 14)
+    lowered = qk.lower(model, x, batches=[x])
+    expected = lowered(x)
+    assert torch.equal(lowered.cuda()(x.cuda()).cpu(), expected)
 
 
 @on_gpu

@@ -1,8 +1,11 @@
 """explain: what it says is what the library says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qkernels as qk
 from qkernels import _C
@@ -22,6 +25,58 @@ def test_kernel_and_arithmetic_of_a_layer(scheme, shape):
     assert ("real integer arithmetic" in text) == (scheme in INTEGER)
     assert ("float arithmetic, not integer" in text) == (scheme in FLOAT)
     assert f"{8 * layer.packed.nbytes / (64 * 48):.2f} bits per weight" in text
+
+
+@pytest.fixture
+def on_an_h100(monkeypatch):
+    """Gives modules a weight on a GPU that is not there."""
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def move(module):
+        shape = module.packing.packed_shape("cuda")
+        with FakeTensorMode():
+            packed = torch.empty(shape, dtype=torch.uint8, device="cuda")
+        module.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+        return module
+
+    return move
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rows", "dtype", "kernel"),
+    [
+        (qk.W4A16(group_size=128), 1, torch.bfloat16, "cuda gemv"),
+        (qk.W4A16(group_size=128), 16, torch.bfloat16, "cuda mma 16x128"),
+        (qk.W4A16(group_size=128), 135, torch.float16, "cuda mma 32x128"),
+        (qk.W4A16(group_size=128), 136, torch.float16, "dequantize + matmul"),
+        (qk.W4A16(group_size=128), 512, torch.float32, "cuda mma 64x256"),
+        (qk.NF4(), 32, torch.float32, "dequantize + matmul"),
+        (qk.W8A16(), 112, torch.bfloat16, "dequantize + matmul"),
+        (qk.W8A8(), 16, torch.bfloat16, "cuda skinny int8 mma"),
+        (qk.W8A8(), 64, torch.bfloat16, "cuda int8 mma 64x64"),
+        (qk.W4A8(), 2048, torch.bfloat16, "cuda int8 mma 128x128"),
+    ],
+    ids=str,
+)
+def test_a_layer_on_a_gpu(on_an_h100, scheme, rows, dtype, kernel):
+    layer = on_an_h100(qk.nn.QLinear(4096, 4096, scheme=scheme))
+    x = torch.empty(rows, 4096, dtype=dtype, device="meta")
+    text = qk.explain(layer, x)
+    assert f"{kernel} (sm_90)" in text
+    assert ("and torch multiplies" in text) == (kernel == "dequantize + matmul")
+    assert f"kernel={layer.kernel_for(1, layer.dtype)}" in repr(layer)
+
+
+def test_a_convolution_on_a_gpu(on_an_h100):
+    x = torch.empty(2, 8, 9, 9)
+    layer = on_an_h100(qk.nn.QConv2d(8, 16, 3, scheme=qk.W4A16(group_size=24)))
+    text = qk.explain(layer, x)
+    assert "turned back to float32, and torch convolves x with them" in text
+    assert "dequantize + convolution (sm_90)" in text
+    layer = on_an_h100(qk.nn.QConv2d(8, 16, 3))
+    assert "cuda implicit gemm int8 mma (sm_90) multiplies" in qk.explain(layer, x)
 
 
 def test_activations_and_storage():
