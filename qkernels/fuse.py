@@ -1,4 +1,4 @@
-"""fuse_ and unfuse_: activation functions into the layers before them, layers of one input together."""
+"""fuse_ and unfuse_: activation functions into layers, and layers of one input together."""
 
 from __future__ import annotations
 
@@ -56,11 +56,12 @@ def fuse_(
     code outside of such a part must not use the layer then. A function that code calls
     (`F.gelu(linear(x))`) is no module, and stays.
 
-    Given a way to run the model, layers that are called with one and the same tensor (query, key and
-    value of an attention) are found too. The first of them then computes the results of all, which
-    quantizes x once and starts threads once. Each layer gives what it gave before, to the bit, and
-    state_dicts stay. When a layer meets another tensor, when gradients are computed or the model is
-    compiled, it computes its own result as always. `save_model` does not write this.
+    Given a way to run the model, layers that are called with one and the same tensor (query, key
+    and value of an attention) are found too. The first of them then computes the results of all,
+    which quantizes x once and starts threads once. Each layer gives what it gave before, to the
+    bit, and state_dicts stay. When a layer meets another tensor, in grad mode, or in a compiled
+    model, it computes its own result as always. `save_model` does not write this. Between two
+    calls in inference mode nothing may write to the tensor, since torch does not count that.
 
     Args:
         model: holds quantized layers. It is changed.
@@ -129,8 +130,8 @@ def unfuse_(model: nn.Module) -> Summary:
         model: that `fuse_` changed, or a file of such a model was loaded into. It is changed.
 
     Returns:
-        A summary with a row for each activation module and for each layer that was computed together
-        with others.
+        A summary with a row for each activation module and for each layer that was computed
+        together with others.
 
     Raises:
         TypeError: not a module.

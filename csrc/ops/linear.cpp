@@ -53,8 +53,9 @@ LinearArgs check_product(const char* op, const Tensor& x, int64_t layout_id, int
          in_features, ")");
   }
   if (x.size(x.dim() - 1) != in_features) {
-    fail(op, "x has ", x.size(x.dim() - 1), " features but the weight has in_features=",
-         in_features, "; pass x of shape (..., ", in_features, ")");
+    fail(op, "x has ", x.size(x.dim() - 1),
+         " features but the weight has in_features=", in_features, "; pass x of shape (..., ",
+         in_features, ")");
   }
   a.activation = check_activation(op, a.layout, a.shape.group_size, activation);
   a.rows = 1;

@@ -181,12 +181,13 @@ def linears() -> list[Sample]:
     add("no rows", ops.linear.default, floats((0, 21)), w, *nothing)
 
     for kind in (KINDS[0], INTEGER_KINDS[-1]):
-        w = [weight(kind, rows, 21, 8) for rows in (19, 5)]
-        sizes = (w[0].layout, 21, [19, 5], 8)
+        weights = [weight(kind, rows, 21, 8) for rows in (19, 5)]
+        sizes = (weights[0].layout, 21, [19, 5], 8)
         for x in (floats((2, 3, 21)), floats((0, 21), torch.bfloat16)):
-            args = (x, [each.packed for each in w], [None, floats((5,))], *sizes, 0, [0, 2])
+            args = (x, [w.packed for w in weights], [None, floats((5,))], *sizes, 0, [0, 2])
             found.append(Sample(f"{kind}-{len(x)}", ops.linear_shared.default, args, {}))
 
+    w = weight(KINDS[4], 19, 21, 8)
     op = ops.linear_differentiable.default
     for wants_x in (True, False):
         for wants_bias in (True, False):
