@@ -187,7 +187,6 @@ def linears() -> list[Sample]:
             args = (x, [w.packed for w in weights], [None, floats((5,))], *sizes, 0, [0, 2])
             found.append(Sample(f"{kind}-{len(x)}", ops.linear_shared.default, args, {}))
 
-    w = weight(KINDS[4], 19, 21, 8)
     op = ops.linear_differentiable.default
     for wants_x in (True, False):
         for wants_bias in (True, False):
