@@ -48,7 +48,7 @@ __all__ = [
 _LINEAR = torch.ops.qkernels.linear.default
 # What calling the op does is call this; the compiler has to see the op itself.
 _LINEAR_CALL = _LINEAR._op
-_is_traced = torch.compiler.is_dynamo_compiling
+is_traced = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _float64 = torch.float64
 _CONV = torch.ops.qkernels.conv.default
@@ -221,7 +221,7 @@ def linear_by_codes(
         if wants_grad:
             y = _BY_CODE[epilogue](y)
         return y.double() if wide else y
-    call = _LINEAR if _is_traced() else _LINEAR_CALL
+    call = _LINEAR if is_traced() else _LINEAR_CALL
     out: Tensor = call(
         x,
         packed,

@@ -1,18 +1,21 @@
-"""fuse_ and unfuse_: activation functions into the quantized layers before them, in place."""
+"""fuse_ and unfuse_: activation functions into layers, and layers of one input together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qkernels.nn.carry import has_hooks
 from qkernels.nn.conv import QConvNd
 from qkernels.nn.fused import FusedActivation, epilogue_of, is_activation
 from qkernels.nn.linear import QLinear
 from qkernels.nn.module import QModule
+from qkernels.nn.shared import SharedInput, writes_to
 from qkernels.plan import check_model, check_patterns, matches
 from qkernels.summary import ModuleRow, Summary
 from qkernels.trace import Connections
@@ -33,7 +36,12 @@ class Fusion:
     note: str = ""
 
 
-def fuse_(model: nn.Module, ignore: str | Sequence[str] = ()) -> Summary:
+def fuse_(
+    model: nn.Module,
+    ignore: str | Sequence[str] = (),
+    *,
+    run: Callable[[Any], object] | None = None,
+) -> Summary:
     """Let quantized layers compute the activation functions that follow them, in place.
 
     A kernel applies ReLU, ReLU6, GELU (both forms), SiLU and Hardswish to its sums before it stores
@@ -48,12 +56,22 @@ def fuse_(model: nn.Module, ignore: str | Sequence[str] = ()) -> Summary:
     code outside of such a part must not use the layer then. A function that code calls
     (`F.gelu(linear(x))`) is no module, and stays.
 
+    Given a way to run the model, layers that are called with one and the same tensor (query, key
+    and value of an attention) are found too. The first of them then computes the results of all,
+    which quantizes x once and starts threads once. Each layer gives what it gave before, to the
+    bit, and state_dicts stay. When a layer meets another tensor, in grad mode, or in a compiled
+    model, it computes its own result as always. `save_model` does not write this. Between two
+    calls in inference mode nothing may write to the tensor, since torch does not count that.
+
     Args:
         model: holds quantized layers. It is changed.
         ignore: patterns of layers and activations to leave as they are, as for `quantize_`.
+        run: calls the model on an example, as `lambda model: model(**batch)`; it is called once, in
+            eval mode and without gradients.
 
     Returns:
-        A summary with a row for each activation module: what computes it, or why it was left.
+        A summary with a row for each activation module and for each layer that is computed together
+        with others: what became of it, or why it was left.
 
     Raises:
         TypeError: not a module.
@@ -64,6 +82,16 @@ def fuse_(model: nn.Module, ignore: str | Sequence[str] = ()) -> Summary:
         >>> _ = qk.quantize_(model, qk.W8A8())
         >>> [(row.name, row.became) for row in qk.fuse_(model)]
         [('1', 'Identity, fused into 0'), ('3', None)]
+        >>> class Pair(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.up, self.gate = nn.Linear(8, 16), nn.Linear(8, 16)
+        ...     def forward(self, x):
+        ...         return self.up(x) * self.gate(x).sigmoid()
+        >>> pair = Pair()
+        >>> _ = qk.quantize_(pair, qk.W8A8(), ignore=())
+        >>> [row.became for row in qk.fuse_(pair, run=lambda pair: pair(torch.randn(1, 8)))]
+        ['QLinear, computed together with gate', 'QLinear, computed together with up']
     """
     check_model(model, "fuse_")
     patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
@@ -82,7 +110,15 @@ def fuse_(model: nn.Module, ignore: str | Sequence[str] = ()) -> Summary:
             became = f"Identity, fused into {fusion.layer}"
         kind = type(activation).__name__
         rows.append(ModuleRow(fusion.name, kind, became, fusion.note, 0, 0))
-    return Summary(f"Activation functions of {type(model).__name__}", tuple(rows))
+    groups = [] if run is None else find_shared_inputs(model, run, patterns)
+    for group in groups:
+        shared = SharedInput(list(group.values()))
+        for name, layer in group.items():
+            layer.shared = shared
+            others = ", ".join(other for other in group if other != name)
+            became = f"QLinear, computed together with {others}"
+            rows.append(ModuleRow(name, "QLinear", became, "", 0, 0))
+    return Summary(f"Fused parts of {type(model).__name__}", tuple(rows))
 
 
 def unfuse_(model: nn.Module) -> Summary:
@@ -94,7 +130,8 @@ def unfuse_(model: nn.Module) -> Summary:
         model: that `fuse_` changed, or a file of such a model was loaded into. It is changed.
 
     Returns:
-        A summary with a row for each activation module.
+        A summary with a row for each activation module and for each layer that was computed
+        together with others.
 
     Raises:
         TypeError: not a module.
@@ -114,7 +151,60 @@ def unfuse_(model: nn.Module) -> Summary:
             model.set_submodule(name, fused.original.train(fused.training))
             kind = type(fused.original).__name__
             rows.append(ModuleRow(name, "Identity", kind, "", 0, 0))
-    return Summary(f"Activation functions of {type(model).__name__}", tuple(rows))
+        elif isinstance(fused, QLinear) and fused.shared is not None:
+            fused.shared = None
+            rows.append(ModuleRow(name, "QLinear", "QLinear, computed alone", "", 0, 0))
+    return Summary(f"Fused parts of {type(model).__name__}", tuple(rows))
+
+
+def find_shared_inputs(
+    model: nn.Module, run: Callable[[Any], object], ignore: Sequence[str] = ()
+) -> list[dict[str, QLinear]]:
+    """Layers that are called with the same tensors, found by running the model.
+
+    Args:
+        model: the model. It is not changed.
+        run: calls it once.
+        ignore: patterns of layers to leave alone.
+
+    Returns:
+        Groups of two or more layers by name, in the order of their calls. Those of a group store
+        their weights in the same way and take the same number of features.
+    """
+    inputs: dict[str, list[Tensor]] = {}  # kept alive, so that no id is used twice
+    versions: dict[str, list[int]] = {}
+    handles = []
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                inputs.setdefault(name, []).append(args[0])
+                versions.setdefault(name, []).append(writes_to(args[0]))
+
+        return record
+
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, QLinear)
+        and layer.shareable
+        and not ("forward" in layer.__dict__ or layer._compiled_call_impl is not None)
+        and not any(matches(pattern, name) for pattern in ignore)
+    }
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(recorder(name)))
+        with _mode(model, False), torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[Any, dict[str, QLinear]] = {}
+    for name, seen in inputs.items():
+        layer = layers[name]
+        calls = tuple(zip(map(id, seen), versions[name], strict=True))
+        groups.setdefault((calls, layer.scheme, layer.in_features), {})[name] = layer
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def plan_fusions(model: nn.Module, ignore: Sequence[str] = ()) -> list[Fusion]:

@@ -279,6 +279,29 @@ def _linear(
     return x.new_empty([*x.shape[:-1], out_features])
 
 
+@torch.library.register_fake("qkernels::linear_shared")
+def _linear_shared(
+    x: Tensor,
+    packed: list[Tensor],
+    bias: list[Tensor | None],
+    layout: int,
+    in_features: int,
+    out_features: list[int],
+    *args: Any,
+) -> list[Tensor]:
+    for i, (weight, its_bias) in enumerate(zip(packed, bias, strict=True)):
+        others = {f"packed[{i}]": weight, f"bias[{i}]": its_bias}
+        check_device("linear_shared", x, **others)
+    torch._check(
+        x.shape[-1] == in_features,
+        lambda: (
+            f"qkernels::linear_shared: x has {x.shape[-1]} features but the weights have "
+            f"in_features={in_features}; pass x of shape (..., {in_features})"
+        ),
+    )
+    return [x.new_empty([*x.shape[:-1], n]) for n in out_features]
+
+
 @torch.library.register_fake("qkernels::linear_backward_input")
 def _linear_backward_input(
     grad: Tensor,
@@ -519,5 +542,5 @@ def _register_autocast(name: str) -> None:
         _library.impl(name, casting(device, keys), key)
 
 
-for _name in ("linear", "linear_differentiable", "conv", "conv_differentiable"):
+for _name in ("linear", "linear_shared", "linear_differentiable", "conv", "conv_differentiable"):
     _register_autocast(_name)

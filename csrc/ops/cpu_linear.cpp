@@ -1,5 +1,6 @@
 // How a CPU runs linear and packs int_mm's second operand: workspace, threads.
 #include <algorithm>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "ops/checks.h"
@@ -22,28 +23,43 @@ constexpr int64_t kRowSlack = 16;
 
 int64_t workspace_rows(int64_t rows) { return round_up(rows, kRowSlack); }
 
-// Splits tiles of columns, and rows when there are few columns, over the threads.
-void run_tiles(const Kernels& table, const LinearArgs& a) {
-  const int64_t blocks = (a.n + kLanes - 1) / kLanes;
-  const int64_t block_tile = table.block_tile(a);
-  const int64_t row_tile = table.row_tile(a);
-  const int64_t columns = (blocks + block_tile - 1) / block_tile;
-  const int64_t row_tiles = (a.rows + row_tile - 1) / row_tile;
+// Splits tiles of columns, and rows when there are few columns, over the threads. The products have
+// all but their weight and their result in common.
+void run_tiles(const Kernels& table, const std::vector<LinearArgs>& products) {
+  const LinearArgs& first = products.front();
+  const int64_t block_tile = table.block_tile(first);
+  const int64_t row_tile = table.row_tile(first);
+  const auto blocks_of = [](const LinearArgs& a) { return (a.n + kLanes - 1) / kLanes; };
+  const auto columns_of = [&](const LinearArgs& a) {
+    return (blocks_of(a) + block_tile - 1) / block_tile;
+  };
+  int64_t columns = 0;
+  for (const LinearArgs& a : products) columns += columns_of(a);
+  if (columns == 0) return;
+  const int64_t row_tiles = (first.rows + row_tile - 1) / row_tile;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t cuts =
       columns >= 4 * threads ? 1 : std::min(row_tiles, (4 * threads + columns - 1) / columns);
   const int64_t rows_per_cut = (row_tiles + cuts - 1) / cuts * row_tile;
-  const int64_t work = block_tile * a.shape.bytes * std::max<int64_t>(1, rows_per_cut / 8);
+  const int64_t work = block_tile * first.shape.bytes * std::max<int64_t>(1, rows_per_cut / 8);
   parallel(columns * cuts, grain_for(kLinearGrain, work), [&](int64_t begin, int64_t end) {
+    const LinearArgs* a = products.data();
+    int64_t before = 0;  // columns of the products before it
     for (int64_t i = begin; i < end;) {
+      const int64_t column = i / cuts - before, cut = i % cuts;
+      const int64_t left = columns_of(*a) - column;
+      if (left <= 0) {
+        before += columns_of(*a);
+        ++a;
+        continue;
+      }
       // Consecutive columns of the same rows are one call when the rows are not cut.
-      const int64_t column = i / cuts, cut = i % cuts;
-      const int64_t count = cuts == 1 ? end - i : 1;
+      const int64_t count = cuts == 1 ? std::min(left, end - i) : 1;
       const int64_t row_begin = cut * rows_per_cut;
-      const int64_t row_end = std::min(a.rows, row_begin + rows_per_cut);
+      const int64_t row_end = std::min(a->rows, row_begin + rows_per_cut);
       if (row_begin < row_end) {
-        table.linear(a, column * block_tile, std::min(blocks, (column + count) * block_tile),
-                     row_begin, row_end);
+        table.linear(*a, column * block_tile,
+                     std::min(blocks_of(*a), (column + count) * block_tile), row_begin, row_end);
       }
       i += count;
     }
@@ -52,8 +68,11 @@ void run_tiles(const Kernels& table, const LinearArgs& a) {
 
 }  // namespace
 
-void run_linear(const LinearArgs& whole) {
-  if (whole.rows == 0 || whole.n == 0) return;
+void run_linear(const LinearArgs& whole) { run_linears({whole}); }
+
+void run_linears(std::vector<LinearArgs> products) {
+  const LinearArgs whole = products.front();
+  if (whole.rows == 0) return;
   const Kernels& table = kernels();
   const bool integer = whole.activation != Activation::float_;
   LinearArgs a = whole;
@@ -75,16 +94,25 @@ void run_linear(const LinearArgs& whole) {
     a.row_zero = workspace.take<float>(rows);
     a.group_sums = workspace.take<int32_t>(rows * groups);
   }
+  for (LinearArgs& each : products) {
+    each.panel = a.panel;
+    each.row_scale = a.row_scale;
+    each.row_zero = a.row_zero;
+    each.group_sums = a.group_sums;
+  }
   for (int64_t begin = 0; begin < whole.rows; begin += chunk) {
     a.x = static_cast<const uint8_t*>(whole.x) + begin * whole.shape.k * bytes_of(whole.x_type);
-    a.y = static_cast<uint8_t*>(whole.y) + begin * whole.n * bytes_of(whole.y_type);
     a.rows = std::min(chunk, whole.rows - begin);
     const int64_t row_tiles = (a.rows + row_tile - 1) / row_tile;
     parallel(row_tiles, grain_for(kPrepareGrain, row_tile * a.shape.k),
              [&](int64_t first, int64_t last) {
                table.prepare(a, first * row_tile, std::min(a.rows, last * row_tile));
              });
-    run_tiles(table, a);
+    for (LinearArgs& each : products) each.rows = a.rows;
+    run_tiles(table, products);
+    for (LinearArgs& each : products) {
+      each.y = static_cast<uint8_t*>(each.y) + a.rows * each.n * bytes_of(each.y_type);
+    }
   }
 }
 

@@ -31,4 +31,8 @@ void run_linear(const LinearArgs& args) {
   cuda::linear_float(a, sums, current_stream());
 }
 
+void run_linears(std::vector<LinearArgs> products) {
+  for (const LinearArgs& each : products) run_linear(each);
+}
+
 }  // namespace qkernels

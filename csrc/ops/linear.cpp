@@ -40,39 +40,71 @@ void check_perm(const char* op, const Tensor& perm, int64_t k) {
   }
 }
 
-Tensor linear(const Tensor& x_any, const Tensor& packed_any, const std::optional<Tensor>& bias_any,
+// All that follows from x and from the weight's format.
+LinearArgs check_product(const char* op, const Tensor& x, int64_t layout_id, int64_t in_features,
+                         int64_t out_features, int64_t group_size, int64_t activation) {
+  LinearArgs a{};
+  a.x_type = check_float(op, "x", x);
+  check_sizes(op, in_features, out_features, group_size);
+  a.layout = check_layout(op, layout_id);
+  a.shape = block_shape(a.layout, in_features, group_size);
+  if (x.dim() == 0) {
+    fail(op, "x must have at least one dimension, got a scalar; pass x of shape (..., ",
+         in_features, ")");
+  }
+  if (x.size(x.dim() - 1) != in_features) {
+    fail(op, "x has ", x.size(x.dim() - 1),
+         " features but the weight has in_features=", in_features, "; pass x of shape (..., ",
+         in_features, ")");
+  }
+  a.activation = check_activation(op, a.layout, a.shape.group_size, activation);
+  a.rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) a.rows *= x.size(i);
+  a.y_type = a.x_type;
+  return a;
+}
+
+// A weight and its bias, as kernels read them.
+struct Weight {
+  Tensor packed;
+  std::optional<Tensor> bias;
+};
+Weight check_weight(const char* op, const Tensor& packed, const std::optional<Tensor>& bias,
+                    int64_t out_features, LinearArgs* a) {
+  Weight weight{check_packed(op, packed, a->shape, out_features), std::nullopt};
+  if (bias) {
+    a->bias_type = check_float(op, "bias", *bias);
+    check_shape(op, "bias", *bias, {out_features});
+    weight.bias = dense(*bias);
+    a->bias = weight.bias->const_data_ptr();
+  }
+  a->n = out_features;
+  a->packed = weight.packed.const_data_ptr<uint8_t>();
+  return weight;
+}
+
+Tensor empty_result(const Tensor& x, LinearArgs* a) {
+  Shape shape = shape_of(x);
+  shape.back() = a->n;
+  Tensor y = empty_on_device(shape, scalar_type(a->y_type));
+  a->y = y.mutable_data_ptr();
+  return y;
+}
+
+Tensor linear(const Tensor& x_any, const Tensor& packed, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
               const std::optional<Tensor>& x_premul, const std::optional<Tensor>& k_perm,
               int64_t layout_id, int64_t in_features, int64_t out_features, int64_t group_size,
               int64_t activation, int64_t epilogue) {
   const DeviceGuard guard(x_any);
   const char* op = "linear";
-  LinearArgs a{};
-  a.x_type = check_float(op, "x", x_any);
-  check_sizes(op, in_features, out_features, group_size);
-  a.layout = check_layout(op, layout_id);
-  a.shape = block_shape(a.layout, in_features, group_size);
-  Shape y_shape = shape_of(x_any);
-  if (y_shape.empty()) {
-    fail(op, "x must have at least one dimension, got a scalar; pass x of shape (..., ",
-         in_features, ")");
-  }
-  if (y_shape.back() != in_features) {
-    fail(op, "x has ", y_shape.back(), " features but the weight has in_features=", in_features,
-         "; pass x of shape (..., ", in_features, ")");
-  }
-  const Tensor packed = check_packed(op, packed_any, a.shape, out_features);
-  a.activation = check_activation(op, a.layout, a.shape.group_size, activation);
+  LinearArgs a =
+      check_product(op, x_any, layout_id, in_features, out_features, group_size, activation);
+  const Weight weight = check_weight(op, packed, bias, out_features, &a);
   check_static(op, x_scale, x_zero_point, &a);
   a.epilogue = check_epilogue(op, epilogue);
 
-  std::optional<Tensor> bias, premul, perm;
-  if (bias_any) {
-    a.bias_type = check_float(op, "bias", *bias_any);
-    check_shape(op, "bias", *bias_any, {out_features});
-    bias = dense(*bias_any);
-    a.bias = bias->const_data_ptr();
-  }
+  std::optional<Tensor> premul, perm;
   if (x_premul) {
     check_dtype(op, "x_premul", *x_premul, ScalarType::Float);
     check_shape(op, "x_premul", *x_premul, {in_features});
@@ -88,17 +120,42 @@ Tensor linear(const Tensor& x_any, const Tensor& packed_any, const std::optional
   }
 
   const Tensor x = dense(x_any);
-  a.rows = 1;
-  for (size_t i = 0; i + 1 < y_shape.size(); ++i) a.rows *= y_shape[i];
-  y_shape.back() = out_features;
-  Tensor y = empty_on_device(y_shape, scalar_type(a.x_type));
   a.x = x.const_data_ptr();
-  a.n = out_features;
-  a.packed = packed.const_data_ptr<uint8_t>();
-  a.y = y.mutable_data_ptr();
-  a.y_type = a.x_type;
+  Tensor y = empty_result(x_any, &a);
   run_linear(a);
   return y;
+}
+
+std::vector<Tensor> linear_shared(const Tensor& x_any, const std::vector<Tensor>& packed,
+                                  const std::vector<std::optional<Tensor>>& bias, int64_t layout_id,
+                                  int64_t in_features, const std::vector<int64_t>& out_features,
+                                  int64_t group_size, int64_t activation,
+                                  const std::vector<int64_t>& epilogue) {
+  const DeviceGuard guard(x_any);
+  const char* op = "linear_shared";
+  const size_t count = packed.size();
+  if (count == 0 || bias.size() != count || out_features.size() != count ||
+      epilogue.size() != count) {
+    fail(op, "packed, bias, out_features and epilogue must have one item for each weight, got ",
+         count, ", ", bias.size(), ", ", out_features.size(), " and ", epilogue.size());
+  }
+  std::vector<Weight> weights;
+  std::vector<LinearArgs> products;
+  for (size_t i = 0; i < count; ++i) {
+    LinearArgs a =
+        check_product(op, x_any, layout_id, in_features, out_features[i], group_size, activation);
+    weights.push_back(check_weight(op, packed[i], bias[i], out_features[i], &a));
+    a.epilogue = check_epilogue(op, epilogue[i]);
+    products.push_back(a);
+  }
+  const Tensor x = dense(x_any);
+  std::vector<Tensor> ys;
+  for (LinearArgs& a : products) {
+    a.x = x.const_data_ptr();
+    ys.push_back(empty_result(x_any, &a));
+  }
+  run_linears(products);
+  return ys;
 }
 
 }  // namespace
@@ -106,5 +163,6 @@ Tensor linear(const Tensor& x_any, const Tensor& packed_any, const std::optional
 
 QK_OPS(m) {
   m.impl("linear", TORCH_BOX(&qkernels::linear));
+  m.impl("linear_shared", TORCH_BOX(&qkernels::linear_shared));
   m.impl("linear_differentiable", TORCH_BOX(&qkernels::linear));
 }

@@ -10,6 +10,10 @@ namespace qkernels {
 // current stream. Everything in the arguments is set but the workspace.
 void run_linear(const LinearArgs& whole);
 
+// The same for several products of one x, which differ in packed, n, bias, epilogue and y alone. A
+// CPU prepares x once and starts its threads once.
+void run_linears(std::vector<LinearArgs> products);
+
 // The part of it for int8 activations, on a GPU.
 void run_linear_int8(const LinearArgs& args);
 

@@ -41,6 +41,9 @@ QK_SCHEMAS(m) {
       "Tensor? x_premul, Tensor? k_perm, int layout, int in_features, int out_features, "
       "int group_size, int activation, int epilogue) -> Tensor");
   m.def(
+      "linear_shared(Tensor x, Tensor[] packed, Tensor?[] bias, int layout, int in_features, "
+      "int[] out_features, int group_size, int activation, int[] epilogue) -> Tensor[]");
+  m.def(
       "linear_differentiable(Tensor x, Tensor packed, Tensor? bias, Tensor? x_scale, "
       "Tensor? x_zero_point, Tensor? x_premul, Tensor? k_perm, int layout, int in_features, "
       "int out_features, int group_size, int activation, int epilogue) -> Tensor");

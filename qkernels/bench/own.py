@@ -138,7 +138,8 @@ def model_engines() -> list[ModelEngine]:
         def convert(model: nn.Module) -> Any:
             quantize_(model, scheme, ignore=(), progress=False)
             if fused:
-                fuse_(model)
+                example = getattr(model, "dummy_inputs", None)  # of models of transformers
+                fuse_(model, run=None if example is None else lambda model: model(**example))
             model = model.to(dtype)
             return torch.compile(model) if compiled else model
 

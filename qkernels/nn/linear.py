@@ -10,6 +10,7 @@ from qkernels.formats import kernel_dtype_code
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
 from qkernels.nn.module import QModule
 from qkernels.nn.ranges import add_range_buffers, set_range
+from qkernels.nn.shared import SharedInput
 from qkernels.nn.storage import quantize_weight
 from qkernels.schemes import ACTIVATIONS, W8A8, Scheme
 
@@ -23,7 +24,7 @@ class QLinear(QModule):
     buffers, None unless `set_input_transform` or `quantize_calibrated_` made them, change x before
     it meets the weight: x is multiplied by `x_premul`, and column i of the weight belongs to
     feature `k_perm[i]`. `epilogue` names the function of the result that the kernel computes too,
-    "none" unless `fuse_` set it.
+    "none" unless `fuse_` set it; `shared` says which layers compute together with this one.
 
     Args:
         in_features: size of the last dimension of x.
@@ -44,6 +45,7 @@ class QLinear(QModule):
     """
 
     ops = ("pack", "unpack", "linear")
+    own_attributes = (*QModule.own_attributes, "shared")
     bias: nn.Parameter | None
     x_scale: Tensor | None
     x_zero_point: Tensor | None
@@ -66,6 +68,7 @@ class QLinear(QModule):
         self.in_features = in_features
         self.out_features = out_features
         self.epilogue = "none"
+        self.shared: SharedInput | None = None
         device = self.packed.device
         made = nn.Parameter(torch.empty(out_features, device=device, dtype=self.dtype))
         self.register_parameter("bias", made if bias else None)
@@ -171,6 +174,7 @@ class QLinear(QModule):
                     f"{self._label()}: k_perm is no permutation; expected each feature from 0 to "
                     f"{self.in_features - 1} once"
                 )
+        self.shared = None
         for name, given, dtype in (
             ("x_premul", x_premul, torch.float32),
             ("k_perm", k_perm, torch.int64),
@@ -256,6 +260,11 @@ class QLinear(QModule):
         own = self.__dict__
         scheme, buffers = own["scheme"], own["_buffers"]
         parameters = own["_parameters"] if "packed" in own["_parameters"] else own
+        shared = own.get("shared")
+        if shared is not None and not functional.is_traced():
+            y: Tensor | None = shared.result(self, x)
+            if y is not None:
+                return y
         try:
             return functional.linear_by_codes(
                 x,
@@ -334,6 +343,11 @@ class QLinear(QModule):
             kernel_dtype_code(dtype),
             multiprocessors,
         )
+
+    @property
+    def shareable(self) -> bool:
+        """Whether all that is done to x follows from x, so that layers can share it."""
+        return not self.scheme.static and not self.input_transforms
 
     @property
     def input_transforms(self) -> tuple[str, ...]:

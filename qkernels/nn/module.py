@@ -46,7 +46,15 @@ class QModule(nn.Module):
     # The ops that a device must have for modules of this kind.
     ops: tuple[str, ...] = ("pack", "unpack")
     # Attributes that a float module has no use for.
-    own_attributes = ("dtype", "conv", "epilogue", "layout", "qualified_name", "scheme", "shape")
+    own_attributes: tuple[str, ...] = (
+        "dtype",
+        "conv",
+        "epilogue",
+        "layout",
+        "qualified_name",
+        "scheme",
+        "shape",
+    )
     # Code that reads `weight` must not be led here; see `settle_fast_paths`.
     hides_weight = True
     # State that has this meaning; a change of the keys or of their contents needs a new number.

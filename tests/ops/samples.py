@@ -180,6 +180,13 @@ def linears() -> list[Sample]:
     add("vector", ops.linear.default, floats((21,)), w, *nothing, codes=(1, 4))
     add("no rows", ops.linear.default, floats((0, 21)), w, *nothing)
 
+    for kind in (KINDS[0], INTEGER_KINDS[-1]):
+        weights = [weight(kind, rows, 21, 8) for rows in (19, 5)]
+        sizes = (weights[0].layout, 21, [19, 5], 8)
+        for x in (floats((2, 3, 21)), floats((0, 21), torch.bfloat16)):
+            args = (x, [w.packed for w in weights], [None, floats((5,))], *sizes, 0, [0, 2])
+            found.append(Sample(f"{kind}-{len(x)}", ops.linear_shared.default, args, {}))
+
     op = ops.linear_differentiable.default
     for wants_x in (True, False):
         for wants_bias in (True, False):
