@@ -42,7 +42,7 @@ def test_every_op_has_a_kernel_and_a_fake(op: str) -> None:
 def test_fakes_know_shapes_and_types(sample: Sample) -> None:
     real = sample()
     fake = sample.mapped(lambda t: t.detach().to("meta"))()
-    real, fake = ((r if isinstance(r, tuple) else (r,)) for r in (real, fake))
+    real, fake = ((r if isinstance(r, tuple | list) else (r,)) for r in (real, fake))
     for a, b in zip(real, fake, strict=True):
         if a is None:
             assert b is None
@@ -62,7 +62,7 @@ def test_inputs_are_left_alone(sample: Sample) -> None:
     first, second = sample(), sample()
     for a, b in zip(kept, before, strict=True):
         same_tensor(a.detach(), b)
-    first, second = ((r if isinstance(r, tuple) else (r,)) for r in (first, second))
+    first, second = ((r if isinstance(r, tuple | list) else (r,)) for r in (first, second))
     for a, b in zip(first, second, strict=True):
         if a is not None:
             same_tensor(a.detach(), b.detach())
