@@ -422,7 +422,7 @@ def _conv_sequence(
             *(next(numbers) for _ in range(3)),
         ]
         other = None if residual < 0 else values[residual]
-        values.append(_conv(values[x], packed, bias, other, *codes, layout, *rest))  # type: ignore[arg-type]
+        values.append(_conv(values[x], packed, bias, other, *codes, layout, *rest))
     return [values[i] for i in outputs]
 
 

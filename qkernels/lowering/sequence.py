@@ -56,14 +56,14 @@ def _runs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[list[fx
     scheme = None
     for node in graph.nodes:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        joins = isinstance(layer, Int8Conv) and layer.joins and not node.kwargs
-        if run and not (joins and layer.scheme == scheme):
+        conv = layer if isinstance(layer, Int8Conv) and layer.joins and not node.kwargs else None
+        if run and (conv is None or conv.scheme != scheme):
             if len(run) > 1:
                 yield run
             run = []
-        if joins:
+        if conv is not None:
             run.append(node)
-            scheme = layer.scheme
+            scheme = conv.scheme
 
 
 def run_convolutions(
