@@ -97,8 +97,8 @@ def run_convolutions(
             pass
     values = list(inputs)
     for i, layer in enumerate(layers):
-        x, residual = wiring[2 * i : 2 * i + 2]
-        values.append(layer(values[x], None if residual < 0 else values[residual]))
+        read = [values[place] for place in wiring[2 * i : 2 * i + 2] if place >= 0]
+        values.append(layer(*read))
     return [values[i] for i in outputs]
 
 
