@@ -439,6 +439,33 @@ def _conv(
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=order)
 
 
+@torch.library.register_fake("qkernels::conv_sequence")
+def _conv_sequence(
+    inputs: list[Tensor],
+    constants: list[Tensor | None],
+    layout: int,
+    wiring: list[int],
+    settings: list[int],
+    outputs: list[int],
+) -> list[Tensor]:
+    values, numbers = list(inputs), iter(settings)
+
+    def numbers_in_list() -> list[int]:
+        return [next(numbers) for _ in range(next(numbers))]
+
+    for step in range(len(wiring) // 2):
+        x, residual = wiring[2 * step : 2 * step + 2]
+        packed, bias, *codes = constants[8 * step : 8 * step + 8]
+        rest = [
+            *(next(numbers) for _ in range(3)),
+            *(numbers_in_list() for _ in range(4)),
+            *(next(numbers) for _ in range(3)),
+        ]
+        other = None if residual < 0 else values[residual]
+        values.append(_conv(values[x], packed, bias, other, *codes, layout, *rest))
+    return [values[i] for i in outputs]
+
+
 def _save_for_conv_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, bias, residual = inputs[:4]
     y_scale, epilogue = inputs[8], inputs[20]

@@ -93,6 +93,8 @@ bool check_x_codes(const char* op, const Tensor& x, const std::optional<Tensor>&
   return true;
 }
 
+}  // namespace
+
 Tensor conv(const Tensor& x_any, const Tensor& packed_any, const std::optional<Tensor>& bias_any,
             const std::optional<Tensor>& residual_any, const std::optional<Tensor>& x_scale,
             const std::optional<Tensor>& x_zero_point, const std::optional<Tensor>& residual_scale,
@@ -202,7 +204,6 @@ Tensor conv(const Tensor& x_any, const Tensor& packed_any, const std::optional<T
   return y;
 }
 
-}  // namespace
 }  // namespace qkernels
 
 QK_OPS(m) {

@@ -73,6 +73,9 @@ QK_SCHEMAS(m) {
       "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool transposed, "
       "int activation, int epilogue, ScalarType? dtype=None) -> Tensor");
   m.def(
+      "conv_sequence(Tensor[] inputs, Tensor?[] constants, int layout, int[] wiring, "
+      "int[] settings, int[] outputs) -> Tensor[]");
+  m.def(
       "max_pool(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
       "bool ceil_mode) -> Tensor");
   m.def(

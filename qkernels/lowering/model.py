@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels.lowering.program import Program
+from qkernels.lowering.sequence import join_convolutions
 from qkernels.nn.carry import why_no_kernels
 from qkernels.nn.int8 import Int8Conv, Int8Module
 from qkernels.nn.module import QModule
@@ -71,11 +72,13 @@ class LoweredModel(nn.Module):
 
     def _compiled(self) -> Callable[..., Any]:
         graph = self.program.graph()
+        join_convolutions(graph, dict(self.named_modules()))
         code = graph.python_code("self")
         src = code.src
         # nn.Module looks attributes up in Python: microseconds for the name of a deep layer.
-        for layer in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
-            src = src.replace(f" = {_by_attributes(layer)}(", f" = {_by_items(layer)}(")
+        for layer in self.program.modules:
+            for end in "(;\n":
+                src = src.replace(f" = {_by_attributes(layer)}{end}", f" = {_by_items(layer)}{end}")
         names = dict(code.globals)
         exec(compile(src, "<qkernels lowered model>", "exec"), names)
         run: Callable[..., Any] = names["forward"]

@@ -110,7 +110,7 @@ class Int8Conv(QModule):
     """
 
     names: ClassVar[tuple[str, ...]] = ("x", "residual", "y")
-    ops = ("pack_conv", "unpack_conv", "conv")
+    ops = ("pack_conv", "unpack_conv", "conv", "conv_sequence")
     bias: nn.Parameter | None
 
     def __init__(
@@ -154,27 +154,46 @@ class Int8Conv(QModule):
         return y.permute(0, 2, 3, 1).reshape(*lead, y.shape[1])
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        b, p = self._buffers, self._parameters  # attributes would cost a microsecond each
-        dtype = None if b["y_scale"] is not None else self.dtype
+        packed, bias, *codes = self.op_tensors
+        dtype = None if codes[-2] is not None else self.dtype
         try:
-            y: Tensor = _CONV(
-                x,
-                p["packed"],
-                p.get("bias"),
-                residual,
-                b["x_scale"],
-                b["x_zero_point"],
-                b["residual_scale"],
-                b["residual_zero_point"],
-                b["y_scale"],
-                b["y_zero_point"],
-                self.layout,
-                *self._rest,
-                dtype,
-            )
+            y: Tensor = _CONV(x, packed, bias, residual, *codes, self.layout, *self._rest, dtype)
         except RuntimeError as error:
             raise self._named(error) from None
         return y
+
+    @property
+    def op_tensors(self) -> tuple[Tensor | None, ...]:
+        """What the op takes of the layer's tensors, in its order: weight, bias, codes."""
+        b, p = self._buffers, self._parameters  # attributes would cost a microsecond each
+        return (
+            p["packed"],
+            p.get("bias"),
+            b["x_scale"],
+            b["x_zero_point"],
+            b["residual_scale"],
+            b["residual_zero_point"],
+            b["y_scale"],
+            b["y_zero_point"],
+        )
+
+    @property
+    def op_settings(self) -> list[int]:
+        """What the op takes besides, from out_channels to epilogue; lists behind their length."""
+        numbers: list[int] = []
+        for value in self._rest:
+            numbers += [len(value), *value] if isinstance(value, list | tuple) else [int(value)]
+        return numbers
+
+    @property
+    def joins(self) -> bool:
+        """Whether `conv_sequence` can run the layer among others."""
+        return not self.settings["linear"] and self.y_scale is not None
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether a call of the layer runs hooks."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
 
     @property
     def kernel(self) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 import qkernels as qk
 from helpers import cnns
 from qkernels.io import ModelFileError
+from qkernels.nn.int8 import Int8Conv
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,28 @@ def test_compiled_and_exported(made, x):
     assert torch.equal(compiled(x[:2]), expected[:2])
     exported = torch.export.export(made, (x,), dynamic_shapes=(({0: torch.export.Dim.AUTO},),))
     assert torch.equal(exported.module()(x), expected)
+
+
+def test_layers_that_run_together_are_the_same_as_alone(made, x):
+    expected = made(x)
+    assert any("run_convolutions" in name for name in made._run.__code__.co_names)
+    seen = []
+    other = copy.deepcopy(made)
+    layers = [m for m in other.modules() if isinstance(m, Int8Conv)]
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, args, y: seen.append(layer))
+    assert torch.equal(other(x), expected)
+    assert len(seen) == len(layers)
+    with torch.autocast("cpu"):
+        assert torch.equal(other(x), made(x))
+
+
+def test_an_error_names_the_layer(made, x):
+    other = copy.deepcopy(made)
+    layer = [m for m in other.modules() if isinstance(m, Int8Conv) and m.joins][1]
+    layer.y_scale.fill_(0)
+    with pytest.raises(RuntimeError, match=f"'{layer.qualified_name}'.*y_scale must be a positive"):
+        other(x)
 
 
 def test_threads_and_company_do_not_matter(made, x):

@@ -238,7 +238,24 @@ def convolutions() -> list[Sample]:
         *w.arguments(codes, x_scale=0.5, activation=1),
         torch.bfloat16,
     )
+    w = conv_weight(Geometry((5, 6), (3, 2), (1, 1), (1, 1), (1, 0), (1, 1), 1, 16, 16), KINDS[0])
+    for layout in orders(torch.ones(2, 16, 5, 6, dtype=torch.int8)):
+        call = w.arguments(layout, None, None, 0.5, 1, 0.25, None, 0.125, 3, 2, 1)
+        add(f"codes-{layout.stride(1)}", ops.conv_sequence.default, *sequence(call))
     return found
+
+
+def sequence(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Three steps of the same convolution, the last with the first's result added."""
+    settings = [
+        n
+        for value in call[11:]
+        for n in ([len(value), *value] if isinstance(value, list) else [int(value)])
+    ]
+    constants = [*call[1:3], *call[4:10]]
+    wiring = [0, -1, 1, -1, 2, 1]
+    plain = [None if i == 4 else tensor for i, tensor in enumerate(constants)]
+    return [call[0]], plain * 2 + constants, call[10], wiring, settings * 3, [1, 3]
 
 
 def int8_ops() -> list[Sample]:

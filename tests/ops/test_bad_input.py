@@ -9,6 +9,7 @@ from helpers.conv import Geometry, conv_weight
 from helpers.data import KINDS, floats, weight
 
 from . import bad_int8
+from .samples import convolutions
 
 ops = torch.ops.qkernels
 INT8, INT4, NF4, INT16 = range(4)
@@ -76,6 +77,12 @@ def conv(x: Any = IMAGE, w: Any = C8, **change: Any) -> Any:
     dtype = change.pop("dtype", None)
     assert change.keys() <= values.keys()
     return ops.conv(*{**values, **change}.values(), dtype)
+
+
+def conv_sequence(**change: Any) -> Any:
+    call = next(s for s in convolutions() if s.op is ops.conv_sequence.default).args
+    names = "inputs constants layout wiring settings outputs".split()
+    return ops.conv_sequence(*{**dict(zip(names, call, strict=True)), **change}.values())
 
 
 def pack_conv(data: Any = None, scale: Any = None, zero: Any = None, w: Any = C8, **change: Any):
@@ -411,6 +418,25 @@ linear_backward_input:
     group_size must be -1
   gradient(packed=W.packed.to("meta"))
     packed is on meta but the first argument is on cpu
+conv_sequence:
+  conv_sequence(wiring=[0, -1, 1])
+    wiring must have 2 entries and constants 8 for each step, got 3 and 24
+  conv_sequence(constants=[None] * 24)
+    constants must hold a packed weight for step 0
+  conv_sequence(wiring=[0, -1, 2, -1, 2, 1])
+    wiring must name inputs and earlier results, from 0 to 1 for step 1, got 2
+  conv_sequence(wiring=[0, -1, -1, -1, 2, 1])
+    wiring must name inputs and earlier results, from 0 to 1 for step 1, got -1
+  conv_sequence(wiring=[0, -2, 1, -1, 2, 1])
+    wiring must name inputs and earlier results, from 0 to 0 for step 0, got -2
+  conv_sequence(settings=[])
+    settings end before those of the last step
+  conv_sequence(settings=[16, 1, -1, HUGE])
+    settings hold a list of 9223372036854775807 numbers where 0 are left
+  conv_sequence(outputs=[3, 1])
+    outputs must be results, from 1 to 3, in order and each once, got (3, 1)
+  conv_sequence(outputs=[0])
+    outputs must be results, from 1 to 3
 embedding:
   embedding(INDEX.float())
     indices must be int64 or int32, got float32; convert them with .long()
