@@ -2,8 +2,8 @@
 
 `qkernels._C` is always built. `qkernels._C_cuda`, the CUDA kernels, takes minutes more: it is
 built where nvcc is found and torch is one for CUDA, or where QKERNELS_CUDA=1 asks for it. No GPU is
-needed. QKERNELS_SANITIZE=1 builds `_C` with gcc's sanitizers; scripts/sanitize.sh does that and runs
-the tests.
+needed. QKERNELS_SANITIZE=1 builds `_C` with gcc's sanitizers; scripts/sanitize.sh does that and
+runs the tests.
 """
 
 import os
@@ -92,10 +92,14 @@ class BuildKernels(BuildExtension):
         return super().get_ext_filename(name)
 
 
-# Of what "undefined" means, what arithmetic and indexing can get wrong: the rest (null pointers, which
-# "address" sees too) makes one file compile for many minutes. Python's own flags may say -fwrapv.
-checks = "address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
-sanitize_args = [f"-fsanitize={checks},float-cast-overflow", "-fno-wrapv", "-fno-omit-frame-pointer"]
+# Of what "undefined" means, what arithmetic and indexing can get wrong: all of it makes a file
+# compile for many minutes. Python's own flags say -fwrapv, which would hide overflow.
+checks = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
+sanitize_args = [
+    f"-fsanitize=address,{checks},float-cast-overflow",
+    "-fno-wrapv",
+    "-fno-omit-frame-pointer",
+]
 compile_args = [
     "-std=c++20",
     *(["-O1", "-g1", *sanitize_args] if SANITIZE else ["-O3", "-g0"]),

@@ -65,7 +65,7 @@ step() {
 check() {
   local python=$1 torch=$2 facts
   rm -rf "$folder" && mkdir -p "$folder" && : >"$log" || return 1
-  git ls-files -z csrc qkernels tests pyproject.toml setup.py README.md LICENSE |
+  git ls-files -z csrc docs qkernels tests pyproject.toml setup.py README.md LICENSE |
     xargs -0 cp --parents -t "$folder" || return 1
   [ ! -e qkernels/_C_cuda.so ] || cp qkernels/_C_cuda.so "$folder/qkernels/" || return 1
   # What the other tools are is as in `make test`; torch decides about what it needs itself.
