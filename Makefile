@@ -27,7 +27,7 @@ export QKERNELS_CUDA ?= 1
 endif
 export QKERNELS_CUDA_ARCHS ?= 80
 
-.PHONY: help demo test test-full bench lint format build clean
+.PHONY: help demo test test-full sanitize bench lint format build clean
 .DELETE_ON_ERROR:
 # Two pips must not write to one environment at a time.
 .NOTPARALLEL:
@@ -51,9 +51,13 @@ test: $(STAMPS)/built $(STAMPS)/demo $(STAMPS)/model $(STAMPS)/test ## run the t
 	$(PYTEST) $(PYTEST_ARGS)
 	$(call pytest_on_lesser_isas,tests/cpu tests/ops $(PYTEST_ARGS))
 
-test-full: $(STAMPS)/built $(STAMPS)/demo $(STAMPS)/model $(STAMPS)/test ## run all tests, the slow ones too, on every ISA of this machine
+test-full: $(STAMPS)/built $(STAMPS)/demo $(STAMPS)/model $(STAMPS)/test ## run all tests, the slow ones too, on every ISA of this machine and with other releases of Python and torch
 	$(PYTEST) -m "" $(PYTEST_ARGS)
 	$(call pytest_on_lesser_isas,$(PYTEST_ARGS))
+	scripts/check_versions.sh
+
+sanitize: $(STAMPS)/build $(STAMPS)/test ## run the kernels' tests under gcc's sanitizers, on every ISA
+	PYTHON=$(BIN)/python scripts/sanitize.sh $(PYTEST_ARGS)
 
 bench: $(STAMPS)/built $(STAMPS)/demo $(STAMPS)/model $(STAMPS)/bench ## measure against peers; ARGS=--quick for less
 	$(BIN)/python -m qkernels.bench $(ARGS)

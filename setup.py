@@ -2,7 +2,8 @@
 
 `qkernels._C` is always built. `qkernels._C_cuda`, the CUDA kernels, takes minutes more: it is
 built where nvcc is found and torch is one for CUDA, or where QKERNELS_CUDA=1 asks for it. No GPU is
-needed.
+needed. QKERNELS_SANITIZE=1 builds `_C` with gcc's sanitizers; scripts/sanitize.sh does that and
+runs the tests.
 """
 
 import os
@@ -61,11 +62,17 @@ os.environ.setdefault("MAX_JOBS", "2")
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
 
+wanted = os.environ.get("QKERNELS_SANITIZE", "")
+if wanted not in ("", "0", "1"):
+    fail(f"QKERNELS_SANITIZE must be 0 (no sanitizers), 1 or not set, got {wanted!r}")
+SANITIZE = wanted == "1"
+
+
 class BuildKernels(BuildExtension):
     def finalize_options(self):
         super().finalize_options()
         # Editable installs would otherwise compile in a temporary folder, from nothing each time.
-        self.build_temp = f"build/{sys.implementation.cache_tag}"
+        self.build_temp = f"build/{sys.implementation.cache_tag}{'-sanitize' * SANITIZE}"
         version = self.distribution.get_version()
         self.define = [*(self.define or []), ("QKERNELS_VERSION", f'"{version}"')]
 
@@ -85,10 +92,17 @@ class BuildKernels(BuildExtension):
         return super().get_ext_filename(name)
 
 
+# Of what "undefined" means, what arithmetic and indexing can get wrong: all of it makes a file
+# compile for many minutes. Python's own flags say -fwrapv, which would hide overflow.
+checks = "alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
+sanitize_args = [
+    f"-fsanitize=address,{checks},float-cast-overflow",
+    "-fno-wrapv",
+    "-fno-omit-frame-pointer",
+]
 compile_args = [
     "-std=c++20",
-    "-O3",
-    "-g0",
+    *(["-O1", "-g1", *sanitize_args] if SANITIZE else ["-O3", "-g0"]),
     # No fused multiply-add that the source does not spell out: results must not depend on the ISA.
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -98,8 +112,9 @@ compile_args = [
     # Torch's headers (pybind11 among them) and Python's may warn; ours may not.
     *(f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]),
 ]
-if Path(".git").exists():
-    # In a checkout only: users compile the sdist with compilers that nobody here has seen.
+if Path(".git").exists() and not SANITIZE:
+    # In a checkout only: users compile the sdist with compilers that nobody here has seen. The
+    # sanitizers' own branches make gcc take some variables for uninitialized.
     compile_args.append("-Werror")
 
 sources = {*glob("csrc/cpu/*.cpp"), *glob("csrc/ops/*.cpp")}
@@ -119,6 +134,7 @@ def library(name, sources, macros, arguments):
     # The stable interface lives in libtorch_cpu; naming c10 or torch_python, as CppExtension does,
     # would tie the extension to one release of torch.
     extension.libraries = ["torch_cpu"]
+    extension.extra_link_args = sanitize_args if SANITIZE else []
     return extension
 
 
@@ -195,7 +211,7 @@ def cuda_library():
     extension.library_dirs += [runtime]
     extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
     # libtorch brings libtorch_cuda, where torch has it, and with that the current stream.
-    extension.extra_link_args = ["-Wl,--no-as-needed", "-ltorch"]
+    extension.extra_link_args += ["-Wl,--no-as-needed", "-ltorch"]
     return [extension]
 
 

@@ -33,6 +33,10 @@ VARIABLES: dict[str, str] = {
         "+PTX behind one adds code that later GPUs translate. Not set: "
         "80+PTX;86;89;90a;100a;120a, as far as nvcc knows them."
     ),
+    "QKERNELS_SANITIZE": (
+        "read when qkernels is built from source: 1 builds the CPU library with gcc's sanitizers, "
+        "for `make sanitize`. Not set, or 0: without."
+    ),
 }
 
 # Variables of others that change what qkernels does or how fast.

@@ -107,7 +107,8 @@ def test_the_check_wants_a_folder():
     assert "expected one argument" in done.stderr
 
 
-def test_the_check_is_clean():
+def test_scripts_are_clean():
     shellcheck = Path(sysconfig.get_path("scripts")) / "shellcheck"
-    done = subprocess.run([shellcheck, SCRIPT], capture_output=True, text=True, timeout=60)
+    scripts = sorted((ROOT / "scripts").glob("*.sh"))
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout

@@ -185,9 +185,10 @@ exec(compile(open("setup.py").read(), "setup.py", "exec"))
             {"QKERNELS_CUDA": "1", "QKERNELS_CUDA_ARCHS": "80;12"},
             "QKERNELS_CUDA_ARCHS names '12', which",
         ),
+        ({"QKERNELS_SANITIZE": "yes"}, "QKERNELS_SANITIZE must be 0 (no sanitizers), 1 or not set"),
     ],
 )
-def test_building_says_what_is_wrong_with_cuda(variables, sentence, tmp_path: Path) -> None:
+def test_building_says_what_is_wrong_with_a_variable(variables, sentence, tmp_path: Path) -> None:
     if "QKERNELS_CUDA_ARCHS" in variables and not CUDA:
         pytest.skip("no nvcc here: nobody to ask which architectures there are")
     script = tmp_path / "build.py"

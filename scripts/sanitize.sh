@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Builds the CPU library with gcc's address and undefined-behaviour sanitizers and runs the kernels'
+# tests with it, on every instruction set of this machine.
+#
+#   scripts/sanitize.sh [PYTEST ARGUMENTS]
+#
+# The build goes to build/sanitize and leaves the normal one alone. The tests are tests/cpu and
+# tests/ops unless the arguments name others. PYTHON picks the interpreter (python3 unless set), which
+# needs what `make test` needs; QKERNELS_ISA names one instruction set instead of all. The status is 0
+# if every test passed and the sanitizers reported nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+# Not resolved: a virtual environment's python is a link.
+python=$(command -v "${PYTHON:-python3}")
+case $python in /*) ;; *) python=$root/$python ;; esac
+build=$root/build/sanitize
+
+QKERNELS_SANITIZE=1 QKERNELS_CUDA=0 "$python" setup.py --quiet build --build-lib "$build"
+
+cxx=${CXX:-g++}
+# The runtimes have to come before all other libraries, and libasan looks up C++ functions when it starts.
+runtimes=$(for library in libasan.so libstdc++.so; do $cxx -print-file-name=$library; done)
+export LD_PRELOAD=${runtimes//$'\n'/:}
+reports=$build/reports
+rm -rf "$reports"
+mkdir -p "$reports"
+# Leaks: the interpreter frees little at exit. Reports go to files, since pytest captures the streams.
+export ASAN_OPTIONS="detect_leaks=0:log_path=$reports/address"
+export UBSAN_OPTIONS="print_stacktrace=1:log_path=$reports/undefined"
+export PYTHONPATH=$build
+
+# In a folder without the normal library, which `python -m` would find first.
+cd "$build"
+"$python" -c "
+from qkernels import _C
+assert _C.__file__.startswith('$build'), _C.__file__
+assert '__asan_' in open(_C.__file__, 'rb').read().decode('latin1'), 'built without sanitizers'"
+isas=${QKERNELS_ISA:-$("$python" -c "from qkernels import _C; print(*_C.available_isas())")}
+
+tests=("$root/tests/cpu" "$root/tests/ops")
+for argument in "$@"; do
+  [ -e "$root/${argument%%::*}" ] && tests=()
+done
+arguments=()
+for argument in "$@"; do
+  [ -e "$root/${argument%%::*}" ] && argument=$root/$argument
+  arguments+=("$argument")
+done
+
+failed=0
+for isa in $isas; do
+  printf 'sanitize: %s kernels\n' "$isa"
+  QKERNELS_ISA=$isa "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" \
+    -p no:cacheprovider -q "${tests[@]}" "${arguments[@]}" || failed=1
+done
+
+if [ -n "$(ls -A "$reports")" ]; then
+  failed=1
+  head -n 60 "$reports"/* >&2
+  printf 'sanitize: %s reports, in %s\n' "$(find "$reports" -type f | wc -l)" "$reports" >&2
+fi
+exit "$failed"
