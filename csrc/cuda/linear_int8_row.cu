@@ -1,5 +1,6 @@
 // linear with int8 activations and one group for each row of the weight, for more than a few
 // tokens, and int_mm: sums stay exact integers to the end.
+#include "cuda/int8_gemm.cuh"
 #include "cuda/linear_int8.cuh"
 
 namespace qkernels::cuda {
