@@ -7,12 +7,12 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// fake() of core/codec.h.
+// fake() of core/codec.h, without a branch: many of them cost a stack.
 template <Format kFormat>
 QK_DEVICE float fake_element(float x, const Affine& affine, bool symmetric) {
-  if (!(std::fabs(x) < INFINITY)) return NAN;
   const int code = encode_element<kFormat>(x, affine, symmetric);
-  return decode(code, kFormat, affine.scale, affine.zero_point);
+  const float y = decode(code, kFormat, affine.scale, affine.zero_point);
+  return std::fabs(x) < INFINITY ? y : NAN;
 }
 
 template <Format kFormat, DType kElement>

@@ -1,8 +1,8 @@
 // conv_sequence: convolutions of a network one after the other, in one call.
 //
 // A value is an input, or behind those the result of a step. A step reads two numbers of `wiring`
-// (the values that are its x and its residual, -1 for none), the next kConstants of `constants`, and
-// from `settings` what `conv` takes from out_channels to epilogue, each list behind its length.
+// (the values that are its x and its residual, -1 for none), the next kConstants of `constants`,
+// and from `settings` what `conv` takes from out_channels to epilogue, each list behind its length.
 #include "ops/conv.h"
 
 namespace qkernels {

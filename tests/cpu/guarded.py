@@ -92,7 +92,7 @@ def main() -> None:
     for call in calls():
         for at_end in (True, False):
             inside = call.mapped(lambda t, end=at_end: guarded(t, end))
-            results = [y if isinstance(y, tuple) else (y,) for y in (inside(), call())]
+            results = [y if isinstance(y, tuple | list) else (y,) for y in (inside(), call())]
             written = [list(c.kwargs.values()) for c in (inside, call)]
             for got, want in zip(*results, strict=True):
                 assert (got is None) == (want is None)

@@ -39,6 +39,12 @@ def linear(x: Any = X, packed: Any = None, w: Any = W, **change: Any) -> Any:
     return ops.linear(x, w.packed if packed is None else packed, *values.values())
 
 
+def linear_shared(x: Any = X, **change: Any) -> Any:
+    values = {"packed": [W.packed, W.packed], "bias": [BIAS, None], "layout": W.layout}
+    values |= {"in_features": 8, "out_features": [19, 19], "group_size": -1}
+    return ops.linear_shared(x, *{**values, "activation": 1, "epilogue": [0, 0], **change}.values())
+
+
 def quantize(
     x: Any = X, format: int = INT8, group_size: Any = -1, symmetric: bool = True, **kw: Any
 ):
@@ -418,6 +424,23 @@ linear_backward_input:
     group_size must be -1
   gradient(packed=W.packed.to("meta"))
     packed is on meta but the first argument is on cpu
+linear_shared:
+  linear_shared(packed=[], bias=[], out_features=[], epilogue=[])
+    must have one item for each weight, got 0, 0, 0 and 0
+  linear_shared(bias=[BIAS])
+    packed, bias, out_features and epilogue must have one item for each weight, got 2, 1, 2 and 2
+  linear_shared(epilogue=[0, 0, 0])
+    must have one item for each weight, got 2, 2, 2 and 3
+  linear_shared(X.double())
+    x must be float32, bfloat16 or float16, got float64; convert it with .float()
+  linear_shared(floats((3, 7)))
+    x has 7 features but the weight has in_features=8; pass x of shape (..., 8)
+  linear_shared(packed=[W.packed, W.packed[1:]])
+    packed must have shape (2, 
+  linear_shared(bias=[None, floats((18,))])
+    bias must have shape (19,), got (18,)
+  linear_shared(epilogue=[0, 9])
+    epilogue must be a code from 0 to 6
 conv_sequence:
   conv_sequence(wiring=[0, -1, 1])
     wiring must have 2 entries and constants 8 for each step, got 3 and 24

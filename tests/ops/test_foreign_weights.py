@@ -21,6 +21,9 @@ CALLS: dict[str, Callable[[int], Any]] = {
     "linear": lambda layout: ops.linear(
         floats((3, 8)), W.packed, None, None, None, None, None, layout, 8, 19, -1, 0, 0
     ),
+    "linear_shared": lambda layout: ops.linear_shared(
+        floats((3, 8)), [W.packed], [None], layout, 8, [19], -1, 1, [0]
+    ),
     "linear_backward_input": lambda layout: ops.linear_backward_input(
         floats((3, 19)), W.packed, layout, 8, 19, -1
     ),
@@ -40,7 +43,9 @@ VERSION = "but this build reads 1; load the model from its file again"
 def test_all_ops_that_take_a_layout_are_here() -> None:
     schemas = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("qkernels::")]
     names = {s.name.removeprefix("qkernels::") for s in schemas if "int layout" in str(s)}
-    assert names - {"linear_differentiable", "conv_differentiable"} == set(CALLS)
+    # The same functions in C++ as linear and conv; the sequence calls conv.
+    known = {"linear_differentiable", "conv_differentiable", "conv_sequence"}
+    assert names - known == set(CALLS)
     for call in CALLS.values():
         call(W.layout)
 
