@@ -37,7 +37,10 @@ except ImportError as failure:
 else:
     _PROBLEM = ""
     from qkernels import _cuda as _cuda
-    from qkernels import calibration, functional, int8, io, nn, ops, ops_int8, optimize, qat
+    from qkernels import calibration, functional, int8, io, nn, optimize, qat
+    from qkernels import ops as ops
+    from qkernels import ops_conv as ops_conv
+    from qkernels import ops_int8 as ops_int8
     from qkernels.calibrate import calibrate
     from qkernels.calibration import Calibration
     from qkernels.doctor import doctor
@@ -104,8 +107,6 @@ __all__ = [
     "load_model",
     "lower",
     "nn",
-    "ops",
-    "ops_int8",
     "optimize",
     "prepare_qat_",
     "qat",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkernels.ops import check_device, is_channels_last
+from qkernels.ops import check_device
+from qkernels.ops_conv import is_channels_last
 
 
 def _empty_like_image(x: Tensor, spatial: list[int], dtype: torch.dtype) -> Tensor:
