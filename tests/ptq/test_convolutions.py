@@ -18,19 +18,21 @@ from qkernels.ptq import run
 from qkernels.ptq.patches import patches
 
 INT4 = qk.W4A16(group_size=-1)
-CONVOLUTIONS = {
-    "1d": (nn.Conv1d(6, 4, 3, stride=2, padding=2), (11,)),
-    "2d": (nn.Conv2d(3, 5, (3, 2), stride=(1, 2), padding=(2, 0)), (7, 6)),
-    "3d": (nn.Conv3d(2, 3, 2, padding=1, dilation=(1, 2, 1)), (4, 5, 3)),
-    "groups": (nn.Conv2d(6, 9, 3, groups=3, dilation=2), (8, 7)),
-    "depthwise": (nn.Conv2d(5, 10, 3, padding=1, groups=5), (5, 5)),
-    "same": (nn.Conv2d(3, 4, (2, 4), padding="same"), (5, 6)),
-    "valid": (nn.Conv2d(3, 4, 1, padding="valid"), (2, 3)),
-    "reflect": (nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="reflect"), (5, 6)),
-    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (4, 3)),
-    "transposed groups": (nn.ConvTranspose1d(6, 4, 4, stride=3, groups=2, dilation=2), (5,)),
-    "transposed, cut off": (nn.ConvTranspose2d(3, 4, 2, padding=2), (6, 5)),
-}
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    CONVOLUTIONS = {
+        "1d": (nn.Conv1d(6, 4, 3, stride=2, padding=2), (11,)),
+        "2d": (nn.Conv2d(3, 5, (3, 2), stride=(1, 2), padding=(2, 0)), (7, 6)),
+        "3d": (nn.Conv3d(2, 3, 2, padding=1, dilation=(1, 2, 1)), (4, 5, 3)),
+        "groups": (nn.Conv2d(6, 9, 3, groups=3, dilation=2), (8, 7)),
+        "depthwise": (nn.Conv2d(5, 10, 3, padding=1, groups=5), (5, 5)),
+        "same": (nn.Conv2d(3, 4, (2, 4), padding="same"), (5, 6)),
+        "valid": (nn.Conv2d(3, 4, 1, padding="valid"), (2, 3)),
+        "reflect": (nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="reflect"), (5, 6)),
+        "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (4, 3)),
+        "transposed groups": (nn.ConvTranspose1d(6, 4, 4, stride=3, groups=2, dilation=2), (5,)),
+        "transposed, cut off": (nn.ConvTranspose2d(3, 4, 2, padding=2), (6, 5)),
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

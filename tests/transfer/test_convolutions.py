@@ -15,15 +15,17 @@ from qkernels.nn import QConv2d
 from qkernels.transfer import LoRAConv, LoRALinear, add_lora_, load_adapters, merge_, save_adapters
 
 INT4 = qk.W4A16(group_size=-1)
-CONVOLUTIONS = {
-    "1d": (nn.Conv1d(6, 5, 3, stride=2, padding=2), (11,)),
-    "2d": (nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 0), bias=False), (7, 6)),
-    "3d": (nn.Conv3d(2, 3, 2, padding=1, dilation=(1, 2, 1)), (4, 5, 3)),
-    "groups": (nn.Conv2d(6, 9, 3, groups=3, dilation=2), (8, 7)),
-    "depthwise": (nn.Conv2d(5, 10, 3, padding=1, groups=5), (5, 5)),
-    "same": (nn.Conv2d(3, 4, 3, padding="same"), (5, 6)),
-    "reflect": (nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="reflect"), (5, 6)),
-}
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    CONVOLUTIONS = {
+        "1d": (nn.Conv1d(6, 5, 3, stride=2, padding=2), (11,)),
+        "2d": (nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 0), bias=False), (7, 6)),
+        "3d": (nn.Conv3d(2, 3, 2, padding=1, dilation=(1, 2, 1)), (4, 5, 3)),
+        "groups": (nn.Conv2d(6, 9, 3, groups=3, dilation=2), (8, 7)),
+        "depthwise": (nn.Conv2d(5, 10, 3, padding=1, groups=5), (5, 5)),
+        "same": (nn.Conv2d(3, 4, 3, padding="same"), (5, 6)),
+        "reflect": (nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="reflect"), (5, 6)),
+    }
 KINDS = {nn.Conv1d: qk.nn.QConv1d, nn.Conv2d: qk.nn.QConv2d, nn.Conv3d: qk.nn.QConv3d}
 each_convolution = pytest.mark.parametrize("name", CONVOLUTIONS)
 
