@@ -39,19 +39,19 @@ except (ImportError, AttributeError) as missing:
         "with qk.save_model and load into the float model with qk.load_model"
     ) from missing
 
+from qkernels.attention import attention_split
 from qkernels.fuse import apply_fusion
 from qkernels.io.file import ModuleEntry
 from qkernels.io.load import shell_for
 from qkernels.io.save import entry_of, full_name, fused_layer
 from qkernels.nn import QModule
 from qkernels.nn.fused import FusedActivation
-from qkernels.nn.parents import settle_parents
+from qkernels.nn.parents import replace_everywhere, settle_parents
 from qkernels.nn.storage import WEIGHT_KEYS
 from qkernels.quantize import (
     DEFAULT_IGNORE,
     dequantize_,
     quantize_,
-    replace_everywhere,
     schemes_by_pattern,
 )
 from qkernels.schemes import Scheme
@@ -261,6 +261,9 @@ class Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         stored = self.quantization_config.stored
         if stored is None:
             return
+        parents = {name.rpartition(".")[0] for name in stored.modules}
+        with attention_split(model, parents, keep=True):
+            pass  # what fails from here on, no model comes out of
         names = _names_by_module(model)
         modules: dict[str, nn.Module] = dict(model.named_modules())
         for name, entry in stored.modules.items():
