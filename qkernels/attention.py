@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from qkernels.nn.attention import PROJECTIONS, QMultiheadAttention, why_not_spli
 from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.parents import replace_everywhere
 from qkernels.plan import check_model, why_parent_needs_float
+
+T = TypeVar("T", bound=nn.Module)
 
 
 @torch.inference_mode(False)  # what is made must be usable outside of it
@@ -109,6 +112,13 @@ class Split:
         pairs = zip(PROJECTIONS, self.layers, strict=True)
         return any(getattr(self.new, name) is not layer for name, layer in pairs)
 
+    def bytes_by_name(self) -> dict[str, int]:
+        """Bytes of each projection, whose storage is that of the whole."""
+        return {
+            f"{self.names[0]}.{name}": sum(p.nbytes for p in layer.parameters())
+            for name, layer in zip(PROJECTIONS, self.layers, strict=True)
+        }
+
 
 @contextmanager
 def whole(model: nn.Module, splits: list[Split]) -> Iterator[None]:
@@ -162,11 +172,10 @@ def _split(model: nn.Module, only: Collection[str] | None) -> list[Split]:
     return splits
 
 
-def _by_module(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[list[str], nn.Module]]:
+def _by_module(model: nn.Module, kind: type[T]) -> Iterator[tuple[list[str], T]]:
     """The modules of a class, each once, with all of their names."""
-    found: dict[int, list[str]] = {}
+    found: dict[int, tuple[list[str], T]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, kind):
-            found.setdefault(id(module), []).append(name)
-    for names in found.values():
-        yield names, model.get_submodule(names[0])
+            found.setdefault(id(module), ([], module))[0].append(name)
+    yield from found.values()

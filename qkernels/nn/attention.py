@@ -56,6 +56,10 @@ class QMultiheadAttention(nn.Module):
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
 
@@ -147,60 +151,73 @@ class QMultiheadAttention(nn.Module):
             made: parameters by what they are a view of, so that modules that share a weight share
                 its views; those of this module are added.
         """
+        own = attention._parameters
+        weight, bias = own["in_proj_weight"], own["in_proj_bias"]
         new = cls(
             attention.embed_dim,
             attention.num_heads,
             attention.dropout,
-            attention.in_proj_bias is not None,
+            bias is not None,
             add_zero_attn=attention.add_zero_attn,
             kdim=attention.kdim,
             vdim=attention.vdim,
             batch_first=attention.batch_first,
             device="meta",
         )
-        for i, name in enumerate(PROJECTIONS[:3]):
-            layer, rows = getattr(new, name), slice(i * new.embed_dim, (i + 1) * new.embed_dim)
-            if attention.in_proj_weight is None:
+        for i, name in enumerate(PROJECTIONS):
+            layer: nn.Linear = getattr(new, name)
+            if name == "out_proj":
+                layer.weight, layer.bias = attention.out_proj.weight, attention.out_proj.bias
+                continue
+            rows = slice(i * new.embed_dim, (i + 1) * new.embed_dim)
+            if weight is None:
                 layer.weight = getattr(attention, f"{name}_weight")
             else:
-                layer.weight = _view(attention.in_proj_weight, rows, made)
-            if attention.in_proj_bias is not None:
-                layer.bias = _view(attention.in_proj_bias, rows, made)
-        new.out_proj.weight = attention.out_proj.weight
-        new.out_proj.bias = attention.out_proj.bias
-        new.bias_k, new.bias_v = attention.bias_k, attention.bias_v  # type: ignore[assignment]
+                layer.weight = _view(weight, rows, made)
+            if bias is not None:
+                layer.bias = _view(bias, rows, made)
+        new.bias_k, new.bias_v = own.get("bias_k"), own.get("bias_v")
         carry_over(attention, new, ("_qkv_same_embed_dim", "bias_k", "bias_v"))
         return new
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights as `nn.MultiheadAttention` does, and quantize them."""
-        own = self.out_proj
-        device = (own.packed if isinstance(own, QLinear) else own.weight).device
-        dtype = own.dtype if isinstance(own, QLinear) else own.weight.dtype
-        sizes = (self.embed_dim, self.num_heads, self.dropout, own.bias is not None)
-        options = {"add_bias_kv": self.bias_k is not None, "device": device, "dtype": dtype}
-        whole = nn.MultiheadAttention(*sizes, kdim=self.kdim, vdim=self.vdim, **options)
+        out = self.out_proj
+        assert isinstance(out, QLinear | nn.Linear)
+        like = out.packed if isinstance(out, QLinear) else out.weight
+        whole = nn.MultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            bias=out.bias is not None,
+            add_bias_kv=self.bias_k is not None,
+            kdim=self.kdim,
+            vdim=self.vdim,
+            device=like.device,
+            dtype=out.dtype if isinstance(out, QLinear) else like.dtype,
+        )
         drawn = self.viewing(whole, {})
         for name in PROJECTIONS:
-            layer, like = getattr(self, name), getattr(drawn, name)
+            layer, new = getattr(self, name), getattr(drawn, name)
             if isinstance(layer, QLinear):
-                layer.set_weight(like.weight)
+                layer.set_weight(new.weight)
             else:
-                layer.weight.copy_(like.weight)
+                layer.weight.copy_(new.weight)
             if layer.bias is not None:
-                layer.bias.copy_(like.bias)
-        if self.bias_k is not None and self.bias_v is not None:
-            self.bias_k.copy_(whole.bias_k)
-            self.bias_v.copy_(whole.bias_v)
+                layer.bias.copy_(new.bias)
+        for name in ("bias_k", "bias_v"):
+            if self._parameters[name] is not None:
+                getattr(self, name).copy_(getattr(whole, name))
 
     @torch.inference_mode(False)
     def own_memory(self) -> None:
         """Give parameters of the projections that are views of others memory of their own."""
-        for name in PROJECTIONS:
-            for parameter in getattr(self, name).parameters():
-                if parameter.untyped_storage().nbytes() > parameter.nbytes:
-                    parameter.data = parameter.data.clone()
+        for name in PROJECTIONS[:3]:
+            own = getattr(self, name)._parameters
+            for parameter in (own.get("weight"), own.get("bias")):
+                if parameter is None or parameter.untyped_storage().nbytes() == parameter.nbytes:
+                    continue
+                parameter.data = parameter.data.clone()
 
     def why_not_float(self) -> str | None:
         """Why `to_float` cannot give torch's module, or None."""
@@ -246,7 +263,7 @@ class QMultiheadAttention(nn.Module):
             batch_first=self.batch_first,
             device="meta",
         )
-        if new.in_proj_weight is None:
+        if new._parameters["in_proj_weight"] is None:
             for name, layer in zip(PROJECTIONS, three, strict=False):
                 setattr(new, f"{name}_weight", layer.weight)
         else:

@@ -280,6 +280,10 @@ class _Comparison:
     ) -> Report:
         """Everything measured so far."""
         sizes, reference_sizes = module_bytes(self.model), module_bytes(self.reference)
+        for split in self.splits:
+            own = split.bytes_by_name()
+            if any(reference_sizes[name] for name in own):  # else tied to what comes before
+                reference_sizes.update(own)
         name, reference_name = names or (label_of(self.model), label_of(self.reference))
         return Report(
             model=name,
