@@ -290,7 +290,7 @@ class Reader(nn.Module):
     ("make", "said"),
     [
         (lambda: nn.ModuleDict({"attention": Subclass(12, 2)}), "a subclass"),
-        (Reader, "Reader reads"),
+        (Reader, "code around it reads its in_proj_weight"),
     ],
 )
 def test_attention_that_other_code_knows_stays(make, said):
@@ -475,7 +475,7 @@ def test_compiled_and_exported():
         ({"query": drawn(12)}, ValueError, r"query, key and value have shapes \(12,\)"),
         ({"value": drawn(6, 3, 12)}, ValueError, "key and value of one length"),
         ({"query": drawn(5, 2, 12)}, ValueError, "all with a batch or all without"),
-        ({"query": drawn(5, 3, 10)}, RuntimeError, "expected .*12"),
+        ({"query": drawn(5, 3, 10)}, RuntimeError, "x has 10 features"),
         ({"attn_mask": torch.zeros(5, 6)}, ValueError, r"attn_mask has shape \(5, 6\)"),
         ({"key_padding_mask": torch.zeros(7, 3)}, ValueError, r"expected \(3, 7\)"),
         ({"attn_mask": torch.zeros(5, 7, dtype=torch.int64)}, TypeError, "expected torch.bool"),

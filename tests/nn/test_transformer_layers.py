@@ -12,11 +12,10 @@ from qkernels.nn import QLinear
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensor", "ignore:enable_nested_tensor")
 
 
-def encoder(activation="gelu", norm_first=False, batch_first=True):
+def encoder(activation="gelu", norm_first=False, batch_first=True, dropout=0.1):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(
-        32, 4, 64, activation=activation, batch_first=batch_first, norm_first=norm_first
-    )
+    options = {"activation": activation, "batch_first": batch_first, "norm_first": norm_first}
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout, **options)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first and batch_first)
 
 
@@ -43,7 +42,8 @@ def fused_layers(model, *args, **kwargs):
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["full", "padded"])
 @pytest.mark.parametrize("activation", ["gelu", "relu", nn.functional.silu])
 def test_an_encoder_computes_the_same_in_every_mode(training, grad, padding, activation):
-    reference = encoder(activation).train(training)
+    # Without dropout, which draws numbers in the order of memory: torch's result is a view.
+    reference = encoder(activation, dropout=0.0).train(training)
     model = copy.deepcopy(reference)
     summary = qk.quantize_(model, qk.W8A8())
     layers = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["linear1", "linear2"]
@@ -51,9 +51,7 @@ def test_an_encoder_computes_the_same_in_every_mode(training, grad, padding, act
         f"layers.{i}.{layer}" for i in (0, 1) for layer in layers
     ]
     with torch.set_grad_enabled(grad):
-        torch.manual_seed(1)
         expected = reference(X, src_key_padding_mask=padding)
-        torch.manual_seed(1)
         got = model(X, src_key_padding_mask=padding)
     assert close(got, expected, padding)
 
