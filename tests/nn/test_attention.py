@@ -153,10 +153,7 @@ def test_half_precision():
 
 
 def test_the_constructor_takes_torchs_arguments():
-    torch.manual_seed(3)
-    reference = nn.MultiheadAttention(32, 4, 0.1, add_bias_kv=True, kdim=20, batch_first=True)
     for scheme in (None, qk.W8A16()):
-        torch.manual_seed(3)
         made = QMultiheadAttention(
             32, 4, 0.1, add_bias_kv=True, kdim=20, batch_first=True, scheme=scheme
         )
@@ -168,7 +165,6 @@ def test_the_constructor_takes_torchs_arguments():
         assert y.isfinite().all()
     made = QMultiheadAttention(32, 4, scheme=qk.W4A16(group_size=16), bias=False, device="meta")
     assert all(p.is_meta for p in made.parameters()) and made.q_proj.bias is None
-    assert reference.bias_k.shape == (1, 1, 32)
 
 
 def test_float_layers_start_as_torchs_do():
