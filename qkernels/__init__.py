@@ -41,6 +41,7 @@ else:
     from qkernels import ops as ops
     from qkernels import ops_conv as ops_conv
     from qkernels import ops_int8 as ops_int8
+    from qkernels.attention import split_attention_
     from qkernels.calibrate import calibrate
     from qkernels.calibration import Calibration
     from qkernels.doctor import doctor
@@ -115,6 +116,7 @@ __all__ = [
     "quantize_calibrated_",
     "save_model",
     "search",
+    "split_attention_",
     "transfer",
     "unfuse_",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.attention import attention_split
 from qkernels.calibration import OBSERVERS, Calibration, Int8Range, LayerRanges, Observer
 from qkernels.calibration.observers import finite_values
 from qkernels.calibration.result import TensorRange
@@ -71,10 +72,11 @@ def calibrate(
 
     make = observer_factory(observer)
     _check(model, batches, forward)
-    records = {name: _Record(name, module, make) for name, module in _watched(model, modules)}
     call = Caller(model, forward, op="calibrate", argument="forward")
     count = 0
     with ExitStack() as stack:
+        stack.enter_context(attention_split(model))
+        records = {name: _Record(name, module, make) for name, module in _watched(model, modules)}
         # Not inference_mode: a model that keeps tensors for later could not train with them.
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))

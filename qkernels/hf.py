@@ -39,19 +39,19 @@ except (ImportError, AttributeError) as missing:
         "with qk.save_model and load into the float model with qk.load_model"
     ) from missing
 
+from qkernels.attention import attention_split
 from qkernels.fuse import apply_fusion
 from qkernels.io.file import ModuleEntry
 from qkernels.io.load import shell_for
 from qkernels.io.save import entry_of, full_name, fused_layer
-from qkernels.nn import QModule
+from qkernels.nn import QModule, QMultiheadAttention
 from qkernels.nn.fused import FusedActivation
-from qkernels.nn.parents import settle_parents
+from qkernels.nn.parents import replace_everywhere, settle_parents
 from qkernels.nn.storage import WEIGHT_KEYS
 from qkernels.quantize import (
     DEFAULT_IGNORE,
     dequantize_,
     quantize_,
-    replace_everywhere,
     schemes_by_pattern,
 )
 from qkernels.schemes import Scheme
@@ -63,6 +63,7 @@ VERSION = 1
 # On the disk a weight's codes are not called `weight`: without this module, from_pretrained would
 # take them for the float weight, and only note that there are scales it has no use for.
 _STORED_NAMES = {"weight": "weight_codes"}
+_ATTENTION = ("in_proj_weight", "in_proj_bias")
 _NOTHING: dict[str, Any] = {"version": VERSION, "modules": {}, "shared": {}, "fused": {}}
 
 
@@ -180,6 +181,13 @@ class _Stored:
         }
 
 
+def _initialized() -> Tensor:
+    """Nothing that transformers could want to initialize: some models do so in a parent."""
+    nothing = torch.empty(0)
+    nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+    return nothing
+
+
 class _Awaiting(nn.Module):
     """Stands for a quantized layer while from_pretrained fills in its tensors.
 
@@ -191,6 +199,7 @@ class _Awaiting(nn.Module):
     def __init__(self, layer: QModule, shared: bool) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a child: transformers must not see its parameters
+        self.__dict__["weight"] = _initialized()
         self.names: dict[str, str] = {}
         for key, like in layer.storage_targets().items():
             if not (shared and key in WEIGHT_KEYS):
@@ -261,6 +270,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         stored = self.quantization_config.stored
         if stored is None:
             return
+        parents = {name.rpartition(".")[0] for name in stored.modules}
+        with attention_split(model, parents, keep=True) as splits:
+            for split in splits:
+                split.new.__dict__.update(dict.fromkeys(_ATTENTION, _initialized()))
         names = _names_by_module(model)
         modules: dict[str, nn.Module] = dict(model.named_modules())
         for name, entry in stored.modules.items():
@@ -285,6 +298,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         if config.stored is None:
             quantize_(model, config.schemes, config.ignore)
             return
+        for module in model.modules():
+            if isinstance(module, QMultiheadAttention):
+                for name in _ATTENTION:
+                    module.__dict__.pop(name, None)
         names = _names_by_module(model)
         done: dict[str, QModule] = {}
         shared = config.stored.shared

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qkernels.calibration.use import what_to_note, why_no_range
 from qkernels.nn import QModule
+from qkernels.nn.attention import QMultiheadAttention, why_not_splittable
 from qkernels.nn.carry import why_not_quantizable, why_not_replaceable
 from qkernels.nn.kinds import QUANTIZED, base_of, why_no_kernel
 from qkernels.nn.qat import QATModule
@@ -282,10 +283,13 @@ def _why_left(module: nn.Module, op: str) -> str | None:
             f"replace it by hand with {QUANTIZED[base].__name__}.from_float"
         )
     if isinstance(module, nn.MultiheadAttention):
-        return (
-            "keeps its input projections as bare parameters and reads out_proj.weight; no "
-            "quantized MultiheadAttention in this version"
+        return why_not_splittable(module) or (
+            "keeps its input projections as bare parameters; call qk.split_attention_(model) first"
+            if op == "prepare_qat_"
+            else "code around it reads its in_proj_weight"
         )
+    if isinstance(module, QMultiheadAttention):
+        return "only its projections are quantized"
     return f"no quantized {kind.__name__} in this version"
 
 
@@ -308,7 +312,7 @@ def why_parent_needs_float(model: nn.Module, names: Sequence[str]) -> str | None
 
 @functools.lru_cache(maxsize=256)
 def _weights_read(kind: type[nn.Module]) -> set[str]:
-    """Names of children whose `.weight` a class reads in forward or in what forward calls.
+    """Names of children whose weight a class reads in forward or in what forward calls.
 
     Read from bytecode: an attribute loaded directly before `.weight` is loaded from it.
     """
@@ -320,7 +324,8 @@ def _weights_read(kind: type[nn.Module]) -> set[str]:
         if code is None:
             continue
         for first, second in pairwise(dis.get_instructions(code)):
-            if second.argval == "weight" and first.opname == second.opname == "LOAD_ATTR":
+            reads = second.argval in ("weight", "in_proj_weight")
+            if reads and first.opname == second.opname == "LOAD_ATTR":
                 found.add(first.argval)
         for name in code.co_names:
             method = getattr(kind, name, None)

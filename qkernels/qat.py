@@ -16,7 +16,7 @@ from qkernels.nn.conv import QConvNd
 from qkernels.nn.kinds import quantized_from_shell, why_no_kernel
 from qkernels.nn.linear import why_too_long
 from qkernels.nn.observer import InputRange
-from qkernels.nn.parents import settle_parents
+from qkernels.nn.parents import replace_everywhere, settle_parents
 from qkernels.nn.qat import (
     QATConv1d,
     QATConv2d,
@@ -31,7 +31,6 @@ from qkernels.plan import Step, check_model, check_patterns, make_plan, tensor_k
 from qkernels.quantize import (
     DEFAULT_IGNORE,
     ignored_patterns,
-    replace_everywhere,
     schemes_by_pattern,
     steps_back,
     summary_of,

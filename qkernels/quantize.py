@@ -12,17 +12,17 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from qkernels.attention import attention_split, whole_again
 from qkernels.calibration import Calibration, Int8Range
 from qkernels.calibration.use import ranges_of
 from qkernels.fold import Fold, apply_folds, plan_folds
 from qkernels.fuse import unfuse_
 from qkernels.mixed.plan import PrecisionPlan
 from qkernels.nn import QEmbedding, QLinear, QModule
-from qkernels.nn.carry import share_hooks
 from qkernels.nn.conv import QConvNd
 from qkernels.nn.int8 import Int8Conv
 from qkernels.nn.kinds import QUANTIZED, base_of, quantized_from_shell
-from qkernels.nn.parents import settle_parents
+from qkernels.nn.parents import replace_everywhere, settle_parents
 from qkernels.nn.qat import QATModule
 from qkernels.nn.ranges import set_range
 from qkernels.optimize import check_optimizer, search_scales
@@ -56,6 +56,9 @@ def quantize_(
     progress: bool | None = None,
 ) -> Summary:
     """Replace the Linear, Conv and Embedding layers of a model by quantized ones, in place.
+
+    The projections of an `nn.MultiheadAttention` become layers, too: `q_proj`, `k_proj`, `v_proj`
+    and `out_proj` of a `qk.nn.QMultiheadAttention`.
 
     Everything is checked before the first layer changes. Layers are then replaced one by one, so
     that memory never exceeds the float model and one layer. Modules that share a weight share one
@@ -97,6 +100,19 @@ def quantize_(
     if optimize is None:
         optimize = scheme.optimize if isinstance(scheme, PrecisionPlan) else "minmax"
     check_optimizer("quantize_", optimize)
+    with attention_split(model):
+        return _quantize(model, scheme, ignore, calibration, fold_batchnorm, optimize, progress)
+
+
+def _quantize(
+    model: nn.Module,
+    scheme: Scheme | Mapping[str, Scheme],
+    ignore: str | Sequence[str],
+    calibration: Calibration | None,
+    fold_batchnorm: bool,
+    optimize: str,
+    progress: bool | None,
+) -> Summary:
     steps = plan_of("quantize_", model, scheme, ignore, calibration=calibration)
     folds = plan_folds(model, ignored_patterns(ignore)) if fold_batchnorm else []
     done: dict[str, QModule] = {}
@@ -123,7 +139,7 @@ def quantize_(
 def dequantize_(model: nn.Module) -> Summary:
     """Replace the quantized layers of a model by the float layers they compute with, in place.
 
-    Activation functions that `fuse_` took out are put back.
+    Activation functions that `fuse_` took out are put back, and so is `nn.MultiheadAttention`.
 
     Args:
         model: a model that holds quantized layers. It is changed.
@@ -175,8 +191,10 @@ def dequantize_(model: nn.Module) -> Summary:
         new.weight = weights.setdefault(key, new.weight)
         replace_everywhere(model, step.names, old, new)
         became[step.names] = type(new).__name__
+    summary = summary_of(f"{type(model).__name__} dequantized", model, steps, became)
+    whole_again(model, [step.names[0] for step in wanted])
     settle_parents(model)
-    return summary_of(f"{type(model).__name__} dequantized", model, steps, became)
+    return summary
 
 
 def quantized_like_float(
@@ -215,24 +233,6 @@ def give_range(module: QModule, x_range: Int8Range | None) -> None:
     if x_range is not None:
         has_zero = module.scheme.activation == "asymmetric"
         set_range(module, x_range.scale, x_range.zero_point if has_zero else None)
-
-
-def replace_everywhere(
-    model: nn.Module, names: Sequence[str], old: nn.Module, new: nn.Module
-) -> None:
-    """Put a module in the place of another, under all of its names, with its hooks.
-
-    Args:
-        model: holds the old module.
-        names: all qualified names of the old module in the model.
-        old: the module that goes.
-        new: the module that comes.
-    """
-    share_hooks(old, new)
-    if isinstance(new, QModule):
-        new.qualified_name = names[0]
-    for name in names:
-        model.set_submodule(name, new)
 
 
 def _quantized_kind(step: Step) -> str:
@@ -316,6 +316,12 @@ def plan_of(
     if patterns != DEFAULT_IGNORE:
         check_patterns(model, patterns, "ignore", op=op)
     _check_calibration(op, calibration, schemes)
+    if type(model) is nn.MultiheadAttention:
+        raise ValueError(
+            f"{op}: the model is itself a MultiheadAttention, which cannot be replaced in place; "
+            "use qkernels.nn.QMultiheadAttention.from_float(model, scheme), or put it into an "
+            "nn.ModuleList"
+        )
     kind = base_of(model)
     if kind is not None:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.attention import attention_split
 from qkernels.functional import Quantized
 from qkernels.fuse import apply_fusion
 from qkernels.io.file import (
@@ -25,9 +26,8 @@ from qkernels.nn import QLinear, QModule
 from qkernels.nn.carry import has_hooks, why_not_replaceable
 from qkernels.nn.fused import FusedActivation, epilogue_of
 from qkernels.nn.kinds import BY_NAME, QUANTIZED, quantized_from_shell
-from qkernels.nn.parents import settle_parents
+from qkernels.nn.parents import replace_everywhere, settle_parents
 from qkernels.nn.storage import WEIGHT_KEYS
-from qkernels.quantize import replace_everywhere
 
 
 def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -65,14 +65,16 @@ def load_model(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     model = uncompiled(model)
     header = read_header(path)
     _check_program(model, header)
-    targets = _targets(model, header)
-    _check_fused(model, header)
-    with open_tensors(header.path) as tensors:
-        values = _checked_values(model, header, targets, tensors)
-        packed = _packed_weights(header, targets, values)
-        floats = {key: values[header.tied.get(key, key)].clone() for key in _float_keys(targets)}
-    # Nothing below can fail: it only puts tensors of the right shape and type in their places.
-    _commit(model, header, targets, packed, floats)
+    with attention_split(model, _split_in_file(model, header), keep=True):
+        targets = _targets(model, header)
+        _check_fused(model, header)
+        with open_tensors(header.path) as tensors:
+            values = _checked_values(model, header, targets, tensors)
+            packed = _packed_weights(header, targets, values)
+            sources = {key: header.tied.get(key, key) for key in _float_keys(targets)}
+            floats = {key: values[source].clone() for key, source in sources.items()}
+        # Nothing below can fail: it only puts tensors of the right shape and type in their places.
+        _commit(model, header, targets, packed, floats)
     for name, layer in header.fused.items():
         if not isinstance(model.get_submodule(name), FusedActivation):
             apply_fusion(model, name, layer)
@@ -100,6 +102,16 @@ def _check_program(model: nn.Module, header: ModelFile) -> None:
             f"{header.path} holds a model that was lowered in another way than this one; use "
             "qk.load_lowered(path)"
         )
+
+
+def _split_in_file(model: nn.Module, header: ModelFile) -> set[str]:
+    """Attention of the model whose projections are layers in the file."""
+    held = header.checksums.keys() | header.tied.keys()
+    return {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.MultiheadAttention) and full_name(name, "q_proj.weight") in held
+    }
 
 
 def _check_fused(model: nn.Module, header: ModelFile) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.attention import attention_split
 from qkernels.calibration import Calibration
 from qkernels.mixed.assign import check_solver
 from qkernels.mixed.budget import (
@@ -137,12 +138,15 @@ def search(
     data = _listed(batches, "batches")
     timed = data if latency_batches is None else _listed(latency_batches, "latency_batches")
     patterns = ignored_patterns(ignore, "search")
-    if patterns != DEFAULT_IGNORE:
-        check_patterns(model, patterns, "ignore", op="search")
     if checkpoint is not None:
         check_folder(checkpoint)
     check_solver()
-    with evaluating(model), plain_transformer_paths(), ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(attention_split(model))
+        if patterns != DEFAULT_IGNORE:
+            check_patterns(model, patterns, "ignore", op="search")
+        stack.enter_context(evaluating(model))
+        stack.enter_context(plain_transformer_paths())
         units, notes = find_units(model, offered, patterns, optimize, calibration)
         caller = Caller(model, call, op="search")
         units, unseen = _called(units, caller, data, timed)

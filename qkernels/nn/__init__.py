@@ -1,5 +1,6 @@
 """Quantized modules with the constructors of torch's own, and those that train for them."""
 
+from qkernels.nn.attention import QMultiheadAttention
 from qkernels.nn.conv import (
     QConv1d,
     QConv2d,
@@ -34,4 +35,5 @@ __all__ = [
     "QEmbedding",
     "QLinear",
     "QModule",
+    "QMultiheadAttention",
 ]

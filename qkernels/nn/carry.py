@@ -95,14 +95,23 @@ def why_not_replaceable(module: nn.Module) -> str | None:
         return "it is lazy and has not seen an input yet"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "it has max_norm, which rewrites the weight while it runs"
+    return why_not_whole(module)
+
+
+def why_not_whole(module: nn.Module) -> str | None:
+    """Why a module is more than its class and its tensors, or None.
+
+    Args:
+        module: of any class.
+    """
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance, which a quantized layer would not call"
     if module._compiled_call_impl is not None:
         return "it was compiled in place; quantize first, then compile"
     if any(module.__dict__[table] for table in _STATE_DICT_HOOKS):
         return "it has state_dict hooks, which are written for a float weight"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "it has max_norm, which rewrites the weight while it runs"
     return None
 
 

@@ -20,7 +20,7 @@ _REMEMBERED = "_qkernels_fast_path"
 def settle_fast_paths(model: nn.Module) -> None:
     """Turn torch's fused transformer paths off above layers of ours, and on again elsewhere.
 
-    The fused kernels take `linear1.weight` and `linear2.weight` as float tensors. Both switches
+    The fused kernels take the weights of linears and attention as float tensors. Both switches
     only choose between the fused path and the plain one, which calls the layers.
 
     Args:

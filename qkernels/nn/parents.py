@@ -1,12 +1,33 @@
-"""What modules above a layer must be told when it is replaced."""
+"""Replacing a layer, and what modules above it must be told then."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from torch import nn
 
+from qkernels.nn.carry import share_hooks
 from qkernels.nn.fastpath import settle_fast_paths
+from qkernels.nn.module import QModule
+
+
+def replace_everywhere(
+    model: nn.Module, names: Sequence[str], old: nn.Module, new: nn.Module
+) -> None:
+    """Put a module in the place of another, under all of its names, with its hooks.
+
+    Args:
+        model: holds the old module.
+        names: all qualified names of the old module in the model.
+        old: the module that goes.
+        new: the module that comes.
+    """
+    share_hooks(old, new)
+    if isinstance(new, QModule):
+        new.qualified_name = names[0]
+    for name in names:
+        model.set_submodule(name, new)
 
 
 def settle_parents(model: nn.Module) -> None:

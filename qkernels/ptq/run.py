@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkernels.attention import attention_split
 from qkernels.calibration import Calibration, Int8Range
 from qkernels.nn import QModule
 from qkernels.nn.kinds import QUANTIZED, base_of
-from qkernels.nn.parents import settle_parents
+from qkernels.nn.parents import replace_everywhere, settle_parents
 from qkernels.plan import Step
 from qkernels.ptq.blocks import Group, trace
 from qkernels.ptq.checkpoint import Checkpoint, Finished, identity_of
@@ -34,7 +35,6 @@ from qkernels.quantize import (
     input_range,
     plan_of,
     quantized_like_float,
-    replace_everywhere,
     shown_progress,
     summary_of,
 )
@@ -115,6 +115,25 @@ def quantize_calibrated_(
         True
     """
     options = checked_options(method, optimize, act_order, damping, alpha)
+    with attention_split(model):
+        return _quantize(
+            *(model, batches, scheme, options, ignore, calibration, held_out),
+            *(checkpoint, call, progress),
+        )
+
+
+def _quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    scheme: Scheme | Mapping[str, Scheme],
+    options: Options,
+    ignore: str | Sequence[str],
+    calibration: Calibration | None,
+    held_out: Iterable[Any] | None,
+    checkpoint: str | os.PathLike[str] | None,
+    call: Callable[[nn.Module, Any], Any] | None,
+    progress: bool | None,
+) -> Summary:
     steps = plan_of(OP, model, scheme, ignore, calibration=calibration)
     data, held = _split(batches, held_out)
     units, without_data = _units(model, steps)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from qkernels.nn import QModule
+from qkernels.attention import Split, attention_split, whole
+from qkernels.nn import QModule, QMultiheadAttention
 from qkernels.report.accumulate import Noise, RowStatistics, looks_like_logits
 from qkernels.report.layer_costs import error_shares, layer_seconds
 from qkernels.report.layers import LayerProbe, LayerRecord, ending_alike
@@ -102,8 +104,12 @@ def compare(
         True
     """
     _check(model, reference, batches, metric, evaluate)
-    with evaluating(model, reference), torch.no_grad():
-        run = _Comparison(model, reference, call, agreement)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model, reference))
+        stack.enter_context(torch.no_grad())
+        apart = {name for name, m in model.named_modules() if isinstance(m, QMultiheadAttention)}
+        splits = stack.enter_context(attention_split(reference, apart if per_layer else ()))
+        run = _Comparison(model, reference, call, agreement, splits)
         if per_layer:
             run.probe_layers()
         for batch in _with_progress(batches):
@@ -156,6 +162,7 @@ class _Comparison:
     reference: nn.Module
     call: Callable[[nn.Module, Any], Any] | None
     agreement: bool | None
+    splits: list[Split]
     probe: LayerProbe | None = None
     first: Any = None
     batches: int = 0
@@ -230,13 +237,14 @@ class _Comparison:
 
     def time(self, budget: float) -> Latency:
         """Both models on the first batch, in turns."""
-        times = interleave(
-            {
-                "model": lambda: self.call_model(self.first),
-                "reference": lambda: self.call_reference(self.first),
-            },
-            budget=budget,
-        )
+        with whole(self.reference, self.splits):
+            times = interleave(
+                {
+                    "model": lambda: self.call_model(self.first),
+                    "reference": lambda: self.call_reference(self.first),
+                },
+                budget=budget,
+            )
         if self.probe is not None:
             sides = {
                 "model": (self.probe.model_layers, lambda: self.call_model(self.first)),
@@ -272,6 +280,10 @@ class _Comparison:
     ) -> Report:
         """Everything measured so far."""
         sizes, reference_sizes = module_bytes(self.model), module_bytes(self.reference)
+        for split in self.splits:
+            own = split.bytes_by_name()
+            if any(reference_sizes[name] for name in own):  # else tied to what comes before
+                reference_sizes.update(own)
         name, reference_name = names or (label_of(self.model), label_of(self.reference))
         return Report(
             model=name,

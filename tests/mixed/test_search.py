@@ -304,7 +304,13 @@ def test_a_transformer_of_torch_and_half_precision():
     model = nn.TransformerEncoder(layer, 2).to(torch.bfloat16).eval()
     data = [torch.randn(2, 5, 32, dtype=torch.bfloat16)]
     found = qk.search(model, data, {"sqnr": 20}, "size", SCHEMES, **FAST)
-    assert {x.names[0].rpartition(".")[2] for x in found.layers} == {"linear1", "linear2"}
+    attention = {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert {x.names[0].rpartition(".")[2] for x in found.layers} == attention | {
+        "linear1",
+        "linear2",
+    }
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+    qk.quantize_(model, found)
     assert all(layer.dtype == "bfloat16" for layer in found.layers)
     assert all(option.damage > 0 for layer in found.layers for option in layer.options[1:])
 

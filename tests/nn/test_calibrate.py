@@ -205,8 +205,8 @@ def test_the_linears_of_torchs_encoder_run(padded):
         batch["src_key_padding_mask"] = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     calibration = qk.calibrate(model, [batch])
     ran = {layer.name for layer in calibration if layer.calls}
-    assert ran == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
-    assert calibration["layers.0.self_attn.out_proj"].note == "never ran"
+    attention = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
+    assert ran == {f"layers.{i}.{x}" for i in (0, 1) for x in ("linear1", "linear2", *attention)}
 
 
 def test_modules_are_chosen_by_pattern():

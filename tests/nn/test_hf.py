@@ -218,3 +218,22 @@ def test_a_damaged_config(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         Bert.from_pretrained(tmp_path)
+
+
+def test_attention_of_torch(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.SiglipVisionConfig(
+        **sizes, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    torch.manual_seed(0)
+    model = transformers.SiglipVisionModel(config).eval()
+    x = torch.randn(2, 3, 16, 16)
+    for scheme in (qk.W8A8(), {"*.v_proj": qk.W8A8(), "head.attention.out_proj": qk.W8A8()}):
+        made = copy.deepcopy(model)
+        qk.quantize_(made, scheme)
+        made.save_pretrained(tmp_path)
+        loaded = transformers.SiglipVisionModel.from_pretrained(tmp_path).eval()
+        heads = [m for m in loaded.modules() if isinstance(m, qk.nn.QMultiheadAttention)]
+        assert len(heads) == 1 and isinstance(heads[0].v_proj, qk.nn.QLinear)
+        with torch.no_grad():
+            assert torch.equal(loaded(x).pooler_output, made(x).pooler_output)

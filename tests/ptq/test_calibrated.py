@@ -449,8 +449,9 @@ def test_a_transformer_encoder_of_torch():
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     batches = [data.floats((4, 6, 16), seed=i) for i in range(4)]
     summary = qk.quantize_calibrated_(model, batches, qk.W4A16(group_size=16))
+    layers = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")] + ["linear1", "linear2"]
     assert [row.name for row in summary if row.sqnr is not None] == [
-        f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)
+        f"layers.{i}.{layer}" for i in (0, 1) for layer in layers
     ]
 
 
