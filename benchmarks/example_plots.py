@@ -1,7 +1,7 @@
 """Draw the results of three examples: `python benchmarks/example_plots.py docs/images`.
 
 What is drawn is in benchmarks/results/: demo.json (`qkernels demo`), vision.json (`qkernels demo
---vision --fast`, its table.json), and ddp_qat_1.json and ddp_qat_2.json (`examples/ddp_qat.py
+--vision`, its table.json), and ddp_qat_1.json and ddp_qat_2.json (`examples/ddp_qat.py
 --history`, in one process and in two).
 """
 
