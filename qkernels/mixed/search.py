@@ -224,14 +224,14 @@ class _Search:
         scale = {"latency": 1.0, "accuracy": 1.0}
         kept: list[PrecisionPlan] = []
         tried: list[PrecisionPlan] = []
+        impossible: ValueError | None = None
         for _ in range(_MAX_TRIES):
             now = {q: limit / scale.get(q, 1.0) for q, limit in limits.items()}
             corrected = replace(plan, correction=scale["accuracy"])
             try:
                 choice = choose(corrected, objective, budget, now)
-            except ValueError:
-                if not tried:
-                    raise
+            except ValueError as error:
+                impossible = error
                 break
             if any(choice == [x.chosen for x in t.layers] for t in tried):
                 break
@@ -246,6 +246,10 @@ class _Search:
                 over = found.measured.seconds / limits["latency"]
                 scale["latency"] *= max(over, 1.0)
             scale["accuracy"] = found.correction
+        uniform = self._uniform(plan, objective, budget, limits, tried)
+        kept += [found for found in uniform if self._keeps(found, limits)]
+        if impossible is not None and not (kept or tried):
+            raise impossible
         best = min(kept or tried, key=lambda p: _measured_objective(p, objective))
         if "latency" not in limits:
             best = self._timed(best)
@@ -259,6 +263,34 @@ class _Search:
                 f"choice was found that is predicted to keep it."
             )
         return replace(best, notes=(*notes, *best.notes))
+
+    def _uniform(
+        self,
+        plan: PrecisionPlan,
+        objective: str,
+        budget: Mapping[str, float],
+        limits: Mapping[str, float],
+        tried: Sequence[PrecisionPlan],
+    ) -> Iterator[PrecisionPlan]:
+        """One scheme for all layers, where that was measured to be within the limits.
+
+        Sums over layers miss a model's time by some percent, so a scheme that just keeps a limit
+        may be predicted to exceed it.
+        """
+        slack = 1 + 2 * LATENCY_SLACK  # it is timed again
+        for scheme, (_, cost) in zip(self.schemes, plan.uniform, strict=True):
+            if cost.seconds > slack * limits.get("latency", math.inf):
+                continue
+            if cost.bytes > limits.get("size", math.inf):
+                continue
+            wanted = [unit.form_of(scheme).scheme for unit in self.units]
+            offered = [[o.scheme for o in layer.options] for layer in plan.layers]
+            if not all(w in some for w, some in zip(wanted, offered, strict=True)):
+                continue  # a layer that has no such form must not stay float
+            choice = [some.index(w) for w, some in zip(wanted, offered, strict=True)]
+            if all(choice != [x.chosen for x in t.layers] for t in tried):
+                found = self._run(plan, plan.choosing(choice, objective, budget))
+                yield self._timed(found) if "latency" in limits else found
 
     def _pairs(self, plan: PrecisionPlan) -> Pairs:
         return [
