@@ -26,6 +26,7 @@ from torch import Tensor
 import qkernels as qk
 from qkernels.demo.data import docstring_dataset
 from qkernels.demo.model import SentenceClassifier, Tokenizer, build_model
+from qkernels.mixed.search import LATENCY_SLACK
 from qkernels.report.accumulate import Noise
 from qkernels.report.files import write_atomically
 from qkernels.report.machine import machine_facts
@@ -35,6 +36,8 @@ SEARCH_TEXTS, TEST_TEXTS, BATCH = 64, 64, 32
 SHAPES = {"1×32": (1, 32), "8×64": (8, 64)}
 # Sizes in percent of float32 for which the best plan is sought, and dB for which the fastest is.
 SIZES, SQNRS = (22, 30), (20, 25)
+# Times that cannot be told apart, as search has it.
+ALIKE = 1 + LATENCY_SLACK
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Duel:
     def won(self) -> bool:
         """More accurate, and within what can be told apart no slower."""
         return self.plan.sqnr_db > self.uniform.sqnr_db and (
-            self.plan.latency <= self.uniform.latency * 1.02
+            self.plan.latency <= self.uniform.latency * ALIKE
         )
 
 
@@ -143,7 +146,7 @@ class Contest:
             models = {"uniform": uniform, "plan": quantized(self.reference, rival)}
             found = shares_of_time(models, self.reference, self.batch, self.seconds / 2)
             over = found["plan"] / found["uniform"]
-            if over <= 1 or allowed <= fastest.predicted.seconds:
+            if over <= ALIKE or allowed <= fastest.predicted.seconds:
                 break
             allowed = max(allowed / over * 0.99, fastest.predicted.seconds * 1.0001)
         rows = self.rows(models, {"plan": rival.predicted.quality})
