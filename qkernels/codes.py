@@ -302,6 +302,16 @@ def pack(weight: Quantized, layout: int) -> Tensor:
     return packed
 
 
+def _of_layout(
+    stored: tuple[Tensor, Tensor, Tensor], layout: int, group_size: int, shape: tuple[int, int]
+) -> Quantized:
+    """What an op unpacked."""
+    data, scale, zero_point = stored
+    meaning = _C.describe_layout(layout)
+    zeros = None if meaning["symmetric"] else zero_point
+    return Quantized(data, scale, zeros, meaning["format"], group_size, torch.Size(shape))
+
+
 def unpack(
     packed: Tensor, layout: int, out_features: int, in_features: int, group_size: int = -1
 ) -> Quantized:
@@ -320,18 +330,8 @@ def unpack(
     Example:
         See `pack`.
     """
-    data, scale, zero_point = torch.ops.qkernels.unpack(
-        packed, layout, in_features, out_features, group_size
-    )
-    meaning = _C.describe_layout(layout)
-    return Quantized(
-        data,
-        scale,
-        None if meaning["symmetric"] else zero_point,
-        meaning["format"],
-        group_size,
-        torch.Size((out_features, in_features)),
-    )
+    stored = torch.ops.qkernels.unpack(packed, layout, in_features, out_features, group_size)
+    return _of_layout(stored, layout, group_size, (out_features, in_features))
 
 
 def pack_conv(weight: Quantized, layout: int, *, taps: int, groups: int = 1) -> Tensor:
@@ -403,15 +403,7 @@ def unpack_conv(
     Example:
         See `pack_conv`.
     """
-    data, scale, zero_point = torch.ops.qkernels.unpack_conv(
+    stored = torch.ops.qkernels.unpack_conv(
         packed, layout, taps, columns // taps, groups, out_channels, group_size
     )
-    meaning = _C.describe_layout(layout)
-    return Quantized(
-        data,
-        scale,
-        None if meaning["symmetric"] else zero_point,
-        meaning["format"],
-        group_size,
-        torch.Size((out_channels, columns)),
-    )
+    return _of_layout(stored, layout, group_size, (out_channels, columns))
