@@ -137,6 +137,7 @@ def test_python_blocks_parse(document: Path) -> None:
         "docs/MIGRATING.md",
         "docs/MIXED_PRECISION.md",
         "docs/QAT.md",
+        "docs/TRANSFER.md",
     ],
 )
 def test_guides_run(document: str, tmp_path: Path) -> None:
