@@ -114,29 +114,26 @@ inline FloatPlan float_plan(const LinearArgs& a) {
 
 // ---- Many rows ----------------------------------------------------------------------------------
 
-// Rows from which it is faster to dequantize W and to call torch's matmul. 16-bit x: the mean of
-// what follows for three shapes from benchmarks/results/gpu-h100/gpu.json, the time of our
-// dequantize and matmul together against that of our kernel (tests/cuda/test_matmul.py computes
-// it). float32 x: estimated from the same kernels, whose rows then count three times, and nine
-// times with nf4, and an H100's 67 Teraflop/s of float32 by its datasheet; only nf4 gains.
+// Rows from which it is faster to dequantize W and to call torch's matmul: where our kernel and the
+// two together take as long, in the mean of the shapes that benchmarks/results/gpu-h200/gpu.json
+// has (tests/cuda/test_matmul.py computes it). float32 x: int4 stays with the kernels in all that
+// was measured; nf4 loses from 16 rows on, and up to 5 its rows of three parts are one tile of 16.
 constexpr int64_t matmul_rows(Format format, DType x_type) {
   constexpr int64_t kNever = INT64_MAX;
-  if (x_type == DType::f32) return format == Format::nf4 ? 32 : kNever;
+  if (x_type == DType::f32) return format == Format::nf4 ? 6 : kNever;
   switch (format) {
     case Format::int8:
-      return 112;
-    case Format::int4:
-      return 136;
-    default:
       return 88;
+    case Format::int4:
+      return 112;
+    default:
+      return 64;
   }
 }
 
-// The same of linear_backward_input, whose kernel has not been measured. With 512 rows dequantizing
-// and matmul take 153 us on an H100 (8192 x 8192, int4); were the kernel at 60 % of matmul's rate,
-// which is what mma.sync reaches of the tensor cores there, it would take 151. float32 stays: its
-// kernel has the bits of the CPU.
-constexpr int64_t backward_matmul_rows(DType type) { return type == DType::f32 ? INT64_MAX : 512; }
+// The same of linear_backward_input: its kernel takes 2 to 10 times as long for 16 to 256 rows, and
+// as long for one as for 128, which are a tile. float32 stays: its kernel has the bits of the CPU.
+constexpr int64_t backward_matmul_rows(DType type) { return type == DType::f32 ? INT64_MAX : 1; }
 
 // A number of rows that the environment sets in place of the tables.
 inline int64_t rows_or_environment(int64_t rows) {

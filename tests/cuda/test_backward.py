@@ -12,6 +12,13 @@ from helpers.data import FLOATS, KINDS, Kind, Weight, floats, strided, weight
 
 cpu = torch.ops.qkernels
 
+
+@pytest.fixture(autouse=True)
+def no_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are about the kernels; tests/cuda/test_matmul.py is about what usually runs."""
+    monkeypatch.setenv("QKERNELS_MATMUL_ROWS", str(1 << 60))
+
+
 SHAPES = [
     (0, 5, 7, -1),
     (3, 0, 9, -1),

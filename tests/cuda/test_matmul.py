@@ -19,7 +19,7 @@ from qkernels import _C
 HALVES = (torch.bfloat16, torch.float16)
 MATMUL = "dequantize + matmul"
 SETTING = "QKERNELS_MATMUL_ROWS"
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/gpu-h100/gpu.json"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/gpu-h200/gpu.json"
 
 # (out_features, in_features, group_size): whole tiles; groups that end inside of a step, with and
 # without eights; a short last group; fewer outputs than a block; two packed rows.
@@ -194,30 +194,31 @@ def test_the_environment_sets_the_threshold(monkeypatch: pytest.MonkeyPatch) -> 
         assert threshold(KINDS[3], HALVES[0]) == rows
 
 
+def crossover(scheme: str, shape: str) -> dict[int, float]:
+    """For each number of rows that was measured: what dequantize and matmul gain, in seconds."""
+    found: dict[int, dict[str, float]] = {}
+    for row in json.loads(RESULTS.read_text())["rows"]:
+        rows, _, rest = row["case"].partition(" rows ")
+        if row["group"] == "crossover" and rest == f"{shape} {scheme}":
+            found.setdefault(int(rows), {})[row["name"]] = row["seconds"]
+    return {rows: times["kernel"] - times[MATMUL] for rows, times in sorted(found.items())}
+
+
 def test_the_thresholds_are_those_of_the_results() -> None:
-    """The number of rows at which our dequantize and torch's matmul together take as long as our
-    kernel, on lines through the measured times; the mean of three shapes, in eights."""
-    seconds = {
-        (r["case"], r["name"]): r["seconds"] for r in json.loads(RESULTS.read_text())["rows"]
-    }
-    for kind, scheme, codec in (
-        (KINDS[0], "W8A16", "int8 8192x8192 group -1"),
-        (KINDS[3], "W4A16 g128", "int4 8192x8192 group 128"),
-        (KINDS[6], "NF4 g64", "nf4 8192x8192 group 64"),
-    ):
+    """The number of rows at which both ways take as long, on lines through the measured times: the
+    mean of two shapes, in eights."""
+    for kind, scheme in ((KINDS[0], "W8A16"), (KINDS[3], "W4A16 g128"), (KINDS[6], "NF4 g64")):
         crossings = []
-        for k, n in ((8192, 8192), (8192, 28672), (4096, 4096)):
-            dequantize = seconds[f"dequantize {codec}, bfloat16", "qkernels"] * k * n / 8192**2
-            gains = {
-                rows: seconds[f"{rows} rows {k}x{n}", scheme]
-                - seconds[f"{rows} rows {k}x{n}", "matmul bf16"]
-                - dequantize
-                for rows in (16, 64, 512, 2048)
-            }
-            crossings.append(crossing(gains))
+        for shape in ("8192x8192", "4096x4096"):
+            crossings.append(crossing(crossover(f"{scheme} bf16", shape)))
+            assert min(crossover(f"{scheme} bf16, gradient", shape).values()) > 0
         assert threshold(kind, torch.bfloat16) == threshold(kind, torch.float16)
         mean = sum(crossings) / len(crossings)
-        assert abs(threshold(kind, torch.bfloat16) - mean) <= 8, (scheme, crossings)
+        assert abs(threshold(kind, torch.bfloat16) - mean) <= 4, (scheme, crossings)
+    for shape in ("8192x8192", "4096x4096"):
+        assert max(crossover("W4A16 g128 fp32", shape).values()) < 0
+        assert min(crossover("NF4 g64 fp32", shape).values()) > 0
+    assert threshold(KINDS[6], torch.float32) < 16
 
 
 def crossing(gains: dict[int, float]) -> float:
