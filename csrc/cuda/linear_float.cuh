@@ -44,17 +44,19 @@ struct FloatTile {
   static constexpr int kTeamBlocks = kBlocks * kWarps_;
   static constexpr int kTeam = kWarp * kWarps_;  // threads
   static constexpr int kRows = 8 * kTiles;
-  // A GEMV's block has a warp for each slice: up to 16, and less where there are many outputs.
-  static constexpr int kMaxThreads = kGemv ? 16 / kBlocks * kWarp : kTeam;
-  // The largest tile needs all registers, the other GEMMs have two blocks on a multiprocessor.
-  static constexpr int kMinBlocks = (kGemv && kBlocks < 4) || kTiles == 8 ? 1 : 2;
+  // A GEMV's block has a warp for each slice, and less where it has many outputs.
+  static constexpr int kMaxThreads = !kGemv ? kTeam : (kBlocks == 4 ? 4 : kMostSlices) * kWarp;
+  // The largest tile needs all registers, the others have two blocks on a multiprocessor.
+  static constexpr int kMinBlocks = kTiles == 8 ? 1 : 2;
 
   static constexpr int kUnits = info(kFormat).bits == 8 ? 2 : 1;  // 16-byte loads in a step
   static constexpr int kStages = kTiles == 8 ? 3 : 4;
-  // Steps of the largest tile are so long that one ahead is enough.
-  static constexpr int kDepth = kTiles == 8    ? (kFormat == Format::int4 ? 2 : 1)
-                                : kBlocks == 1 ? 4
-                                               : 4 / kUnits;
+  // Steps of the largest tile are so long that one ahead is enough, and there are so many warps of
+  // the GEMV with two blocks that two are.
+  static constexpr int kDepth = kTiles == 8             ? (kFormat == Format::int4 ? 2 : 1)
+                                : kBlocks == 1          ? 4
+                                : kGemv && kBlocks == 2 ? 2
+                                                        : 4 / kUnits;
   static_assert(kTurn % kDepth == 0);
 
   // Of a step: x, then for each block two groups' scales and two groups' zero points.
@@ -63,6 +65,10 @@ struct FloatTile {
   static constexpr int kStageBytes = kRows * 128 + kTeamBlocks * kBlockBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSumBytes = kBlocks * kTiles * 4 * 4;  // of a thread
+  // On its way out a tile lies in shared memory, rows of x and outputs as in y. Words from a row to
+  // the next: the lanes of a warp, 8 outputs of every second row, meet in no bank.
+  static constexpr int kOutPitch = kTeamBlocks * kLanes + 4;
+  static constexpr int kOutBytes = kGemv ? 0 : kRows * kOutPitch * 4;
 };
 
 // The chunk at which the group after the one that ends at `end` does; none after the last.
@@ -79,15 +85,13 @@ QK_DEVICE float scale_at(const uint8_t* scales, DType type, int lane) {
   return wide ? bit_cast<float>(word) : narrow;
 }
 
-// Writes y of a row and output, or the sum alone.
+QK_DEVICE float bias_at(const FloatKernelArgs& a, int64_t output) {
+  return a.bias == nullptr ? 0.0f : load_float(a.bias, a.bias_type, output);
+}
+
 template <DType kType>
-QK_DEVICE void finish(const FloatKernelArgs& a, int64_t cut, int64_t row, int64_t output,
-                      float sum) {
-  if (a.sums != nullptr) {
-    a.sums[(cut * a.rows + row) * a.n + output] = sum;
-    return;
-  }
-  const float bias = a.bias == nullptr ? 0.0f : load_float(a.bias, a.bias_type, output);
+QK_DEVICE void finish(const FloatKernelArgs& a, int64_t row, int64_t output, float sum,
+                      float bias) {
   store_element<kType>(a.y, row * a.n + output, apply_epilogue(sum + bias, a.epilogue));
 }
 
@@ -332,15 +336,32 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   cp_async_wait<0>();
 
   // ---- Out ----
+  // By shared memory, so that what makes y of a sum is there once. Unrolled for the sums of a
+  // thread it was most of the machine code, and took longer to fetch than to run.
   if constexpr (!T::kGemv) {
+    static_assert(T::kTeam == T::kTeamBlocks * kLanes);
+    float* tile = shared_memory<float>();
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < T::kBlocks * T::kTiles * 4; ++i) {
       const int r = i / (T::kTiles * 4), j = i / 4 % T::kTiles;
-      const int row = j * 8 + t * 2 + i % 2;
-      const int64_t output = (block + r) * kLanes + g + i % 4 / 2 * 8;
-      if (row < rows && output < a.n) {
-        finish<T::kType>(a, cut, first_row + row, output, sums[r][j][i % 4]);
-      }
+      const int column = (warp * T::kBlocks + r) * kLanes + g + i % 4 / 2 * 8;
+      tile[(j * 8 + t * 2 + i % 2) * T::kOutPitch + column] = sums[r][j][i % 4];
+    }
+    __syncthreads();
+    const int64_t output = team_block * kLanes + threadIdx.x;
+    if (output >= a.n) return;
+    const float* from = tile + threadIdx.x;
+    if (a.sums != nullptr) {
+      float* to = a.sums + (cut * a.rows + first_row) * a.n + output;
+#pragma unroll 4
+      for (int row = 0; row < rows; ++row) to[row * a.n] = from[row * T::kOutPitch];
+      return;
+    }
+    const float bias = bias_at(a, output);
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row) {
+      finish<T::kType>(a, first_row + row, output, from[row * T::kOutPitch], bias);
     }
   } else {
     float* slices = shared_memory<float>();
@@ -351,13 +372,18 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
       slices[warp * kSums + i * kWarp + lane] = sums[i / 4][0][i % 4];
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < kSums; i += static_cast<int>(blockDim.x)) {
       const int row = lane % 4 * 2 + i / kWarp % 2;
       const int64_t output = (block + i / (4 * kWarp)) * kLanes + lane / 4 + i / kWarp % 4 / 2 * 8;
       if (row >= rows || output >= a.n) continue;
       float sum = slices[i];
       for (int slice = 1; slice < a.slices; ++slice) sum = sum + slices[slice * kSums + i];
-      finish<T::kType>(a, 0, row, output, sum);
+      if (a.sums != nullptr) {
+        a.sums[row * a.n + output] = sum;
+      } else {
+        finish<T::kType>(a, row, output, sum, bias_at(a, output));
+      }
     }
   }
 }
@@ -370,6 +396,7 @@ void launch_tile(const FloatKernelArgs& a, Stream stream) {
   int64_t bytes = T::kRingBytes;
   if (T::kGemv) bytes = warps * max(bytes, static_cast<int64_t>(T::kBlocks * 4 * kWarp * 4));
   if (!T::kGemv && a.cuts == 1 && a.slices > 1) bytes += T::kTeam * T::kSumBytes;
+  bytes = max(bytes, static_cast<int64_t>(T::kOutBytes));
   const dim3 grid(static_cast<unsigned>(columns * a.row_tiles), static_cast<unsigned>(a.cuts));
   launch(linear_float_kernel<T>, grid, warps * kWarp, bytes, stream, a);
 }

@@ -17,13 +17,14 @@ inline constexpr int64_t kTurn = 4;
 // Rows of x up to which warps share out k instead of outputs.
 inline constexpr int64_t kGemvRows = 8;
 
-// Of a large GPU: an A100 has 108, an H100 132. The emulator of the tests stands for a tiny one, so
-// that small shapes take every way there is.
+// Of a large GPU: an A100 has 108, an H100 132. And steps that are worth a warp's start. The
+// emulator of the tests stands for a tiny GPU, so that small shapes take every way there is.
 #ifdef QKERNELS_HOST
-inline constexpr int64_t kMultiprocessors = 4;
+inline constexpr int64_t kMultiprocessors = 4, kLeastSteps = 4;
 #else
-inline constexpr int64_t kMultiprocessors = 128;
+inline constexpr int64_t kMultiprocessors = 128, kLeastSteps = 8;
 #endif
+inline constexpr int64_t kMostSlices = 8;
 
 // K is cut into slices of consecutive steps. Each is summed up from 0, in order, and then their
 // sums are added in order. That is what a result's bits depend on, and so the cut may depend on N
@@ -36,10 +37,14 @@ struct Slices {
 inline Slices slices_of(int64_t n, const BlockShape& shape) {
   const int64_t steps = (shape.k_padded + kStep - 1) / kStep;
   const int64_t blocks = (n + kLanes - 1) / kLanes;
-  // So many warps that together they have enough loads in flight, 16 for each multiprocessor, but
-  // each with work for a while.
+  // So many warps of two blocks that each of the four schedulers of a multiprocessor has three or
+  // four to choose from, since a warp issues an instruction in four cycles; but each with work for
+  // a while.
   int64_t count = 1;
-  while (count < 16 && count * blocks < 16 * kMultiprocessors && count * 8 <= steps) count *= 2;
+  while (count < kMostSlices && count * blocks < 28 * kMultiprocessors &&
+         count * 2 * kLeastSteps <= steps) {
+    count *= 2;
+  }
   const int64_t each = steps == 0 ? kTurn : round_up((steps + count - 1) / count, kTurn);
   return {steps == 0 ? 1 : (steps + each - 1) / each, each};
 }
@@ -64,6 +69,17 @@ struct FloatPlan {
   bool partial() const { return cuts > 1 || parts > 1; }
 };
 
+// A tile of rows of x: thread blocks that a multiprocessor holds at a time, and cycles in which
+// these do a step. From benchmarks/results/gpu-h200/gpu.json: 16 rows of 8192 x 8192, 128 rows of
+// the same, and 64 rows of 8192 x 28672.
+struct TileTime {
+  int tiles, warps;
+  int64_t resident, cycles;
+};
+inline constexpr TileTime kTileTimes[] = {{2, 4, 2, 1100}, {4, 4, 2, 1400}, {8, 8, 1, 2400}};
+// Until the first weights are there; the second kernel, which reads what the first one wrote.
+inline constexpr int64_t kStartCycles = 3000, kAddCycles = 4000, kSumsInCycle = 340;
+
 // Sums that wait in memory for the second kernel, at most.
 inline constexpr int64_t kMostSums = int64_t{1} << 26;
 
@@ -85,30 +101,39 @@ inline FloatPlan float_plan(const LinearArgs& a) {
   }
   const int64_t rows = p.rows * p.parts;
   p.gemv = rows <= kGemvRows;
+  p.cuts = 1;
   if (p.gemv) {
     // A warp with more blocks of outputs needs less of x from the cache and less instructions
-    // around a product, but there must be warps enough.
-    p.blocks = rows > 2 && blocks >= 4 * kMultiprocessors ? 4
-               : blocks >= 2 * kMultiprocessors           ? 2
-                                                          : 1;
+    // around a product, but there must be warps enough. Four blocks leave registers for four warps
+    // in a thread block.
+    const int64_t warps = blocks * p.slices.count;
+    p.blocks = warps >= 48 * kMultiprocessors && p.slices.count <= 4 ? 4
+               : warps >= 24 * kMultiprocessors                      ? 2
+                                                                     : 1;
     p.tiles = 1;
     p.warps = 1;
-    p.cuts = 1;
     return p;
   }
   p.blocks = 2;
-  auto choose = [&](int tiles) {
-    p.tiles = tiles;
-    p.warps = tiles == 8 ? 8 : 4;
-    const int64_t columns = (blocks + p.blocks * p.warps - 1) / (p.blocks * p.warps);
-    return columns * ((rows + 8 * tiles - 1) / (8 * tiles)) >= kMultiprocessors * 3 / 4;
-  };
-  // The largest tile that fills the GPU; or tiles of less rows, or else with k cut up.
-  const int natural = rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
-  p.cuts = 1;
-  if (choose(natural) || (natural > 2 && choose(natural / 2))) return p;
-  choose(natural);
-  p.cuts = p.slices.count;
+  // The tile that takes the least time, with its slices one after the other or in thread blocks of
+  // their own.
+  int64_t least = INT64_MAX;
+  for (const TileTime& t : kTileTimes) {
+    const int64_t tiles = (blocks + p.blocks * t.warps - 1) / (p.blocks * t.warps) *
+                          ((rows + 8 * t.tiles - 1) / (8 * t.tiles));
+    for (const int64_t cuts : {int64_t{1}, p.slices.count}) {
+      const int64_t steps = cuts == 1 ? p.slices.count * p.slices.steps : p.slices.steps;
+      const int64_t at_once = t.resident * kMultiprocessors;
+      const int64_t rounds = (tiles * cuts + at_once - 1) / at_once;
+      const int64_t sums = cuts == 1 ? 0 : kAddCycles + cuts * rows * a.n / kSumsInCycle;
+      const int64_t cycles = rounds * (kStartCycles + steps * t.cycles) + sums;
+      if (cycles >= least) continue;
+      least = cycles;
+      p.tiles = t.tiles;
+      p.warps = t.warps;
+      p.cuts = cuts;
+    }
+  }
   return p;
 }
 

@@ -87,17 +87,17 @@ def test_groups(ops: Any, kind: Kind, group_size: int) -> None:
         check(ops, weight(kind, 19, k, group_size), awkward((m, k), dtype, seed=group_size))
 
 
-# A GEMV of one block, of two and of four, tiles of 16, 32 and 64 rows that split k over thread
-# blocks, and the same that add up all slices by themselves.
-WAYS = [(1, 40), (1, 140), (4, 260), (11, 40), (25, 40), (50, 40)]
-WAYS += [(12, 260), (30, 260), (150, 17)]
+# Rows, outputs, k and group size for a GEMV of one block, of two and of four, tiles of 16, 32 and 64
+# rows that split k over thread blocks, and the same that add up all slices by themselves.
+WAYS = [(1, 40, 520, 128), (2, 770, 480, -1), (4, 1540, 456, 40)]
+WAYS += [(11, 40, 512, 32), (30, 256, 1000, 128), (64, 250, 1000, 40)]
+WAYS += [(25, 260, 480, -1), (30, 520, 456, 40), (50, 520, 512, 32)]
 PAIRS = [(kind, HALVES[i % 2]) for i, kind in enumerate((KINDS[3], KINDS[1], KINDS[6], KINDS[5]))]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), PAIRS, ids=str)
 def test_every_way_to_share_out_the_work(ops: Any, kind: Kind, dtype: torch.dtype) -> None:
-    for i, (m, n) in enumerate(WAYS):
-        k, group_size = ((520, 128), (480, -1), (456, 40), (512, 32))[i % 4]
+    for i, (m, n, k, group_size) in enumerate(WAYS):
         w = weight(kind, n, k, group_size)
         check(ops, w, awkward((m, k), dtype, seed=i), floats((n,), seed="bias"))
 
