@@ -2,7 +2,8 @@
 // has 16 outputs and all tokens; its warps share k. Each warp streams its part of the packed row
 // through a ring of copies in shared memory, in which a thread reads only what it copied itself, so
 // that nobody waits for anybody. Exact sums of each group meet in shared memory, where integers may
-// be added in any order; then a thread for each output adds up the groups in theirs.
+// be added in any order; all threads turn them into floats, and then a thread for each output adds
+// up the groups in theirs.
 #include "cuda/int8.cuh"
 #include "cuda/linear_int8.cuh"
 
@@ -18,12 +19,14 @@ constexpr int kTokenPitch = 20;
 constexpr int64_t kMostSumBytes = 40 * 1024;
 
 // What a group has in shared memory: its sums, and for each output its scale and zero point.
-constexpr int64_t group_bytes(int tokens) { return (tokens * kTokenPitch + 2 * kLanes) * 4; }
+int64_t group_bytes(const LinearArgs& a) { return (a.rows * kTokenPitch + 2 * kLanes) * 4; }
 
-// Groups that are in shared memory at a time: an even number, so that a round begins on a
-// pair of chunks.
-int64_t groups_at_once(const LinearArgs& a, int tokens) {
-  return min(round_up(a.shape.groups, 2), kMostSumBytes / group_bytes(tokens) / 2 * 2);
+// Groups that are in shared memory at a time, in as many rounds as it takes: an even number, so
+// that a round begins on a pair of chunks.
+int64_t groups_at_once(const LinearArgs& a) {
+  const int64_t most = kMostSumBytes / group_bytes(a) / 2 * 2;
+  const int64_t rounds = max(int64_t{1}, (a.shape.groups + most - 1) / most);
+  return round_up((a.shape.groups + rounds - 1) / rounds, 2);
 }
 
 // Where a warp is in the units of its weights: in a round, every warp has as many of them, one
@@ -65,13 +68,14 @@ struct Walk {
 };
 
 template <Format kFormat, int kTiles>
-__global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 4)
     skinny_kernel(const LinearArgs a, int groups) {
-  constexpr int kTokens = kTiles * 8, kGroupWords = kTokens * kTokenPitch;
+  constexpr int kTokens = kTiles * 8;
+  const int rows = static_cast<int>(a.rows), group_words = rows * kTokenPitch;
   constexpr int kChunks = Walk<kFormat>::kChunks;
   uint8_t* const shared = shared_memory<uint8_t>();
   int32_t* const group_sums = reinterpret_cast<int32_t*>(shared + kRingBytes);
-  float* const scales = reinterpret_cast<float*>(group_sums + groups * kGroupWords);
+  float* const scales = reinterpret_cast<float*>(group_sums + groups * group_words);
   int32_t* const zeros = reinterpret_cast<int32_t*>(scales + groups * kLanes);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int g = lane / 4, t = lane % 4;
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
   for (int round = 0; round < walk.rounds; ++round) {
     const int first_group = round * groups;
     const int here = min(groups, last + 1 - first_group);
-    for (int i = threadIdx.x; i < here * kGroupWords; i += kThreads) group_sums[i] = 0;
+    for (int i = threadIdx.x; i < here * group_words; i += kThreads) group_sums[i] = 0;
     // Read while weights are on their way: the threads that add up groups have nothing to hide the
     // latency of memory behind.
     for (int i = threadIdx.x; i < here * kLanes; i += kThreads) {
@@ -124,13 +128,13 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
     int group = min(run.unit * kChunks / group_chunks, last);
     int left = (group + 1) * group_chunks - run.unit * kChunks;  // chunks of the group
     const auto flush = [&] {
-      int32_t* const to = group_sums + (group - first_group) * kGroupWords;
+      int32_t* const to = group_sums + (group - first_group) * group_words;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int token = j * 8 + t * 2 + e % 2, lane_of_row = g + e / 2 * 8;
-          if (token < a.rows) add_shared(to + token * kTokenPitch + lane_of_row, acc[j][e]);
+          if (token < rows) add_shared(to + token * kTokenPitch + lane_of_row, acc[j][e]);
           acc[j][e] = 0;
         }
       }
@@ -172,22 +176,41 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
     if (run.unit < run.end && group < first_group + here) flush();
     __syncthreads();
 
+    // To floats where they are, so that adding them up, one after the other, is little else.
+    const int my_lane = threadIdx.x % kLanes;
+    const bool integers = a.y_type == DType::i32;  // one group
+    if (!integers) {
+      // Sixteen at a time, of one token and many groups, or of a group and many tokens.
+      const bool one = here == 1;
+      const int outer = one ? 1 : rows, inner = one ? rows : here;
+      for (int o = 0; o < outer; ++o) {
+#pragma unroll 2
+        for (int j = threadIdx.x / kLanes; j < inner; j += kThreads / kLanes) {
+          const int i = one ? 0 : j, token = one ? j : o;
+          int32_t* const at = group_sums + i * group_words + token * kTokenPitch + my_lane;
+          int32_t sum = *at >> kSumShift<kFormat>;
+          if (!a.layout.symmetric) {
+            sum += zeros[i * kLanes + my_lane] * a.group_sums[(first_group + i) * a.rows + token];
+          }
+          *at = bit_cast<int32_t>(static_cast<float>(sum));
+        }
+      }
+      __syncthreads();
+    }
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
-      const int64_t token = threadIdx.x / kLanes + o * 16;
-      if (token >= a.rows || feature >= a.n) continue;
-      const int32_t* from = group_sums + token * kTokenPitch + threadIdx.x % kLanes;
+      const int token = static_cast<int>(threadIdx.x) / kLanes + o * 16;
+      if (token >= rows) continue;
+      const int32_t* from = group_sums + token * kTokenPitch + my_lane;
+      if (integers) {
+        exact[o] = static_cast<uint32_t>(*from);
+        continue;
+      }
+      const float* scale = scales + my_lane;
 #pragma unroll 4
-      for (int i = 0; i < here; ++i) {
-        int32_t sum = from[i * kGroupWords] >> kSumShift<kFormat>;
-        exact[o] = static_cast<uint32_t>(sum);
-        if (a.y_type == DType::i32) continue;
-        if (!a.layout.symmetric) {
-          sum += zeros[i * kLanes + threadIdx.x % kLanes] *
-                 a.group_sums[(first_group + i) * a.rows + token];
-        }
-        sums[o] =
-            std::fma(static_cast<float>(sum), scales[i * kLanes + threadIdx.x % kLanes], sums[o]);
+      for (int i = 0; i < here; ++i, from += group_words, scale += kLanes) {
+        const int32_t bits = *from;
+        sums[o] = std::fma(bit_cast<float>(bits), *scale, sums[o]);
       }
     }
     __syncthreads();
@@ -209,9 +232,9 @@ __global__ void __launch_bounds__(kThreads, kTiles == 4 ? 2 : 3)
 
 template <Format kFormat, int kTiles>
 void launch_as(const LinearArgs& a, Stream stream) {
-  const int64_t groups = groups_at_once(a, kTiles * 8);
+  const int64_t groups = groups_at_once(a);
   launch(skinny_kernel<kFormat, kTiles>, blocks_for(a.n, kLanes), kThreads,
-         kRingBytes + groups * group_bytes(kTiles * 8), stream, a, static_cast<int>(groups));
+         kRingBytes + groups * group_bytes(a), stream, a, static_cast<int>(groups));
 }
 
 template <Format kFormat>

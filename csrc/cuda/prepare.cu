@@ -12,8 +12,15 @@
 namespace qkernels::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kKept = 4;  // eights of a thread that stay in registers: 8192 k
+// Threads of a block at most, and eights of a thread that stay in registers. With many rows there
+// are other blocks to run while one waits, and what a thread does once for its row counts; a few
+// rows take as long as one thread does.
+struct Many {
+  static constexpr int kThreads = 256, kKept = 4;  // 8192 k
+};
+struct Few {
+  static constexpr int kThreads = 1024, kKept = 2;  // 16384 k
+};
 
 // Eight places of a row of the panel, and the `count` columns of the weight that are there.
 struct Piece {
@@ -23,11 +30,12 @@ struct Piece {
 
 QK_DEVICE Piece piece_at(const BlockShape& s, uint32_t eight) {
   const uint32_t at = eight * kEight;
-  uint32_t group = 0;
-  if (s.groups > 1) {
-    const uint32_t last = static_cast<uint32_t>(s.groups - 1);
-    group = min(at / static_cast<uint32_t>(s.group_padded), last);
+  // Most weights have nothing between their groups.
+  if (s.groups <= 1 || s.group_size == s.group_padded) {
+    return {at, static_cast<int>(max(int64_t{0}, min(s.k - at, int64_t{kEight})))};
   }
+  const uint32_t last = static_cast<uint32_t>(s.groups - 1);
+  const uint32_t group = min(at / static_cast<uint32_t>(s.group_padded), last);
   const int64_t offset = at - s.padded_begin(group);
   const int64_t left = s.group_length(group) - offset;
   return {s.group_begin(group) + offset, static_cast<int>(max(int64_t{0}, min(left, int64_t{8})))};
@@ -110,8 +118,9 @@ QK_DEVICE void sum_groups(const LinearArgs& a, int64_t row, const uint8_t* codes
   }
 }
 
-template <DType kType, bool kVectors>
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const LinearArgs a) {
+template <DType kType, bool kVectors, class Rows>
+__global__ void __launch_bounds__(Rows::kThreads) prepare_kernel(const LinearArgs a) {
+  constexpr int kKept = Rows::kKept;
   const int64_t row = blockIdx.x;
   const uint32_t eights = static_cast<uint32_t>(panel_pitch(a.shape) / kEight);
   const uint32_t step = blockDim.x;
@@ -156,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const LinearArgs a) {
 }
 
 // int_mm: the codes are given.
-__global__ void __launch_bounds__(kThreads) copy_codes_kernel(const LinearArgs a) {
+__global__ void __launch_bounds__(Many::kThreads) copy_codes_kernel(const LinearArgs a) {
   const int64_t row = blockIdx.x;
   const uint32_t eights = static_cast<uint32_t>(panel_pitch(a.shape) / kEight);
   const int8_t* x = static_cast<const int8_t*>(a.x) + row * a.shape.k;
@@ -190,16 +199,28 @@ bool vectors_fit(const LinearArgs& a) {
 
 void prepare_int8(const LinearArgs& a, Stream stream) {
   const int64_t eights = panel_pitch(a.shape) / kEight;
-  const unsigned threads =
-      static_cast<unsigned>(max(int64_t{kWarp}, min(round_up(eights, kWarp), int64_t{kThreads})));
+  // Warps for so many eights of each thread.
+  const auto threads = [&](int64_t each, int64_t most) {
+    const int64_t wanted = round_up((eights + each - 1) / each, kWarp);
+    return static_cast<unsigned>(max(int64_t{kWarp}, min(wanted, most)));
+  };
   const dim3 grid(static_cast<unsigned>(a.rows));
   if (a.x_type == DType::i8) {
-    return launch(copy_codes_kernel, grid, threads, 0, stream, a);
+    return launch(copy_codes_kernel, grid, threads(1, Many::kThreads), 0, stream, a);
   }
+  const bool few = a.rows <= multiprocessors();
   for_float(a.x_type, [&](auto type) {
     constexpr DType kType = decltype(type)::value;
-    const auto kernel = vectors_fit(a) ? prepare_kernel<kType, true> : prepare_kernel<kType, false>;
-    launch(kernel, grid, threads, kRangeBytes, stream, a);
+    const bool vectors = vectors_fit(a);
+    if (few) {
+      const auto kernel =
+          vectors ? prepare_kernel<kType, true, Few> : prepare_kernel<kType, false, Few>;
+      launch(kernel, grid, threads(Few::kKept, Few::kThreads), kRangeBytes, stream, a);
+    } else {
+      const auto kernel =
+          vectors ? prepare_kernel<kType, true, Many> : prepare_kernel<kType, false, Many>;
+      launch(kernel, grid, threads(1, Many::kThreads), kRangeBytes, stream, a);
+    }
   });
 }
 

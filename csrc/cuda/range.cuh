@@ -20,10 +20,10 @@ QK_DEVICE Range block_range(Range r) {
     part[0] = low, part[1] = high, part[2] = magnitude;
   }
   __syncthreads();
-  uint32_t all[3] = {};
-  for (int w = 0; w < warps; ++w) {
-    for (int i = 0; i < 3; ++i) all[i] = max(all[i], parts[w * 3 + i]);
-  }
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  uint32_t all[3];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) all[i] = warp_max(lane < warps ? parts[lane * 3 + i] : 0);
   return {-bit_cast<float>(all[0]), bit_cast<float>(all[1]), all[2]};
 }
 
