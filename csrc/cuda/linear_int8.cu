@@ -19,10 +19,10 @@ struct Workspace {
 };
 
 int32_t* place(LinearArgs& a, const Int8Plan& plan, Workspace& workspace) {
-  a.panel = workspace.take<uint8_t>(
-      plan.kind == Int8Plan::warpgroups
-          ? round_up(a.rows, WarpgroupTiles::Wide::kTokens) / kPanelRows * tiled_pitch(a.shape)
-          : a.rows * panel_pitch(a.shape));
+  a.panel = workspace.take<uint8_t>(plan.kind == Int8Plan::warpgroups
+                                        ? round_up(a.rows, WarpgroupTiles::Wide::kTokens) /
+                                              kPanelRows * tiled_pitch(a.shape)
+                                        : a.rows * panel_pitch(a.shape));
   a.row_scale = workspace.take<float>(a.rows);
   a.row_zero = workspace.take<float>(a.rows);
   a.group_sums = workspace.take<int32_t>(a.layout.symmetric ? 0 : a.rows * a.shape.groups);

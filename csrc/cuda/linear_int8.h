@@ -48,7 +48,8 @@ struct WarpgroupTiles {
 
 template <class T>
 int64_t warpgroup_cycles(const LinearArgs& a, const Gpu& gpu) {
-  return product_cycles<T>(a.n, a.rows, 1, std::max(gpu.multiprocessors / T::kTogether, int64_t{1}));
+  return product_cycles<T>(a.n, a.rows, 1,
+                           std::max(gpu.multiprocessors / T::kTogether, int64_t{1}));
 }
 
 template <class Tiles>

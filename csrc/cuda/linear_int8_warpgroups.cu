@@ -82,19 +82,19 @@ QK_DEVICE void each_tile(const Tiles& tiles, int rank, const Body& body) {
 // ---- Copies -------------------------------------------------------------------------------------
 
 template <class T>
-QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles,
-                          const SharedMemory<T>& shared, int rank) {
+QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedMemory<T>& shared,
+                          int rank) {
   constexpr int kShare = T::kTokenBytes / T::kTogether;  // of the tokens, for both blocks
   static_assert(kShare <= kPieceBytes);
   const int64_t blocks = (a.n + kLanes - 1) / kLanes, row_codes = a.shape.k_padded * kLanes;
   Turn<T> turn;
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
-    const int rows = static_cast<int>(max(
-        int64_t{0}, min(blocks - row, int64_t{T::kBlockFeatures / kLanes})));
+    const int rows =
+        static_cast<int>(max(int64_t{0}, min(blocks - row, int64_t{T::kBlockFeatures / kLanes})));
     const uint8_t* weights = a.packed + row * a.shape.bytes;
     const int64_t mine = token + rank * (T::kTokens / T::kTogether);
-    const uint8_t* tokens = a.panel + mine / kPanelRows * tiled_pitch(a.shape) +
-                            mine % kPanelRows * kPieceK;
+    const uint8_t* tokens =
+        a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
     for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
       barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
       Barrier* const filled = shared.filled(turn.stage);
@@ -214,8 +214,8 @@ QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
   Turn<T> turn;
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
     // What the results need is asked for before the products.
-    const RowOutputs<4> outputs = load_row_outputs<Format::int8, 4>(
-        a, row * kLanes + warpgroup * 64 + thread % 16 * 4);
+    const RowOutputs<4> outputs =
+        load_row_outputs<Format::int8, 4>(a, row * kLanes + warpgroup * 64 + thread % 16 * 4);
     for (int i = threadIdx.x; i < T::kTokens; i += kConsumers * kWarpgroup) {
       shared.token_codes()[i] = load_token(a, min(token + i, a.rows - 1), !a.layout.symmetric);
     }

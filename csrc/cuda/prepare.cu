@@ -117,7 +117,8 @@ QK_DEVICE void sum_groups(const LinearArgs& a, int64_t row, const Panel& panel) 
 }
 
 template <DType kType, bool kVectors>
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const LinearArgs a, const Panel panel, uint32_t eights) {
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const LinearArgs a, const Panel panel, uint32_t eights) {
   const int64_t row = blockIdx.x;
   const uint32_t step = blockDim.x;
   float kept[kKept][kEight];
@@ -160,7 +161,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const LinearArgs a, c
 }
 
 // int_mm: the codes are given.
-__global__ void __launch_bounds__(kThreads) copy_codes_kernel(const LinearArgs a, const Panel panel, uint32_t eights) {
+__global__ void __launch_bounds__(kThreads)
+    copy_codes_kernel(const LinearArgs a, const Panel panel, uint32_t eights) {
   const int64_t row = blockIdx.x;
   const int8_t* x = static_cast<const int8_t*>(a.x) + row * a.shape.k;
   const bool vectors = a.shape.k % kEight == 0 && reinterpret_cast<uintptr_t>(a.x) % kEight == 0;

@@ -201,6 +201,11 @@ py::dict build_info() {
   result["compiler"] = "g++ " __VERSION__;
   result["torch_abi"] = "stable, torch >= 2.10";
   result["layout_version"] = kLayoutVersion;
+#ifdef QKERNELS_SM90A
+  result["sm90a"] = true;  // the CUDA kernels have code of Hopper
+#else
+  result["sm90a"] = false;
+#endif
   return result;
 }
 

@@ -89,7 +89,6 @@ struct Some {
   uint64_t meetings = 0;
 };
 
-
 struct Fiber {
   Place place;
   int id;
@@ -99,8 +98,8 @@ struct Fiber {
   const uint64_t* counter = nullptr;
   uint64_t seen = 0;
   const char* waits_in = nullptr;
-  std::vector<Copy> open;                // copies of the group that is not closed yet
-  std::deque<std::vector<Copy>> groups;  // closed, not landed
+  std::vector<Copy> open;                       // copies of the group that is not closed yet
+  std::deque<std::vector<Copy>> groups;         // closed, not landed
   std::vector<WarpgroupProduct> open_products;  // the same of products
   std::deque<std::vector<WarpgroupProduct>> products;
 };
