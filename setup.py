@@ -204,7 +204,10 @@ def cuda_library():
     nvcc_args = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
     if Path(".git").exists():
         nvcc_args += ["-Werror=all-warnings"]
-    arguments = {"cxx": compile_args, "nvcc": [*nvcc_args, *arch_flags(home)]}
+    flags = arch_flags(home)
+    if any(flag.endswith("code=sm_90a") for flag in flags):
+        nvcc_args.append("-DQKERNELS_SM90A")
+    arguments = {"cxx": compile_args, "nvcc": [*nvcc_args, *flags]}
     extension = library(
         "qkernels._C_cuda", {*ours, *glob("csrc/cuda/*.cu")}, [("QKERNELS_CUDA", None)], arguments
     )
@@ -215,15 +218,19 @@ def cuda_library():
     return [extension]
 
 
+with_cuda = cuda_library()
+# `explain` asks the CPU's library what a GPU would run.
+sm90a = any("-DQKERNELS_SM90A" in each.extra_compile_args["nvcc"] for each in with_cuda)
+
 setuptools.setup(
     ext_modules=[
         library(
             "qkernels._C",
             {path for path in sources if "/cuda_" not in path},
-            [],
+            [("QKERNELS_SM90A", None)] if sm90a else [],
             compile_args,
         ),
-        *cuda_library(),
+        *with_cuda,
     ],
     cmdclass={"build_ext": BuildKernels},
 )

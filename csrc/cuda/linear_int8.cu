@@ -1,5 +1,6 @@
 // linear with int8 activations, and int_mm: workspace and launches.
 #include "cuda/linear_int8.cuh"
+#include "cuda/ptx_sm90.cuh"
 
 namespace qkernels::cuda {
 namespace {
@@ -18,7 +19,10 @@ struct Workspace {
 };
 
 int32_t* place(LinearArgs& a, const Int8Plan& plan, Workspace& workspace) {
-  a.panel = workspace.take<uint8_t>(a.rows * panel_pitch(a.shape));
+  a.panel = workspace.take<uint8_t>(plan.kind == Int8Plan::warpgroups
+                                        ? round_up(a.rows, WarpgroupTiles::Wide::kTokens) /
+                                              kPanelRows * tiled_pitch(a.shape)
+                                        : a.rows * panel_pitch(a.shape));
   a.row_scale = workspace.take<float>(a.rows);
   a.row_zero = workspace.take<float>(a.rows);
   a.group_sums = workspace.take<int32_t>(a.layout.symmetric ? 0 : a.rows * a.shape.groups);
@@ -30,16 +34,17 @@ int32_t* place(LinearArgs& a, const Int8Plan& plan, Workspace& workspace) {
 int64_t linear_int8_workspace(const LinearArgs& args) {
   LinearArgs a = args;
   Workspace workspace{nullptr};
-  place(a, int8_plan(a, multiprocessors()), workspace);
+  place(a, int8_plan(a, {multiprocessors(), has_sm90a()}), workspace);
   return workspace.used;
 }
 
 void linear_int8(const LinearArgs& args, void* memory, Stream stream) {
   LinearArgs a = args;
-  const Int8Plan plan = int8_plan(a, multiprocessors());
+  const Int8Plan plan = int8_plan(a, {multiprocessors(), has_sm90a()});
   Workspace workspace{static_cast<uint8_t*>(memory)};
   int32_t* const partial = place(a, plan, workspace);
-  prepare_int8(a, stream);
+  prepare_int8(a, plan.kind == Int8Plan::warpgroups, stream);
+  if (plan.kind == Int8Plan::warpgroups) return linear_int8_warpgroups(a, plan.wide, stream);
   if (plan.kind == Int8Plan::skinny) return linear_int8_skinny(a, stream);
   if (a.shape.groups == 1) return linear_int8_row(a, plan, partial, stream);
   linear_int8_grouped(a, plan.kind == Int8Plan::large, stream);

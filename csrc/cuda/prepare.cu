@@ -2,11 +2,13 @@
 // it fits stays in registers between finding its range and making its codes, so that x is read
 // once.
 //
-//   panel       [rows][panel_pitch]: codes in the order of the weight's padded k, 0 in the padding
+//   panel       codes in the order of the weight's padded k, 0 in the padding; see panel.cuh
 //   group_sums  [groups][rows]: sums of the codes, where the weight has zero points
 #include "cuda/dispatch.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/int8.cuh"
+#include "cuda/linear_int8.cuh"
+#include "cuda/panel.cuh"
 #include "cuda/range.cuh"
 
 namespace qkernels::cuda {
@@ -104,14 +106,18 @@ QK_DEVICE uint2 encode_piece(const LinearArgs& a, uint32_t eight, const Encoder&
 }
 
 // The panel's finished row, a group at a time.
-QK_DEVICE void sum_groups(const LinearArgs& a, int64_t row, const uint8_t* codes) {
+QK_DEVICE void sum_groups(const LinearArgs& a, int64_t row, const Panel& panel) {
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   for (int64_t g = threadIdx.x / kWarp; g < a.shape.groups; g += warps) {
     const int eights = static_cast<int>(a.shape.padded_length(g) / kEight);
     int32_t sum = 0;
     for (int i = threadIdx.x % kWarp; i < eights; i += kWarp) {
-      const uint2 v = *reinterpret_cast<const uint2*>(codes + a.shape.padded_begin(g) + i * kEight);
-      sum = dp4a(v.y, 0x01010101u, dp4a(v.x, 0x01010101u, sum));
+      const int64_t eight = a.shape.padded_begin(g) / kEight + i;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t v = *reinterpret_cast<const uint32_t*>(panel.word(row, eight, half));
+        sum = dp4a(v, 0x01010101u, sum);
+      }
     }
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) a.group_sums[g * a.rows + row] = sum;
@@ -119,12 +125,11 @@ QK_DEVICE void sum_groups(const LinearArgs& a, int64_t row, const uint8_t* codes
 }
 
 template <DType kType, bool kVectors, class Rows>
-__global__ void __launch_bounds__(Rows::kThreads) prepare_kernel(const LinearArgs a) {
+__global__ void __launch_bounds__(Rows::kThreads)
+    prepare_kernel(const LinearArgs a, const Panel panel, uint32_t eights) {
   constexpr int kKept = Rows::kKept;
   const int64_t row = blockIdx.x;
-  const uint32_t eights = static_cast<uint32_t>(panel_pitch(a.shape) / kEight);
   const uint32_t step = blockDim.x;
-  uint8_t* const codes = a.panel + row * panel_pitch(a.shape);
   float kept[kKept][kEight];
   Range range;
 #pragma unroll
@@ -151,23 +156,23 @@ __global__ void __launch_bounds__(Rows::kThreads) prepare_kernel(const LinearArg
 #pragma unroll
   for (int p = 0; p < kKept; ++p) {
     const uint32_t eight = threadIdx.x + p * step;
-    if (eight < eights) store_64(codes + eight * kEight, encode_piece(a, eight, e, kept[p]));
+    if (eight < eights) panel.store(row, eight, encode_piece(a, eight, e, kept[p]));
   }
   for (uint32_t eight = threadIdx.x + kKept * step; eight < eights; eight += step) {
     float x[kEight];
     load_piece<kType, kVectors>(a, row, eight, x);
-    store_64(codes + eight * kEight, encode_piece(a, eight, e, x));
+    panel.store(row, eight, encode_piece(a, eight, e, x));
   }
   if (!a.layout.symmetric) {
     __syncthreads();
-    sum_groups(a, row, codes);
+    sum_groups(a, row, panel);
   }
 }
 
 // int_mm: the codes are given.
-__global__ void __launch_bounds__(Many::kThreads) copy_codes_kernel(const LinearArgs a) {
+__global__ void __launch_bounds__(Many::kThreads)
+    copy_codes_kernel(const LinearArgs a, const Panel panel, uint32_t eights) {
   const int64_t row = blockIdx.x;
-  const uint32_t eights = static_cast<uint32_t>(panel_pitch(a.shape) / kEight);
   const int8_t* x = static_cast<const int8_t*>(a.x) + row * a.shape.k;
   const bool vectors = a.shape.k % kEight == 0 && reinterpret_cast<uintptr_t>(a.x) % kEight == 0;
   for (uint32_t eight = threadIdx.x; eight < eights; eight += blockDim.x) {
@@ -184,7 +189,7 @@ __global__ void __launch_bounds__(Many::kThreads) copy_codes_kernel(const Linear
       v = make_uint2(low_bytes(bytes[0], bytes[1], bytes[2], bytes[3]),
                      low_bytes(bytes[4], bytes[5], bytes[6], bytes[7]));
     }
-    store_64(a.panel + row * panel_pitch(a.shape) + eight * kEight, v);
+    panel.store(row, eight, v);
   }
 }
 
@@ -197,8 +202,9 @@ bool vectors_fit(const LinearArgs& a) {
 
 }  // namespace
 
-void prepare_int8(const LinearArgs& a, Stream stream) {
-  const int64_t eights = panel_pitch(a.shape) / kEight;
+void prepare_int8(const LinearArgs& a, bool tiled, Stream stream) {
+  const Panel panel = panel_of(a, tiled);
+  const uint32_t eights = static_cast<uint32_t>(panel.pitch / (tiled ? kPanelRows : 1) / kEight);
   // Warps for so many eights of each thread.
   const auto threads = [&](int64_t each, int64_t most) {
     const int64_t wanted = round_up((eights + each - 1) / each, kWarp);
@@ -206,7 +212,7 @@ void prepare_int8(const LinearArgs& a, Stream stream) {
   };
   const dim3 grid(static_cast<unsigned>(a.rows));
   if (a.x_type == DType::i8) {
-    return launch(copy_codes_kernel, grid, threads(1, Many::kThreads), 0, stream, a);
+    return launch(copy_codes_kernel, grid, threads(1, Many::kThreads), 0, stream, a, panel, eights);
   }
   const bool few = a.rows <= multiprocessors();
   for_float(a.x_type, [&](auto type) {
@@ -215,11 +221,12 @@ void prepare_int8(const LinearArgs& a, Stream stream) {
     if (few) {
       const auto kernel =
           vectors ? prepare_kernel<kType, true, Few> : prepare_kernel<kType, false, Few>;
-      launch(kernel, grid, threads(Few::kKept, Few::kThreads), kRangeBytes, stream, a);
+      launch(kernel, grid, threads(Few::kKept, Few::kThreads), kRangeBytes, stream, a, panel,
+             eights);
     } else {
       const auto kernel =
           vectors ? prepare_kernel<kType, true, Many> : prepare_kernel<kType, false, Many>;
-      launch(kernel, grid, threads(1, Many::kThreads), kRangeBytes, stream, a);
+      launch(kernel, grid, threads(1, Many::kThreads), kRangeBytes, stream, a, panel, eights);
     }
   });
 }

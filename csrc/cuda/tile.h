@@ -12,6 +12,13 @@ inline constexpr int kStageK = 2 * kCudaChunk;
 
 QK_HD inline int64_t panel_pitch(const BlockShape& s) { return round_up(s.k_padded, kStageK); }
 
+// The same for warpgroups: pieces of the panel, see panel.cuh.
+inline constexpr int kPieceK = 128, kPanelRows = 128, kPieceBytes = kPanelRows * kPieceK;
+
+QK_HD inline int64_t tiled_pitch(const BlockShape& s) {
+  return round_up(s.k_padded, kPieceK) * kPanelRows;
+}
+
 template <int kFeatures_, int kTokens_, int kWarpFeatures, int kWarpTokens, int kStages_,
           int kBlocks_>
 struct Tile {
@@ -43,5 +50,20 @@ int64_t product_cycles(int64_t features, int64_t tokens, int64_t times, int64_t 
                         (round_up(tokens, T::kTokens) / T::kTokens) * times;
   return round_up(tiles, multiprocessors) / multiprocessors * T::kCycles;
 }
+
+// A tile of two warpgroups: 128 outputs, a quarter of it for each warp of both. Two blocks that run
+// together, side by side in outputs, share their tokens.
+template <int kTokens_, int kStages_>
+struct WarpgroupTile {
+  static constexpr int kTokens = kTokens_, kStages = kStages_;  // of kPieceK
+  static constexpr int kBlockFeatures = 128, kTogether = 2;
+  static constexpr int kFeatures = kBlockFeatures * kTogether;
+  static constexpr int kThreads = 3 * 4 * kWarp;  // the third warpgroup copies
+  static constexpr int kTokenBytes = kTokens * kPieceK;
+  static constexpr int kWeightBytes = kBlockFeatures * kPieceK;
+  // Of two multiprocessors, for kStageK: products at three quarters of their rate, which is 4096 a
+  // cycle on each.
+  static constexpr int kCycles = kBlockFeatures * kTokens * kStageK / 4096 * 4 / 3;
+};
 
 }  // namespace qkernels::cuda

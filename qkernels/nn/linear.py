@@ -313,18 +313,22 @@ class QLinear(QModule):
         """
         if self.packed.is_cuda:
             gpu = torch.cuda.get_device_properties(self.packed.device)
-            return self.cuda_kernel_for(rows, dtype, gpu.multi_processor_count)
+            hopper = gpu.major == 9 and _C.build_info()["sm90a"]
+            return self.cuda_kernel_for(rows, dtype, gpu.multi_processor_count, hopper)
         # Factors for x are applied in float32.
         code = 0 if self.x_premul is not None else kernel_dtype_code(dtype)
         return _C.kernel_name(self.layout, self.scheme.activation_code, rows, code)
 
-    def cuda_kernel_for(self, rows: int, dtype: torch.dtype, multiprocessors: int) -> str:
+    def cuda_kernel_for(
+        self, rows: int, dtype: torch.dtype, multiprocessors: int, hopper: bool = False
+    ) -> str:
         """The same on a GPU, which need not be there.
 
         Args:
             rows: of the input, all dimensions but the last taken together.
             dtype: of the input.
             multiprocessors: of the GPU.
+            hopper: whether it runs code of sm_90a, and the build has it.
 
         Example:
             >>> layer = qk.nn.QLinear(4096, 4096, scheme=qk.W4A16(group_size=128))
@@ -342,6 +346,7 @@ class QLinear(QModule):
             self.scheme.group_size,
             kernel_dtype_code(dtype),
             multiprocessors,
+            hopper,
         )
 
     @property

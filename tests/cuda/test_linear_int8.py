@@ -18,12 +18,20 @@ SYMMETRIC, ASYMMETRIC = 1, 2
 SKINNY = ((4, 1), (4, 8), (4, 9), (4, 16), (99, 31))
 SMALL = ((4, 33), (1, 17), (64, 70))
 LARGE = ((1, 65), (1, 130))
+# On sm_90a, for int8 weights whose rows are one group.
+WARPGROUPS = ((2, 257), (4, 129), (2, 200))
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Says how many multiprocessors the device has."""
     return lambda count: monkeypatch.setenv("QKERNELS_HOST_MULTIPROCESSORS", str(count))
+
+
+@pytest.fixture
+def sm90(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has the instructions of sm_90a."""
+    monkeypatch.setenv("QKERNELS_HOST_SM90", "1")
 
 
 def pack(ops: Any, w: Weight) -> tuple[Tensor, tuple[int, ...]]:
@@ -56,6 +64,21 @@ def test_shapes(ops: Any, device: Any, kind: Kind, activation: int) -> None:
         bias = floats((n,), FLOATS[i // 2 % 3], seed="bias") if i % 2 else None
         y = linear(ops, w, x, activation, bias)
         same_bits(y, w.integer(x, bias, activation))
+
+
+@pytest.mark.parametrize("activation", [SYMMETRIC, ASYMMETRIC])
+@pytest.mark.parametrize("kind", INTEGER_KINDS[:2], ids=str)
+def test_warpgroups(ops: Any, device: Any, sm90: None, kind: Kind, activation: int) -> None:
+    shapes = ((257, 130), (17, 1), (130, 600), (300, 1024), (128, 128), (250, 1500))
+    for i, (n, k) in enumerate(shapes):
+        multiprocessors, rows = WARPGROUPS[i % 3]
+        device(multiprocessors)
+        w = weight(kind, n, k)
+        x = awkward((rows, k), FLOATS[i % 3], seed=i)
+        bias = floats((n,), FLOATS[i // 2 % 3], seed="bias") if i % 2 else None
+        y = linear(ops, w, x, activation, bias, epilogue=i)
+        if i == 0:
+            same_bits(y, w.integer(x, bias, activation))
 
 
 @pytest.mark.parametrize("group_size", [-1, 1, 16, 32, 96, 100, 128])

@@ -51,8 +51,14 @@ namespace qkernels::host {
 // Runs `thread` for every thread of every block, and throws what went wrong.
 void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()>& thread);
 
-// QKERNELS_HOST_MULTIPROCESSORS, which says how large a device the kernels are chosen for.
+// The same for blocks in clusters of `cluster` along x, which run together.
+void run_clusters(dim3 grid, dim3 block, int64_t shared_bytes, unsigned cluster,
+                  const std::function<void()>& thread);
+
+// QKERNELS_HOST_MULTIPROCESSORS and QKERNELS_HOST_SM90, which say what device the kernels are chosen
+// for.
 int multiprocessors();
+bool sm90();
 
 // The running thread.
 struct Place {
@@ -77,6 +83,34 @@ void wait_async(int pending);
 // All 32 lanes of the warp meet in the same `op`; the last to come calls whole(lanes), where
 // lanes[i] is the argument of lane i, and then all go on.
 void meet(const char* op, void* mine, const std::function<void(void* const*)>& whole);
+
+// The same of the four warps of a warpgroup, each with its own `mine`.
+void meet_warpgroup(const char* op, void* mine, const std::function<void(void* const*)>& whole);
+
+// ---- sm_90 --------------------------------------------------------------------------------------
+
+void barrier_init(uint64_t* at, int count);
+void barrier_arrive(uint64_t* at, int rank);
+void barrier_expect(uint64_t* at, int bytes);
+void barrier_wait(uint64_t* at, uint32_t parity);
+int cluster_rank();
+void sync_cluster();
+void sync_some(int number, int count);
+void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint32_t blocks);
+uint64_t shared_offset(const char* op, const void* at);
+
+// Products are computed when somebody waits for them, which is as late as can be.
+struct WarpgroupProduct {
+  int32_t* sums;
+  int n;
+  uint32_t a[4];
+  uint64_t b;
+  bool add;
+};
+void warpgroup_mma(int32_t* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add);
+void warpgroup_commit();
+void warpgroup_wait(int pending);
+void multiply_warpgroup(const WarpgroupProduct* const* lanes);
 
 // ---- Instructions -------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <deque>
 #include <exception>
+#include <map>
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
@@ -44,6 +45,7 @@ constexpr int kWarp = 32;
 constexpr int64_t kStack = 128 * 1024, kPage = 4096;
 constexpr int64_t kRedZone = 256;            // bytes around shared memory
 constexpr int64_t kSharedLimit = 99 * 1024;  // of sm_86, sm_89 and sm_120; others have more
+constexpr int64_t kSharedLimit90 = 227 * 1024;
 constexpr unsigned kThreadLimit = 1024;
 constexpr int kPoison = 0xff;  // NaN as a float of any size, -1 as an integer
 
@@ -53,10 +55,37 @@ struct Copy {
   int bytes, valid;
 };
 
-struct Warp {
-  void* lanes[kWarp];
+// Threads that do something together.
+template <int kCount>
+struct Meeting {
+  void* lanes[kCount];
   int arrived = 0;
   const char* op = nullptr;
+  uint64_t meetings = 0;
+};
+
+// A barrier in shared memory, which is known by its address.
+struct Phases {
+  int count, missing;
+  int64_t bytes = 0;  // announced and not landed
+  uint64_t ended = 0;
+
+  void end_if_complete() {
+    if (missing != 0 || bytes != 0) return;
+    missing = count;
+    ++ended;
+  }
+};
+
+struct BulkCopy {
+  uint8_t* to;
+  const void* from;
+  int bytes;
+  Phases* phases;
+};
+
+struct Some {
+  int arrived = 0;
   uint64_t meetings = 0;
 };
 
@@ -69,24 +98,39 @@ struct Fiber {
   const uint64_t* counter = nullptr;
   uint64_t seen = 0;
   const char* waits_in = nullptr;
-  std::vector<Copy> open;                // copies of the group that is not closed yet
-  std::deque<std::vector<Copy>> groups;  // closed, not landed
+  std::vector<Copy> open;                       // copies of the group that is not closed yet
+  std::deque<std::vector<Copy>> groups;         // closed, not landed
+  std::vector<WarpgroupProduct> open_products;  // the same of products
+  std::deque<std::vector<WarpgroupProduct>> products;
 };
 
 struct Block {
   const std::function<void()>* thread;
   std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
+  std::vector<Meeting<kWarp>> warps;
+  std::vector<Meeting<4 * kWarp>> warpgroups;
+  std::map<int64_t, Phases> phases;  // by their place in shared memory
+  std::map<int, Some> some;          // by the barrier's number
+  int rank;                          // in the cluster
+  size_t left;                       // threads that have not returned
   std::vector<uint8_t> memory;
   uint8_t* shared;
   int64_t shared_bytes;
   unsigned arrived = 0;  // at the barrier of the block
   uint64_t barriers = 0;
-  std::exception_ptr failure;
-  void* scheduler;  // its stack pointer
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  unsigned arrived = 0;  // at the barrier of the cluster
+  uint64_t barriers = 0;
+  std::deque<BulkCopy> copies;  // in flight
 };
 
 std::mutex mutex;
+std::exception_ptr failure;
+void* scheduler = nullptr;  // its stack pointer
+Cluster* cluster = nullptr;
 Block* block = nullptr;
 Fiber* self = nullptr;
 
@@ -111,7 +155,7 @@ std::string text(const dim3& d) {
   return out.str();
 }
 
-void back_to_scheduler() { qkernels_switch(&self->stack_pointer, block->scheduler); }
+void back_to_scheduler() { qkernels_switch(&self->stack_pointer, scheduler); }
 
 void wait_for(const uint64_t* counter, const char* where) {
   self->counter = counter;
@@ -126,17 +170,20 @@ void fiber_main() {
     size_t left = self->open.size();
     for (const auto& group : self->groups) left += group.size();
     if (left != 0) fault("the thread ends with " + std::to_string(left) + " copies in flight");
+    left = self->open_products.size();
+    for (const auto& group : self->products) left += group.size();
+    if (left != 0) fault("the thread ends with " + std::to_string(left) + " products under way");
   } catch (...) {
-    block->failure = std::current_exception();
+    failure = std::current_exception();
   }
   self->done = true;
   back_to_scheduler();
 }
 
-void start(Fiber* f) {
+void start(Fiber* f, int stack) {
   // What qkernels_switch pops: six registers and the address to go to. A function starts 8 bytes
   // past a multiple of 16.
-  void** top = reinterpret_cast<void**>(stack_of(f->id) + kStack) - 2;
+  void** top = reinterpret_cast<void**>(stack_of(stack) + kStack) - 2;
   top[0] = reinterpret_cast<void*>(&fiber_main);
   top[1] = nullptr;
   f->stack_pointer = top - 6;
@@ -147,15 +194,17 @@ std::string deadlock() {
   out << "deadlock in block " << text(block->fibers[0].place.block) << ":";
   size_t returned = 0;
   std::vector<std::pair<const char*, int>> waiting;
-  for (const Fiber& f : block->fibers) {
-    if (f.done) {
-      ++returned;
-      continue;
+  for (const Block& b : cluster->blocks) {
+    for (const Fiber& f : b.fibers) {
+      if (f.done) {
+        ++returned;
+        continue;
+      }
+      auto at = std::find_if(waiting.begin(), waiting.end(),
+                             [&](const auto& w) { return w.first == f.waits_in; });
+      if (at == waiting.end()) at = waiting.insert(at, {f.waits_in, 0});
+      ++at->second;
     }
-    auto at = std::find_if(waiting.begin(), waiting.end(),
-                           [&](const auto& w) { return w.first == f.waits_in; });
-    if (at == waiting.end()) at = waiting.insert(at, {f.waits_in, 0});
-    ++at->second;
   }
   for (const auto& [where, count] : waiting)
     out << " " << count << " threads wait in " << where << ",";
@@ -175,39 +224,75 @@ void check_red_zone() {
   }
 }
 
-void run_block(Block* b, dim3 grid, dim3 size, dim3 index, bool backwards) {
+void start_block(Block* b, dim3 grid, dim3 size, dim3 index) {
   std::fill(b->memory.begin(), b->memory.end(), kPoison);
-  b->warps.assign(b->warps.size(), Warp{});
+  b->warps.assign(b->warps.size(), {});
+  b->warpgroups.assign(b->warpgroups.size(), {});
+  b->phases.clear();
+  b->some.clear();
   b->arrived = 0;
+  b->left = b->fibers.size();
   const int count = static_cast<int>(b->fibers.size());
   for (int i = 0; i < count; ++i) {
     Fiber& f = b->fibers[i];
     f = Fiber{};
     f.id = i;
     f.place = {{i % size.x, i / size.x % size.y, i / (size.x * size.y)}, index, size, grid};
-    start(&f);
+    start(&f, b->rank * count + i);
   }
-  int left = count;
+}
+
+// The oldest copy in flight lands, once nobody can go on without it.
+bool land_copy() {
+  if (cluster->copies.empty()) return false;
+  const BulkCopy c = cluster->copies.front();
+  cluster->copies.pop_front();
+  std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+  c.phases->bytes -= c.bytes;
+  c.phases->end_if_complete();
+  return true;
+}
+
+void run_cluster(bool backwards) {
+  size_t left = 0;
+  for (const Block& b : cluster->blocks) left += b.left;
   while (left > 0) {
     bool any = false;
-    for (int i = 0; i < count; ++i) {
-      Fiber& f = b->fibers[backwards ? count - 1 - i : i];
-      if (f.done || (f.counter != nullptr && *f.counter == f.seen)) continue;
-      f.counter = nullptr;
-      any = true;
-      self = &f;
-      qkernels_switch(&b->scheduler, f.stack_pointer);
-      if (b->failure) std::rethrow_exception(b->failure);
-      left -= f.done;
+    for (Block& b : cluster->blocks) {
+      const size_t count = b.fibers.size();
+      for (size_t i = 0; i < count; ++i) {
+        Fiber& f = b.fibers[backwards ? count - 1 - i : i];
+        if (f.done || (f.counter != nullptr && *f.counter == f.seen)) continue;
+        f.counter = nullptr;
+        any = true;
+        block = &b;
+        self = &f;
+        qkernels_switch(&scheduler, f.stack_pointer);
+        if (failure) std::rethrow_exception(failure);
+        b.left -= f.done;
+        left -= f.done;
+      }
     }
-    if (!any) throw std::runtime_error("emulator: " + deadlock());
+    if (!any && !land_copy()) throw std::runtime_error("emulator: " + deadlock());
   }
-  check_red_zone();
+  if (!cluster->copies.empty()) {
+    throw std::runtime_error("emulator: " + std::to_string(cluster->copies.size()) +
+                             " copies of many bytes are in flight when all threads have returned");
+  }
+  for (Block& b : cluster->blocks) {
+    block = &b;
+    check_red_zone();
+  }
 }
 
 }  // namespace
 
 void run(dim3 grid, dim3 size, int64_t shared_bytes, const std::function<void()>& thread) {
+  run_clusters(grid, size, shared_bytes, 1, thread);
+}
+
+void run_clusters(dim3 grid, dim3 size, int64_t shared_bytes, unsigned together,
+                  const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(mutex);
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
   if (threads == 0 || threads > kThreadLimit || threads % kWarp != 0) {
@@ -217,32 +302,45 @@ void run(dim3 grid, dim3 size, int64_t shared_bytes, const std::function<void()>
   if (grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error("emulator: grid.y and grid.z go to 65535, got " + text(grid));
   }
-  if (shared_bytes < 0 || shared_bytes > kSharedLimit) {
+  if (shared_bytes < 0 || shared_bytes > (sm90() ? kSharedLimit90 : kSharedLimit)) {
     throw std::runtime_error("emulator: some GPUs have 99 KiB of shared memory, got " +
                              std::to_string(shared_bytes) + " bytes");
   }
-  Block b{};
-  b.thread = &thread;
-  b.fibers.resize(threads);
-  b.warps.resize(threads / kWarp);
-  b.memory.resize(static_cast<size_t>(shared_bytes + 2 * kRedZone + 1024));
-  const uintptr_t base = reinterpret_cast<uintptr_t>(b.memory.data()) + kRedZone;
-  b.shared = reinterpret_cast<uint8_t*>((base + 1023) / 1024 * 1024);
-  b.shared_bytes = shared_bytes;
+  if (together < 1 || grid.x % together != 0 || threads * together > kThreadLimit) {
+    throw std::runtime_error("emulator: a grid of " + text(grid) + " has no clusters of " +
+                             std::to_string(together) + " blocks of " + text(size));
+  }
+  Cluster c;
+  c.blocks.resize(together);
+  for (unsigned rank = 0; rank < together; ++rank) {
+    Block& b = c.blocks[rank];
+    b.thread = &thread;
+    b.rank = static_cast<int>(rank);
+    b.fibers.resize(threads);
+    b.warps.resize(threads / kWarp);
+    b.warpgroups.resize((threads + 4 * kWarp - 1) / (4 * kWarp));
+    b.memory.resize(static_cast<size_t>(shared_bytes + 2 * kRedZone + 1024));
+    const uintptr_t base = reinterpret_cast<uintptr_t>(b.memory.data()) + kRedZone;
+    b.shared = reinterpret_cast<uint8_t*>((base + 1023) / 1024 * 1024);
+    b.shared_bytes = shared_bytes;
+  }
   struct Reset {
     ~Reset() {
+      cluster = nullptr;
       block = nullptr;
       self = nullptr;
+      failure = nullptr;
     }
   } reset;
-  block = &b;
-  // Every other block runs its threads from the last to the first, so that an order which no
+  cluster = &c;
+  // Every other cluster runs its threads from the last to the first, so that an order which no
   // barrier enforces shows.
   bool backwards = false;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x, backwards = !backwards) {
-        run_block(&b, grid, size, {x, y, z}, backwards);
+      for (unsigned x = 0; x < grid.x; x += together, backwards = !backwards) {
+        for (Block& b : c.blocks) start_block(&b, grid, size, {x + b.rank, y, z});
+        run_cluster(backwards);
       }
     }
   }
@@ -251,6 +349,11 @@ void run(dim3 grid, dim3 size, int64_t shared_bytes, const std::function<void()>
 int multiprocessors() {
   const char* count = std::getenv("QKERNELS_HOST_MULTIPROCESSORS");
   return count == nullptr ? 4 : std::atoi(count);
+}
+
+bool sm90() {
+  const char* given = std::getenv("QKERNELS_HOST_SM90");
+  return given != nullptr && std::atoi(given) != 0;
 }
 
 const Place& place() { return self->place; }
@@ -290,19 +393,138 @@ void sync_warp() {
   meet("__syncwarp", nullptr, [](void* const*) {});
 }
 
-void meet(const char* op, void* mine, const std::function<void(void* const*)>& whole) {
-  Warp& warp = block->warps[self->id / kWarp];
-  if (warp.arrived != 0 && std::strcmp(warp.op, op) != 0) {
-    fault(std::string("this thread is in ") + op + " but others of its warp are in " + warp.op);
+namespace {
+
+template <int kCount>
+void meet_in(Meeting<kCount>* m, const char* op, void* mine,
+             const std::function<void(void* const*)>& whole) {
+  if (m->arrived != 0 && std::strcmp(m->op, op) != 0) {
+    fault(std::string("this thread is in ") + op + " but others of its " +
+          (kCount == kWarp ? "warp" : "warpgroup") + " are in " + m->op);
   }
-  warp.op = op;
-  warp.lanes[lane()] = mine;
-  if (++warp.arrived == kWarp) {
-    whole(warp.lanes);
-    warp.arrived = 0;
-    ++warp.meetings;
+  m->op = op;
+  m->lanes[self->id % kCount] = mine;
+  if (++m->arrived == kCount) {
+    whole(m->lanes);
+    m->arrived = 0;
+    ++m->meetings;
   } else {
-    wait_for(&warp.meetings, op);
+    wait_for(&m->meetings, op);
+  }
+}
+
+}  // namespace
+
+void meet(const char* op, void* mine, const std::function<void(void* const*)>& whole) {
+  meet_in(&block->warps[self->id / kWarp], op, mine, whole);
+}
+
+void meet_warpgroup(const char* op, void* mine, const std::function<void(void* const*)>& whole) {
+  meet_in(&block->warpgroups[self->id / (4 * kWarp)], op, mine, whole);
+}
+
+// ---- sm_90 --------------------------------------------------------------------------------------
+
+namespace {
+
+Phases& phases_at(const char* op, const uint64_t* at, int rank) {
+  check_shared(op, at, 8);
+  const int64_t offset = reinterpret_cast<const uint8_t*>(at) - block->shared;
+  Block& there = cluster->blocks.at(static_cast<size_t>(rank));
+  const auto found = there.phases.find(offset);
+  if (found == there.phases.end()) fault(std::string(op) + " of a barrier that is not set up");
+  if (there.left == 0) fault(std::string(op) + " in a block that has ended");
+  return found->second;
+}
+
+void arrive(Phases* p) {
+  if (p->missing == 0) fault("more threads arrive at a barrier than it was set up for");
+  --p->missing;
+  p->end_if_complete();
+}
+
+}  // namespace
+
+void barrier_init(uint64_t* at, int count) {
+  check_alignment("barrier_init", at, 8);
+  block->phases[reinterpret_cast<const uint8_t*>(at) - block->shared] = {count, count};
+}
+
+void barrier_arrive(uint64_t* at, int rank) { arrive(&phases_at("barrier_arrive", at, rank)); }
+
+void barrier_expect(uint64_t* at, int bytes) {
+  Phases& p = phases_at("barrier_expect", at, block->rank);
+  p.bytes += bytes;
+  arrive(&p);
+}
+
+void barrier_wait(uint64_t* at, uint32_t parity) {
+  const Phases& p = phases_at("barrier_wait", at, block->rank);
+  while ((p.ended & 1) == parity) wait_for(&p.ended, "barrier_wait");
+}
+
+int cluster_rank() { return block->rank; }
+
+void sync_cluster() {
+  size_t all = 0;
+  for (const Block& b : cluster->blocks) all += b.fibers.size();
+  if (++cluster->arrived == all) {
+    cluster->arrived = 0;
+    ++cluster->barriers;
+  } else {
+    wait_for(&cluster->barriers, "cluster_sync");
+  }
+}
+
+void sync_some(int number, int count) {
+  Some& s = block->some[number];
+  if (++s.arrived == count) {
+    s.arrived = 0;
+    ++s.meetings;
+  } else {
+    wait_for(&s.meetings, "sync_some");
+  }
+}
+
+// As with cp_async, the destination is poison until the bytes are read, which is as late as can be.
+void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint32_t blocks) {
+  check_shared("copy_bulk", to, bytes);
+  check_alignment("copy_bulk", to, 16);
+  check_alignment("copy_bulk", from, 16);
+  if (bytes <= 0 || bytes % 16 != 0) fault("copy_bulk of " + std::to_string(bytes) + " bytes");
+  const int64_t offset = static_cast<uint8_t*>(to) - block->shared;
+  for (size_t rank = 0; rank < cluster->blocks.size(); ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    uint8_t* const there = cluster->blocks[rank].shared + offset;
+    std::memset(there, kPoison, static_cast<size_t>(bytes));
+    cluster->copies.push_back(
+        {there, from, bytes, &phases_at("copy_bulk", barrier, static_cast<int>(rank))});
+  }
+}
+
+uint64_t shared_offset(const char* op, const void* at) {
+  check_shared(op, at, 1);
+  return static_cast<uint64_t>(static_cast<const uint8_t*>(at) - block->shared);
+}
+
+void warpgroup_mma(int32_t* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add) {
+  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add});
+}
+
+void warpgroup_commit() {
+  self->products.push_back(std::move(self->open_products));
+  self->open_products.clear();
+}
+
+void warpgroup_wait(int pending) {
+  while (static_cast<int>(self->products.size()) > pending) {
+    const std::vector<WarpgroupProduct> group = std::move(self->products.front());
+    self->products.pop_front();
+    for (const WarpgroupProduct& p : group) {
+      meet_warpgroup("warpgroup_mma", const_cast<WarpgroupProduct*>(&p), [](void* const* lanes) {
+        multiply_warpgroup(reinterpret_cast<const WarpgroupProduct* const*>(lanes));
+      });
+    }
   }
 }
 

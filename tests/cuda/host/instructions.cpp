@@ -113,4 +113,43 @@ uint32_t fma_16(uint32_t a, uint32_t b, uint32_t c, Widen widen, Narrow narrow) 
   return result;
 }
 
+// B lies in shared memory as its descriptor says: where it begins, how far groups of eight rows are
+// apart, and that the 16 bytes of a row of 128 are swizzled by bits 7 to 9 of the address.
+void multiply_warpgroup(const WarpgroupProduct* const* lanes) {
+  const WarpgroupProduct& first = *lanes[0];
+  const uint64_t start = (first.b & 0x3fff) << 4, pitch = (first.b >> 32 & 0x3fff) << 4;
+  if (first.b >> 62 != 1) fault("warpgroup_mma of a matrix without the swizzle of 128 bytes");
+  for (int i = 0; i < 4 * kWarp; ++i) {
+    const WarpgroupProduct& p = *lanes[i];
+    if (p.n != first.n || p.b != first.b || p.add != first.add) {
+      fault("the threads of a warpgroup disagree about a product");
+    }
+  }
+  int8_t a[64][32];
+  for (int row = 0; row < 64; ++row) {
+    for (int k = 0; k < 32; ++k) {
+      const int lane = row / 16 * kWarp + row % 8 * 4 + k % 16 / 4;
+      const uint32_t word = lanes[lane]->a[k / 16 * 2 + row / 8 % 2];
+      a[row][k] = static_cast<int8_t>(int8_at(word, k % 4));
+    }
+  }
+  const uint8_t* shared = static_cast<const uint8_t*>(shared_memory());
+  for (int column = 0; column < first.n; ++column) {
+    int8_t b[32];
+    for (int k = 0; k < 32; ++k) {
+      const uint64_t at = start + column / 8 * pitch + column % 8 * 128 + k;
+      const uint8_t* from = shared + (at ^ (at >> 7 & 7) << 4);
+      check_shared("warpgroup_mma", from, 1);
+      b[k] = static_cast<int8_t>(*from);
+    }
+    for (int row = 0; row < 64; ++row) {
+      int32_t sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[row][k] * b[k];
+      const int lane = row / 16 * kWarp + row % 8 * 4 + column % 8 / 2;
+      int32_t& d = lanes[lane]->sums[column / 8 * 4 + row / 8 % 2 * 2 + column % 2];
+      d = (first.add ? d : 0) + sum;
+    }
+  }
+}
+
 }  // namespace qkernels::host
