@@ -49,7 +49,8 @@ def on_an_h100(monkeypatch):
     [
         (qk.W4A16(group_size=128), 1, torch.bfloat16, "cuda gemv"),
         (qk.W4A16(group_size=128), 16, torch.bfloat16, "cuda mma 16x128"),
-        (qk.W4A16(group_size=128), 111, torch.float16, "cuda mma 32x128"),
+        (qk.W4A16(group_size=128), 32, torch.bfloat16, "cuda mma 32x128"),
+        (qk.W4A16(group_size=128), 111, torch.float16, "cuda mma 64x256"),
         (qk.W4A16(group_size=128), 112, torch.float16, "dequantize + matmul"),
         (qk.W4A16(group_size=128), 512, torch.float32, "cuda mma 64x256"),
         (qk.NF4(), 6, torch.float32, "dequantize + matmul"),
