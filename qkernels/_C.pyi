@@ -27,7 +27,7 @@ class BuildInfo(TypedDict):
     compiler: str
     torch_abi: str
     layout_version: int
-    sm90a: bool
+    hopper: bool
 
 BLOCK_ROWS: int
 LONGEST_CONV_SUM: int
@@ -64,6 +64,6 @@ def cuda_kernel_name(
     group_size: int,
     x_type: int,
     multiprocessors: int,
-    sm90a: bool = False,
+    hopper: bool = False,
 ) -> str: ...
 def build_info() -> BuildInfo: ...

@@ -19,7 +19,6 @@ constexpr int kConsumers = 2;  // warpgroups
 // Results leave so many tokens at a time, whose words are kRoundPitch apart: the four tokens that a
 // warp writes at once, eight words each, lie in different banks.
 constexpr int kRoundTokens = 32, kRoundPitch = 64 + 4;
-constexpr int kRowPiece = kPieceK * kLanes;  // bytes of 16 outputs in a stage
 
 template <class T>
 struct SharedMemory {
@@ -98,14 +97,14 @@ QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedM
     for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
       barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
       Barrier* const filled = shared.filled(turn.stage);
-      const int64_t begin = int64_t{stage} * kRowPiece;
-      const int bytes = static_cast<int>(min(row_codes - begin, int64_t{kRowPiece}));
+      const int64_t begin = int64_t{stage} * kRowPieceBytes;
+      const int bytes = static_cast<int>(min(row_codes - begin, int64_t{kRowPieceBytes}));
       barrier_expect(filled, T::kTokenBytes + rows * bytes);
       copy_bulk(shared.tokens(turn.stage) + rank * kShare, tokens + int64_t{stage} * kPieceBytes,
                 kShare, filled, (1u << T::kTogether) - 1);
       for (int i = 0; i < rows; ++i) {
-        copy_bulk(shared.weights(turn.stage) + i * kRowPiece, weights + i * a.shape.bytes + begin,
-                  bytes, filled);
+        copy_bulk(shared.weights(turn.stage) + i * kRowPieceBytes,
+                  weights + i * a.shape.bytes + begin, bytes, filled);
       }
     }
   });
@@ -121,7 +120,7 @@ template <class T>
 QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const Tiles& tiles,
                              const SharedMemory<T>& shared, Turn<T>& turn) {
   const int lane = threadIdx.x % kWarp;
-  const int offset = threadIdx.x / kWarp * kRowPiece + lane * 16;
+  const int offset = threadIdx.x / kWarp * kRowPieceBytes + lane * 16;
   uint32_t a[2][kPieceK / kCudaChunk][4];  // of this stage and of the one before, still in use
   int before = 0;
   const auto release = [&](int stage) {

@@ -109,7 +109,9 @@ QK_DEVICE void barrier_init_fence() {
 #endif
 }
 
-// Arrives at the barrier in the same place of block `rank` of the cluster.
+// Arrives at the barrier in the same place of block `rank` of the cluster: what this thread has read
+// of shared memory may be overwritten. What it wrote is not said to be there, in another block: that
+// would cost a memory barrier of the whole GPU, a thousand cycles.
 QK_DEVICE void barrier_arrive(Barrier* at, int rank) {
 #ifdef QKERNELS_HOST
   host::barrier_arrive(at, rank);
@@ -118,7 +120,7 @@ QK_DEVICE void barrier_arrive(Barrier* at, int rank) {
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}"
       :
       : "r"(shared_address(at)), "r"(rank)
@@ -138,8 +140,8 @@ QK_DEVICE void barrier_expect(Barrier* at, int bytes) {
 #endif
 }
 
-// Returns when the phase of this parity (0 is the first one's) has ended. What others wrote before
-// they arrived, in any block of the cluster, is there.
+// Returns when the phase of this parity (0 is the first one's) has ended. The copies that counted on
+// it have landed.
 QK_DEVICE void barrier_wait(Barrier* at, uint32_t parity) {
 #ifdef QKERNELS_HOST
   host::barrier_wait(at, parity);
@@ -148,7 +150,7 @@ QK_DEVICE void barrier_wait(Barrier* at, uint32_t parity) {
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}"
       :
@@ -169,12 +171,12 @@ QK_DEVICE int cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster.
+// A barrier of all threads of the cluster. It orders nothing but the threads themselves.
 QK_DEVICE void cluster_sync() {
 #ifdef QKERNELS_HOST
   host::sync_cluster();
 #else
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;"
                :
                :
                : "memory");

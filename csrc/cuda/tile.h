@@ -15,6 +15,8 @@ QK_HD inline int64_t panel_pitch(const BlockShape& s) { return round_up(s.k_padd
 // The same for warpgroups: pieces of the panel, see panel.cuh.
 inline constexpr int kPieceK = 128, kPanelRows = 128, kPieceBytes = kPanelRows * kPieceK;
 
+inline constexpr int kRowPieceBytes = kPieceK * kLanes;  // of 16 outputs' int8 weights
+
 QK_HD inline int64_t tiled_pitch(const BlockShape& s) {
   return round_up(s.k_padded, kPieceK) * kPanelRows;
 }

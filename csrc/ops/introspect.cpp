@@ -138,7 +138,7 @@ void check_codes(int activation, int x_type) {
 // The choice that csrc/cuda makes for x on a line of 16 bytes.
 std::string cuda_kernel_name(int64_t id, int activation, int64_t rows, int64_t in_features,
                              int64_t out_features, int64_t group_size, int x_type,
-                             int64_t multiprocessors, bool sm90a) {
+                             int64_t multiprocessors, bool hopper) {
   check_codes(activation, x_type);
   block_bytes(id, in_features, group_size);  // checks them
   LinearArgs a{};
@@ -148,7 +148,7 @@ std::string cuda_kernel_name(int64_t id, int activation, int64_t rows, int64_t i
   a.rows = rows;
   a.n = out_features;
   a.x_type = static_cast<DType>(x_type);
-  if (activation != 0) return cuda::linear_int8_name(a, {multiprocessors, sm90a});
+  if (activation != 0) return cuda::linear_int8_name(a, {multiprocessors, hopper});
   return cuda::linear_float_name(a);
 }
 
@@ -202,9 +202,9 @@ py::dict build_info() {
   result["torch_abi"] = "stable, torch >= 2.10";
   result["layout_version"] = kLayoutVersion;
 #ifdef QKERNELS_SM90A
-  result["sm90a"] = true;  // the CUDA kernels have code of Hopper
+  result["hopper"] = true;  // the CUDA kernels have code of Hopper
 #else
-  result["sm90a"] = false;
+  result["hopper"] = false;
 #endif
   return result;
 }
@@ -241,7 +241,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("x_type") = 0, "The kernel that linear runs for `rows` rows of such a dtype code.");
   m.def("cuda_kernel_name", &cuda_kernel_name, py::arg("layout"), py::arg("activation"),
         py::arg("rows"), py::arg("in_features"), py::arg("out_features"), py::arg("group_size"),
-        py::arg("x_type"), py::arg("multiprocessors"), py::arg("sm90a") = false,
+        py::arg("x_type"), py::arg("multiprocessors"), py::arg("hopper") = false,
         "The kernel that linear runs on a GPU with so many multiprocessors, of Hopper or not.");
   m.def("build_info", &build_info, "Version, compiler and interface of this build.");
 }

@@ -313,7 +313,7 @@ class QLinear(QModule):
         """
         if self.packed.is_cuda:
             gpu = torch.cuda.get_device_properties(self.packed.device)
-            hopper = gpu.major == 9 and _C.build_info()["sm90a"]
+            hopper = gpu.major == 9 and _C.build_info()["hopper"]
             return self.cuda_kernel_for(rows, dtype, gpu.multi_processor_count, hopper)
         # Factors for x are applied in float32.
         code = 0 if self.x_premul is not None else kernel_dtype_code(dtype)

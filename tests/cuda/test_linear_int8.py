@@ -9,7 +9,9 @@ from torch import Tensor
 
 from helpers import reference as ref
 from helpers.check import same_bits, same_tensor
+from helpers.cuda import DeviceOps
 from helpers.data import FLOATS, INTEGER_KINDS, Kind, Weight, awkward, floats, rng, strided, weight
+from qkernels import _C
 
 cpu = torch.ops.qkernels
 SYMMETRIC, ASYMMETRIC = 1, 2
@@ -18,8 +20,8 @@ SYMMETRIC, ASYMMETRIC = 1, 2
 SKINNY = ((4, 1), (4, 8), (4, 9), (4, 16), (99, 31))
 SMALL = ((4, 33), (1, 17), (64, 70))
 LARGE = ((1, 65), (1, 130))
-# On sm_90a, for int8 weights whose rows are one group.
-WARPGROUPS = ((2, 257), (4, 129), (2, 200))
+# Rows on sm_90a with one multiprocessor, for int8 weights whose rows are one group.
+WARPGROUPS = (257, 129, 100)
 
 
 @pytest.fixture
@@ -69,16 +71,26 @@ def test_shapes(ops: Any, device: Any, kind: Kind, activation: int) -> None:
 @pytest.mark.parametrize("activation", [SYMMETRIC, ASYMMETRIC])
 @pytest.mark.parametrize("kind", INTEGER_KINDS[:2], ids=str)
 def test_warpgroups(ops: Any, device: Any, sm90: None, kind: Kind, activation: int) -> None:
-    shapes = ((257, 130), (17, 1), (130, 600), (300, 1024), (128, 128), (250, 1500))
+    shapes = ((257, 130), (100, 1), (130, 600), (300, 1024), (128, 128), (250, 1500))
+    names = set()
+    device(1)
     for i, (n, k) in enumerate(shapes):
-        multiprocessors, rows = WARPGROUPS[i % 3]
-        device(multiprocessors)
+        multiprocessors, rows = 1, WARPGROUPS[i % 3]
+        if isinstance(ops, DeviceOps):
+            gpu = torch.cuda.get_device_properties(0)
+            if gpu.major != 9:
+                pytest.skip("the GPU is not of sm_90")
+            # What fills so many multiprocessors.
+            multiprocessors, rows, n = gpu.multi_processor_count, rows + 2048, n + 4096
         w = weight(kind, n, k)
+        facts = (kind.cuda_layout, activation, rows, k, n, -1, 0, multiprocessors, True)
+        names.add(_C.cuda_kernel_name(*facts))
         x = awkward((rows, k), FLOATS[i % 3], seed=i)
         bias = floats((n,), FLOATS[i // 2 % 3], seed="bias") if i % 2 else None
         y = linear(ops, w, x, activation, bias, epilogue=i)
         if i == 0:
             same_bits(y, w.integer(x, bias, activation))
+    assert names == {"cuda int8 wgmma 128x128", "cuda int8 wgmma 128x256"}
 
 
 @pytest.mark.parametrize("group_size", [-1, 1, 16, 32, 96, 100, 128])
