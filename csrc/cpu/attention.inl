@@ -1,49 +1,39 @@
 // Attention. Scores lie as [key][row]: a vector holds rows of q, so that softmax needs no
-// reductions, and keys and weights are broadcast from where they are. All sums go over ascending
-// features or keys, one fma each, which gives the bits of scalar_transformer.cpp.
+// reductions, and keys and weights are broadcast from where they are. With very few rows a vector
+// holds keys. All sums go over ascending features or keys, one fma each, which gives the bits of
+// scalar_transformer.cpp.
 
-constexpr int kTileRows = 2 * kWidth;              // rows of q in a tile
-constexpr int kBroadcasts = kWidth == 16 ? 8 : 4;  // rows of a register tile, two vectors wide
+constexpr int kTileVectors = 2;
+constexpr int kTileRows = kTileVectors * kWidth;   // rows of q in a tile
+constexpr int kBroadcasts = kWidth == 16 ? 8 : 4;  // rows of a register tile
 constexpr int64_t kKeyBlock = 64;  // keys whose k, or v and weights, stay in the first cache
-
-// sums[r][c] += a[r * a_row + i * a_step] * b[i * b_step + c] for `count` steps.
-struct Product {
-  const float* a;
-  int64_t a_row, a_step;
-  const float* b;
-  int64_t b_step;
-};
-
-template <int Rows, int Vectors>
-SIMD void multiply(const Product& p, int64_t begin, int64_t end, F (&sums)[Rows][Vectors]) {
-  for (int64_t i = begin; i < end; ++i) {
-    F b[Vectors];
-    unroll<Vectors>([&](auto v) INLINE { b[v] = load(p.b + i * p.b_step + v * kWidth); });
-    unroll<Rows>([&](auto r) INLINE {
-      const F a = splat(p.a[r * p.a_row + i * p.a_step]);
-      unroll<Vectors>([&](auto v) INLINE { sums[r][v] = fma(a, b[v], sums[r][v]); });
-    });
-  }
-}
-
-// body(first row, their number as a constant) over `count` rows.
-template <int Rows, class Body>
-SIMD void in_tiles(int64_t count, const Body& body, int64_t at = 0) {
-  for (; at + Rows <= count; at += Rows) body(at, std::integral_constant<int, Rows>{});
-  if constexpr (Rows > 1) in_tiles<Rows / 2>(count, body, at);
-}
+constexpr int64_t kFewRows = 4;    // with fewer, vectors of keys are faster
 
 // A tile of rows of one head.
 struct AttentionTile {
   int64_t batch, head, row;
-  int rows;      // of this tile, kTileRows at most
+  int rows;      // of this tile
   int64_t keys;  // that any of them sees
+  bool first;    // of its head, as far as this thread knows: k and v are not in its caches
   // Scratch.
   float* q;        // [head_size, kTileRows]
   float* weights;  // [keys, kTileRows]
   float* sums;     // [kTileRows, value_width()]
   float* block;    // [kKeyBlock, the wider of k and v]: k or v as floats
   float* mask;     // [kKeyBlock, kTileRows], or [kKeyBlock] where all rows share it
+
+  int64_t q_at(const AttentionArgs& a) const {
+    return batch * a.q_step[0] + head * a.q_step[1] + row * a.q_step[2];
+  }
+  int64_t k_at(const AttentionArgs& a, int64_t key) const {
+    return batch * a.k_step[0] + head / a.group * a.k_step[1] + key * a.k_step[2];
+  }
+  int64_t v_at(const AttentionArgs& a, int64_t key) const {
+    return batch * a.v_step[0] + head / a.group * a.v_step[1] + key * a.v_step[2];
+  }
+  int64_t y_at(const AttentionArgs& a) const {
+    return batch * a.y_step[0] + head * a.y_step[1] + row * a.y_step[2];
+  }
 };
 
 int64_t value_width(const AttentionArgs& a) { return round_up(a.value_size, kWidth); }
@@ -51,6 +41,8 @@ int64_t block_width(const AttentionArgs& a) {
   const int64_t keys = round_up(a.head_size, kWidth), values = value_width(a);
   return keys > values ? keys : values;
 }
+
+// ---- Loading ------------------------------------------------------------------------------------
 
 // Rows of x as floats, filled up with zeros to whole vectors.
 template <DType T>
@@ -63,104 +55,203 @@ void widen_rows(const void* x, int64_t at, int64_t step, int64_t rows, int64_t s
   }
 }
 
-// The rows of q that a tile holds, as columns; zeros where it has fewer.
-template <DType T>
-void load_queries(const AttentionArgs& a, const AttentionTile& t) {
-  const int64_t base = t.batch * a.q_step[0] + t.head * a.q_step[1] + t.row * a.q_step[2];
-  for (int first_row = 0; first_row < kTileRows; first_row += kWidth) {
-    for (int64_t d = 0; d < a.head_size; d += kWidth) {
-      const int64_t left = a.head_size - d;
-      const int columns = static_cast<int>(left < kWidth ? left : kWidth);
+// Rows become columns: out[c * kTileRows + r] for `columns` of them and all vectors of rows.
+// `loaded(row, column, count)` gives a vector of a row, of `count` elements.
+template <class Loaded>
+SIMD void transpose_rows(int rows, int64_t columns, float* out, const Loaded& loaded) {
+  for (int first_row = 0; first_row < rows; first_row += kWidth) {
+    for (int64_t column = 0; column < columns; column += kWidth) {
+      const int count = static_cast<int>(columns - column < kWidth ? columns - column : kWidth);
       F x[kWidth];
       unroll<kWidth>([&](auto r) INLINE {
         const int row = first_row + r;
-        const int64_t at = base + row * a.q_step[2] + d;
-        if (row >= t.rows) {
-          x[r] = splat(0.0f);
-        } else if (columns == kWidth) {
-          x[r] = load_as<T>(a.q, at);
-        } else {
-          x[r] = load_as<T>(a.q, at, columns);
-        }
+        x[r] = row < rows ? loaded(row, column, count) : splat(0.0f);
       });
       transpose(x);
-      float* out = t.q + d * kTileRows + first_row;
       unroll<kWidth>([&](auto c) INLINE {
-        if (c < columns) store(out + c * kTileRows, x[c]);
+        if (c < count) store(out + (column + c) * kTileRows + first_row, x[c]);
       });
     }
   }
+}
+
+template <DType T>
+void load_queries(const AttentionArgs& a, const AttentionTile& t) {
+  const int64_t base = t.q_at(a);
+  transpose_rows(t.rows, a.head_size, t.q, [&](int row, int64_t column, int count) INLINE {
+    const int64_t at = base + row * a.q_step[2] + column;
+    return count == kWidth ? load_as<T>(a.q, at) : load_as<T>(a.q, at, count);
+  });
 }
 
 // What is added to the scores of keys [begin, end), into t.mask.
+bool shares_mask(const AttentionArgs& a) { return a.mask == nullptr || a.mask_step[2] == 0; }
+
 void load_mask(const AttentionArgs& a, const AttentionTile& t, int64_t begin, int64_t end) {
-  if (a.mask == nullptr || a.mask_step[2] == 0) {
+  if (shares_mask(a)) {
     for (int64_t j = begin; j < end; ++j) {
       t.mask[j - begin] = attention_mask(a, t.batch, t.head, t.row, j);
     }
-    return;
-  }
-  for (int64_t j = begin; j < end; ++j) {
-    float* out = t.mask + (j - begin) * kTileRows;
-    for (int r = 0; r < t.rows; ++r) {
-      out[r] = attention_mask(a, t.batch, t.head, t.row + r, j);
+  } else if (a.mask_step[3] == 1) {
+    const int64_t base =
+        t.batch * a.mask_step[0] + t.head * a.mask_step[1] + t.row * a.mask_step[2] + begin;
+    if (a.mask_is_bool) {
+      const uint8_t* mask = static_cast<const uint8_t*>(a.mask) + base;
+      transpose_rows(t.rows, end - begin, t.mask, [&](int row, int64_t column, int count) INLINE {
+        const uint8_t* at = mask + row * a.mask_step[2] + column;
+        const I x = count == kWidth ? load_i8(at) : load_i8(at, count);
+        return select(equal(x, splat(0)), splat(-INFINITY), splat(0.0f));
+      });
+      return;
     }
-    for (int r = t.rows; r < kTileRows; ++r) out[r] = 0.0f;
+    with_float_type(a.mask_type, [&](auto type) {
+      constexpr DType kType = decltype(type)::value;
+      transpose_rows(t.rows, end - begin, t.mask, [&](int row, int64_t column, int count) INLINE {
+        const int64_t at = base + row * a.mask_step[2] + column;
+        return count == kWidth ? load_as<kType>(a.mask, at) : load_as<kType>(a.mask, at, count);
+      });
+    });
+  } else {
+    for (int64_t j = begin; j < end; ++j) {
+      for (int r = 0; r < kTileRows; ++r) {
+        const int64_t row = t.row + (r < t.rows ? r : 0);
+        t.mask[(j - begin) * kTileRows + r] = attention_mask(a, t.batch, t.head, row, j);
+      }
+    }
   }
 }
 
+// Rows that are far apart in memory: no prefetcher of a CPU guesses the next page.
+SIMD void prefetch_rows(const void* x, DType type, int64_t at, int64_t step, int64_t rows,
+                        int64_t size) {
+  const int64_t bytes = type == DType::f32 ? 4 : 2;
+  const char* row = static_cast<const char*>(x) + at * bytes;
+  for (int64_t r = 0; r < rows; ++r, row += step * bytes) {
+    for (int64_t i = 0; i < size * bytes; i += kLine) __builtin_prefetch(row + i);
+  }
+}
+
+// ---- Products -----------------------------------------------------------------------------------
+
+// sums[r][c] += a[r * a_row + i * a_step] * b[i * b_step + c] for i from `begin` to `end`.
+struct Product {
+  const float* a;
+  int64_t a_row, a_step;
+  const float* b;
+  int64_t b_step;
+};
+
+template <int Rows, int Vectors>
+SIMD void multiply(const Product& p, int64_t begin, int64_t end, F (&sums)[Rows][Vectors]) {
+  const float* a = p.a + begin * p.a_step;
+  const float* b = p.b + begin * p.b_step;
+  for (int64_t i = begin; i < end; ++i, a += p.a_step, b += p.b_step) {
+    F columns[Vectors];
+    unroll<Vectors>([&](auto v) INLINE { columns[v] = load(b + v * kWidth); });
+    unroll<Rows>([&](auto r) INLINE {
+      const F row = splat(a[r * p.a_row]);
+      unroll<Vectors>([&](auto v) INLINE { sums[r][v] = fma(row, columns[v], sums[r][v]); });
+    });
+  }
+}
+
+// body(first, their number as a constant) over `count` things.
+template <int Most, class Body>
+SIMD void in_tiles(int64_t count, const Body& body, int64_t at = 0) {
+  for (; at + Most <= count; at += Most) body(at, std::integral_constant<int, Most>{});
+  if constexpr (Most > 1) in_tiles<Most / 2>(count, body, at);
+}
+
 // The scores of all keys into t.weights; the largest of each row.
-template <DType T>
-SIMD void score(const AttentionArgs& a, const AttentionTile& t, F (&largest)[2]) {
-  const int64_t base = t.batch * a.k_step[0] + t.head / a.group * a.k_step[1];
-  const bool shared_mask = a.mask == nullptr || a.mask_step[2] == 0;
+template <DType T, int Vectors>
+SIMD void score(const AttentionArgs& a, const AttentionTile& t, F (&largest)[Vectors]) {
+  const F scale = splat(a.scale);
+  const bool shared_mask = shares_mask(a);
   for (int64_t begin = 0; begin < t.keys; begin += kKeyBlock) {
     const int64_t end = begin + kKeyBlock < t.keys ? begin + kKeyBlock : t.keys;
-    const int64_t at = base + begin * a.k_step[2];
     Product p{t.block, block_width(a), 1, t.q, kTileRows};
     if constexpr (T == DType::f32) {
-      p.a = static_cast<const float*>(a.k) + at;
+      p.a = static_cast<const float*>(a.k) + t.k_at(a, begin);
       p.a_row = a.k_step[2];
     } else {
-      widen_rows<T>(a.k, at, a.k_step[2], end - begin, a.head_size, p.a_row, t.block);
+      widen_rows<T>(a.k, t.k_at(a, begin), a.k_step[2], end - begin, a.head_size, p.a_row, t.block);
     }
     load_mask(a, t, begin, end);
-    in_tiles<kBroadcasts>(end - begin, [&](int64_t first_key, auto count) INLINE {
+    float* weights = t.weights + begin * kTileRows;
+    const float* mask = t.mask;
+    in_tiles<kBroadcasts>(end - begin, [&](int64_t key, auto count) INLINE {
       constexpr int kKeys = decltype(count)::value;
-      F sums[kKeys][2];
-      unroll<kKeys>([&](auto r) INLINE { sums[r][0] = sums[r][1] = splat(0.0f); });
-      Product of_keys = p;
-      of_keys.a += first_key * p.a_row;
-      multiply<kKeys, 2>(of_keys, 0, a.head_size, sums);
+      if (t.first) {
+        const int64_t ahead = begin + key + 3 * kKeys;
+        if (T == DType::f32 && ahead + kKeys <= t.keys) {
+          prefetch_rows(a.k, T, t.k_at(a, ahead), a.k_step[2], kKeys, a.head_size);
+        }
+        prefetch_rows(a.v, T, t.v_at(a, begin + key), a.v_step[2], kKeys, a.value_size);
+      }
+      F sums[kKeys][Vectors];
       unroll<kKeys>([&](auto r) INLINE {
-        const int64_t j = first_key + r;
-        const int64_t hidden = a.causal ? begin + j - t.row : 0;  // rows that do not see the key
-        unroll<2>([&](auto v) INLINE {
-          const F added =
-              shared_mask ? splat(t.mask[j]) : load(t.mask + j * kTileRows + v * kWidth);
-          F s = fma(sums[r][v], splat(a.scale), added);
-          if (hidden > v * kWidth) {
-            const int64_t lanes = hidden - v * kWidth;
-            s = select(first(static_cast<int>(lanes < kWidth ? lanes : kWidth)), splat(-INFINITY),
-                       s);
+        unroll<Vectors>([&](auto v) INLINE { sums[r][v] = splat(0.0f); });
+      });
+      Product of_keys = p;
+      of_keys.a += key * p.a_row;
+      multiply<kKeys, Vectors>(of_keys, 0, a.head_size, sums);
+      const bool hides = a.causal && begin + key + kKeys > t.row;
+      unroll<kKeys>([&](auto r) INLINE {
+        unroll<Vectors>([&](auto v) INLINE {
+          const int64_t at = (key + r) * kTileRows + v * kWidth;
+          const F added = shared_mask ? splat(mask[key + r]) : load(mask + at);
+          F s = fma(sums[r][v], scale, added);
+          if (hides) {  // from the rows before the key
+            int64_t rows = begin + key + r - t.row - v * kWidth;
+            rows = rows < 0 ? 0 : rows < kWidth ? rows : kWidth;
+            s = select(first(static_cast<int>(rows)), splat(-INFINITY), s);
           }
           largest[v] = max(s, largest[v]);
-          store(t.weights + (begin + j) * kTileRows + v * kWidth, s);
+          store(weights + at, s);
         });
       });
     });
   }
 }
 
-// The rows' sums of products with v over keys [begin, end), Rows rows from `row` on, and then y.
+// A score minus the largest becomes a weight.
+SIMD F softmax_weight(F below) {
+  const F weight = exp_between(max(splat(kLowestExp), below));
+  return select(less(below, splat(kLowestExp)), splat(0.0f), weight);
+}
+
+// Where every score is -Inf or NaN, nothing is subtracted.
+SIMD F softmax_shift(F largest) {
+  return select(greater(largest, splat(-INFINITY)), largest, splat(0.0f));
+}
+
+// Scores of keys [begin, end) become weights, which are added up.
+template <int Vectors>
+SIMD void exponentiate(const AttentionTile& t, int64_t begin, int64_t end,
+                       const F (&largest)[Vectors], F (&total)[Vectors]) {
+  float* weights = t.weights + begin * kTileRows;
+  in_tiles<2>(end - begin, [&](int64_t key, auto count) INLINE {
+    float* at = weights + key * kTileRows;
+    unroll<decltype(count)::value>([&](auto r) INLINE {
+      unroll<Vectors>([&](auto v) INLINE {
+        const F weight = softmax_weight(sub(load(at + r * kTileRows + v * kWidth), largest[v]));
+        total[v] = add(total[v], weight);
+        store(at + r * kTileRows + v * kWidth, weight);
+      });
+    });
+  });
+}
+
+// The sums of products with v over keys [begin, end), for Rows rows from `row` on, and at last y.
 template <DType T, int Rows, int Vectors>
 SIMD void weigh(const AttentionArgs& a, const AttentionTile& t, const Product& values,
                 int64_t begin, int64_t end, int row, int64_t column, const float* inverse) {
+  const int64_t width = value_width(a);
+  float* kept = t.sums + row * width + column;
   F sums[Rows][Vectors];
-  float* kept = t.sums + row * value_width(a) + column;
   unroll<Rows>([&](auto r) INLINE {
     unroll<Vectors>([&](auto v) INLINE {
-      sums[r][v] = begin == 0 ? splat(0.0f) : load(kept + r * value_width(a) + v * kWidth);
+      sums[r][v] = begin == 0 ? splat(0.0f) : load(kept + r * width + v * kWidth);
     });
   });
   Product p = values;
@@ -170,85 +261,71 @@ SIMD void weigh(const AttentionArgs& a, const AttentionTile& t, const Product& v
   const int64_t seen = attention_keys(a, t.row + row + 1);
   const int64_t common = seen < begin ? begin : seen < end ? seen : end;
   multiply<Rows, Vectors>(p, 0, common - begin, sums);
-  if (common < end) {
-    const int64_t last = attention_keys(a, t.row + row + Rows);
-    for (int64_t j = common; j < (last < end ? last : end); ++j) {
-      unroll<Rows>([&](auto r) INLINE {
-        if (j > t.row + row + r) return;
-        const F weight = splat(p.a[r + (j - begin) * kTileRows]);
-        unroll<Vectors>([&](auto v) INLINE {
-          sums[r][v] = fma(weight, load(p.b + (j - begin) * p.b_step + v * kWidth), sums[r][v]);
-        });
-      });
-    }
-  }
-  if (end < t.keys) {
+  const int64_t last = attention_keys(a, t.row + row + Rows);
+  for (int64_t j = common; j < (last < end ? last : end); ++j) {
     unroll<Rows>([&](auto r) INLINE {
-      unroll<Vectors>([&](auto v)
-                          INLINE { store(kept + r * value_width(a) + v * kWidth, sums[r][v]); });
+      if (j > t.row + row + r) return;
+      const F weight = splat(p.a[r + (j - begin) * kTileRows]);
+      unroll<Vectors>([&](auto v) INLINE {
+        sums[r][v] = fma(weight, load(p.b + (j - begin) * p.b_step + v * kWidth), sums[r][v]);
+      });
     });
-    return;
   }
-  const int64_t y = t.batch * a.y_step[0] + t.head * a.y_step[1] + (t.row + row) * a.y_step[2];
+  const int64_t y = t.y_at(a) + row * a.y_step[2] + column;
   unroll<Rows>([&](auto r) INLINE {
-    const F scale = splat(inverse[row + r]);
     unroll<Vectors>([&](auto v) INLINE {
-      const int64_t at = y + r * a.y_step[2] + column + v * kWidth;
+      if (end < t.keys) return store(kept + r * width + v * kWidth, sums[r][v]);
+      const F result = mul(sums[r][v], splat(inverse[row + r]));
+      const int64_t at = y + r * a.y_step[2] + v * kWidth;
       const int64_t left = a.value_size - column - v * kWidth;
       if (left >= kWidth) {
-        store_as<T>(a.y, at, mul(sums[r][v], scale));
+        store_as<T>(a.y, at, result);
       } else {
-        store_as<T>(a.y, at, mul(sums[r][v], scale), static_cast<int>(left));
+        store_as<T>(a.y, at, result, static_cast<int>(left));
       }
     });
   });
 }
 
-// Scores of keys [begin, end) become weights, which are added up.
-SIMD void exponentiate(const AttentionTile& t, int64_t begin, int64_t end, const F (&largest)[2],
-                       F (&total)[2]) {
-  for (int64_t j = begin; j < end; ++j) {
-    unroll<2>([&](auto v) INLINE {
-      float* at = t.weights + j * kTileRows + v * kWidth;
-      const F below = sub(load(at), largest[v]);
-      const F weight = select(less(below, splat(kLowestExp)), splat(0.0f), exp_poly(below));
-      total[v] = add(total[v], weight);
-      store(at, weight);
-    });
+// v of keys [begin, end) as floats in whole vectors: where it is, or copied.
+template <DType T>
+SIMD void load_values(const AttentionArgs& a, const AttentionTile& t, int64_t begin, int64_t end,
+                      Product* p) {
+  if (T == DType::f32 && a.value_size % kWidth == 0) {
+    p->b = static_cast<const float*>(a.v) + t.v_at(a, begin);
+    p->b_step = a.v_step[2];
+  } else {
+    p->b = t.block;
+    p->b_step = value_width(a);
+    widen_rows<T>(a.v, t.v_at(a, begin), a.v_step[2], end - begin, a.value_size, p->b_step,
+                  t.block);
   }
 }
 
-template <DType T>
+template <DType T, int Vectors>
 void attend(const AttentionArgs& a, const AttentionTile& t) {
   load_queries<T>(a, t);
-  F largest[2] = {splat(-INFINITY), splat(-INFINITY)};
-  score<T>(a, t, largest);
-  F total[2];
-  unroll<2>([&](auto v) INLINE {
-    largest[v] = select(greater(largest[v], splat(-INFINITY)), largest[v], splat(0.0f));
+  F largest[Vectors], total[Vectors];
+  unroll<Vectors>([&](auto v) INLINE { largest[v] = splat(-INFINITY); });
+  score<T, Vectors>(a, t, largest);
+  unroll<Vectors>([&](auto v) INLINE {
+    largest[v] = softmax_shift(largest[v]);
     total[v] = splat(0.0f);
   });
   alignas(64) float inverse[kTileRows];
-  const int64_t base = t.batch * a.v_step[0] + t.head / a.group * a.v_step[1];
   int64_t begin = 0;
   do {
     const int64_t end = begin + kKeyBlock < t.keys ? begin + kKeyBlock : t.keys;
-    exponentiate(t, begin, end, largest, total);
+    exponentiate<Vectors>(t, begin, end, largest, total);
     if (end == t.keys) {
-      unroll<2>([&](auto v) INLINE {
+      unroll<Vectors>([&](auto v) INLINE {
         // The largest weight is 1, so a sum is 0, at least that, or NaN.
         const F all = div(splat(1.0f), total[v]);
         store(inverse + v * kWidth, select(less(total[v], splat(0.5f)), splat(0.0f), all));
       });
     }
-    const int64_t at = base + begin * a.v_step[2];
-    Product p{t.weights + begin * kTileRows, 1, kTileRows, t.block, value_width(a)};
-    if (T == DType::f32 && a.value_size % kWidth == 0) {
-      p.b = static_cast<const float*>(a.v) + at;
-      p.b_step = a.v_step[2];
-    } else {
-      widen_rows<T>(a.v, at, a.v_step[2], end - begin, a.value_size, p.b_step, t.block);
-    }
+    Product p{t.weights + begin * kTileRows, 1, kTileRows, nullptr, 0};
+    load_values<T>(a, t, begin, end, &p);
     in_tiles<kBroadcasts>(t.rows, [&](int64_t row, auto count) INLINE {
       constexpr int kRows = decltype(count)::value;
       int64_t column = 0;
@@ -263,9 +340,65 @@ void attend(const AttentionArgs& a, const AttentionTile& t) {
   } while (begin < t.keys);
 }
 
+// ---- One row: vectors of keys -------------------------------------------------------------------
+
+// The scores of all keys into t.weights, [keys]; the largest.
+template <DType T>
+SIMD float score_row(const AttentionArgs& a, const AttentionTile& t) {
+  widen_rows<T>(a.q, t.q_at(a), 0, 1, a.head_size, 0, t.q);
+  F largest = splat(-INFINITY);
+  for (int64_t key = 0; key < t.keys; key += kWidth) {
+    const int count = static_cast<int>(t.keys - key < kWidth ? t.keys - key : kWidth);
+    F sums = splat(0.0f);
+    for (int64_t d = 0; d < a.head_size; d += kWidth) {
+      const int64_t left = a.head_size - d;
+      F x[kWidth];
+      unroll<kWidth>([&](auto r) INLINE {
+        const int64_t at = t.k_at(a, key + (r < count ? r : count - 1)) + d;
+        x[r] = left >= kWidth ? load_as<T>(a.k, at) : load_as<T>(a.k, at, static_cast<int>(left));
+      });
+      transpose(x);
+      unroll<kWidth>([&](auto c) INLINE {
+        if (c < left) sums = fma(x[c], splat(t.q[d + c]), sums);
+      });
+    }
+    alignas(64) float mask[kWidth] = {};
+    if (a.mask != nullptr) {
+      for (int i = 0; i < count; ++i) {
+        mask[i] = attention_mask(a, t.batch, t.head, t.row, key + i);
+      }
+    }
+    const F s = fma(sums, splat(a.scale), load(mask));
+    largest = max(count == kWidth ? s : select(first(count), s, splat(-INFINITY)), largest);
+    store(t.weights + key, s);
+  }
+  return reduce_max(largest);
+}
+
+template <DType T>
+void attend_row(const AttentionArgs& a, const AttentionTile& t) {
+  const F largest = softmax_shift(splat(score_row<T>(a, t)));
+  float total = 0.0f;
+  for (int64_t key = 0; key < t.keys; key += kWidth) {
+    store(t.weights + key, softmax_weight(sub(load(t.weights + key), largest)));
+  }
+  for (int64_t key = 0; key < t.keys; ++key) total += t.weights[key];
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  int64_t begin = 0;
+  do {
+    const int64_t end = begin + kKeyBlock < t.keys ? begin + kKeyBlock : t.keys;
+    Product p{t.weights + begin, 0, 1, nullptr, 0};
+    load_values<T>(a, t, begin, end, &p);
+    in_tiles<8>(value_width(a) / kWidth, [&](int64_t vector, auto count) INLINE {
+      weigh<T, 1, decltype(count)::value>(a, t, p, begin, end, 0, vector * kWidth, &inverse);
+    });
+    begin = end;
+  } while (begin < t.keys);
+}
+
 // ---- Table entries ------------------------------------------------------------------------------
 
-int64_t attention_tile(const AttentionArgs&) { return kTileRows; }
+int64_t attention_tile(const AttentionArgs& a) { return a.rows < kFewRows ? 1 : kTileRows; }
 
 int64_t attention_scratch(const AttentionArgs& a) {
   return kTileRows * (a.head_size + a.keys + value_width(a) + kKeyBlock) +
@@ -273,7 +406,7 @@ int64_t attention_scratch(const AttentionArgs& a) {
 }
 
 void attention(const AttentionArgs& a, int64_t begin, int64_t end, float* scratch) {
-  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
+  const int64_t tile = attention_tile(a), tiles = (a.rows + tile - 1) / tile;
   AttentionTile t;
   t.q = scratch;
   t.weights = t.q + a.head_size * kTileRows;
@@ -281,11 +414,17 @@ void attention(const AttentionArgs& a, int64_t begin, int64_t end, float* scratc
   t.mask = t.sums + value_width(a) * kTileRows;
   t.block = t.mask + kKeyBlock * kTileRows;
   for (int64_t i = begin; i < end; ++i) {
-    t.row = i % tiles * kTileRows;
+    t.row = i % tiles * tile;
     t.head = i / tiles % a.heads;
     t.batch = i / tiles / a.heads;
-    t.rows = static_cast<int>(a.rows - t.row < kTileRows ? a.rows - t.row : kTileRows);
+    t.rows = static_cast<int>(a.rows - t.row < tile ? a.rows - t.row : tile);
     t.keys = attention_keys(a, t.row + t.rows);
-    with_float_type(a.type, [&](auto type) { attend<decltype(type)::value>(a, t); });
+    t.first = i == begin || t.row == 0;
+    with_float_type(a.type, [&](auto type) {
+      constexpr DType kType = decltype(type)::value;
+      if (tile == 1) return attend_row<kType>(a, t);
+      if (t.rows <= kWidth) return attend<kType, 1>(a, t);
+      attend<kType, 2>(a, t);
+    });
   }
 }

@@ -3,6 +3,9 @@
 
 constexpr int kNormVectors = kNormLanes / kWidth;
 
+template <DType T>
+constexpr int64_t kFloatBytes = T == DType::f32 ? 4 : 2;
+
 // body(index, vector of the lanes, elements there) over a row.
 template <class Body>
 SIMD void in_norm_lanes(int64_t cols, const Body& body) {
@@ -40,47 +43,58 @@ SIMD void store_some(void* data, int64_t i, F x, int count) {
 }
 
 SIMD float sum_of(const F (&lanes)[kNormVectors]) {
-  alignas(64) float values[kNormLanes];
-  unroll<kNormVectors>([&](auto v) INLINE { store(values + v * kWidth, lanes[v]); });
-  return sum_norm_lanes(values);
+  constexpr int kQuarter = kNormVectors / 4;
+  F quarters[kQuarter];
+  unroll<kQuarter>([&](auto v) INLINE {
+    quarters[v] = add(add(lanes[v], lanes[v + kQuarter]),
+                      add(lanes[v + 2 * kQuarter], lanes[v + 3 * kQuarter]));
+  });
+  if constexpr (kQuarter == 2) quarters[0] = add(quarters[0], quarters[1]);
+  return sum_halves(quarters[0]);
 }
 
 template <DType T, DType W>
 void norm_row(const NormArgs& a, int64_t row) {
-  const int64_t at = row * a.cols;
+  const int64_t at = row * a.cols, cols = a.cols;
   // Where x + residual is, rounded: y has room for it until it is overwritten.
   void* const kept = a.sum != nullptr ? a.sum : a.y;
-  const bool adds = a.residual != nullptr || a.sum != nullptr;
-  const void* const s = adds ? kept : a.x;
-  F lanes[kNormVectors];
-  unroll<kNormVectors>([&](auto v) INLINE { lanes[v] = splat(0.0f); });
-  if (adds) {
-    in_norm_lanes(a.cols, [&](int64_t i, auto, auto count) INLINE {
-      F x = load_some<T>(a.x, at + i, count);
-      if (a.residual != nullptr) x = add(x, load_some<T>(a.residual, at + i, count));
-      store_some<T>(kept, at + i, x, count);
+  const void *const x = a.x, *const residual = a.residual;
+  const void* s = x;
+  if (residual != nullptr) {
+    s = kept;
+    in_norm_lanes(cols, [&](int64_t i, auto, auto count) INLINE {
+      const F sum = add(load_some<T>(x, at + i, count), load_some<T>(residual, at + i, count));
+      store_some<T>(kept, at + i, sum, count);
     });
+  } else if (a.sum != nullptr) {
+    std::memcpy(static_cast<uint8_t*>(kept) + at * kFloatBytes<T>,
+                static_cast<const uint8_t*>(x) + at * kFloatBytes<T>,
+                static_cast<size_t>(cols * kFloatBytes<T>));
   }
-  float mean = 0.0f;
+  F lanes[kNormVectors];
+  F mean = splat(0.0f);
   if (!a.rms) {
-    in_norm_lanes(a.cols, [&](int64_t i, auto v, auto count)
-                              INLINE { lanes[v] = add(lanes[v], load_some<T>(s, at + i, count)); });
-    mean = sum_of(lanes) / static_cast<float>(a.cols);
     unroll<kNormVectors>([&](auto v) INLINE { lanes[v] = splat(0.0f); });
+    in_norm_lanes(cols, [&](int64_t i, auto v, auto count)
+                            INLINE { lanes[v] = add(lanes[v], load_some<T>(s, at + i, count)); });
+    mean = splat(sum_of(lanes) / static_cast<float>(cols));
   }
-  in_norm_lanes(a.cols, [&](int64_t i, auto v, auto count) INLINE {
-    F centered = sub(load_some<T>(s, at + i, count), splat(mean));
+  unroll<kNormVectors>([&](auto v) INLINE { lanes[v] = splat(0.0f); });
+  in_norm_lanes(cols, [&](int64_t i, auto v, auto count) INLINE {
+    F centered = sub(load_some<T>(s, at + i, count), mean);
     if constexpr (std::is_same_v<decltype(count), int>) {
       centered = zero_unless(first(count), centered);
     }
     lanes[v] = fma(centered, centered, lanes[v]);
   });
   const F inverse = splat(norm_inverse(a, sum_of(lanes)));
-  in_norm_lanes(a.cols, [&](int64_t i, auto, auto count) INLINE {
-    const F unit = mul(sub(load_some<T>(s, at + i, count), splat(mean)), inverse);
-    const F weight = a.weight == nullptr ? splat(1.0f) : load_some<W>(a.weight, i, count);
-    const F bias = a.bias == nullptr ? splat(0.0f) : load_some<W>(a.bias, i, count);
-    store_some<T>(a.y, at + i, fma(unit, weight, bias), count);
+  void* const y = a.y;
+  const void *const weight = a.weight, *const bias = a.bias;
+  in_norm_lanes(cols, [&](int64_t i, auto, auto count) INLINE {
+    const F unit = mul(sub(load_some<T>(s, at + i, count), mean), inverse);
+    const F factor = weight == nullptr ? splat(1.0f) : load_some<W>(weight, i, count);
+    const F shift = bias == nullptr ? splat(0.0f) : load_some<W>(bias, i, count);
+    store_some<T>(y, at + i, fma(unit, factor, shift), count);
   });
 }
 

@@ -90,6 +90,13 @@ SIMD int32_t reduce_add(I x) {
   return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
 }
 
+// Lanes in pairs, as sum_lanes() adds them.
+SIMD float sum_halves(F x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+
 // ---- Tables -------------------------------------------------------------------------------------
 
 // 16 entries; an index is read modulo 16.

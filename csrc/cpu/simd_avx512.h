@@ -70,6 +70,14 @@ SIMD float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 SIMD int32_t reduce_max(I x) { return _mm512_reduce_max_epi32(x); }
 SIMD int32_t reduce_add(I x) { return _mm512_reduce_add_epi32(x); }
 
+// Lanes in pairs, as sum_lanes() adds them.
+SIMD float sum_halves(F x) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+
 // ---- Tables -------------------------------------------------------------------------------------
 
 // 16 entries; an index is read modulo 16.
