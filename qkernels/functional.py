@@ -24,10 +24,13 @@ from qkernels.codes import (
 )
 from qkernels.ops import refuse_forward_mode
 from qkernels.schemes import ACTIVATIONS
+from qkernels.transformer import add_norm, attention
 
 __all__ = [
     "EPILOGUES",
     "Quantized",
+    "add_norm",
+    "attention",
     "conv",
     "dequantize",
     "embedding",

@@ -352,26 +352,38 @@ torch.library.register_autograd(
 _library = torch.library.Library("qkernels", "IMPL")
 
 
-def register_autocast(name: str) -> None:
-    """Let autocast cast the first argument of an op.
+def register_autocast(name: str, casts: int = 1) -> None:
+    """Let autocast cast the first arguments of an op.
 
     Args:
         name: of the op.
+        casts: how many of its arguments are cast.
     """
     op = getattr(torch.ops.qkernels, name).default
 
     def casting(device: str, keys: torch._C.DispatchKeySet) -> Callable[..., Any]:
-        def cast_first(x: Tensor, *args: Any) -> Any:
-            if x.dtype in _AUTOCAST_DTYPES:
-                x = x.to(torch.get_autocast_dtype(device))
+        def cast_first(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = [x.to(dtype) if x.dtype in _AUTOCAST_DTYPES else x for x in args[:casts]]
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return op(x, *args)
+                return op(*cast, *args[casts:])
 
         return cast_first
 
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        _library.impl(name, casting(device, keys), key)
+        register_kernel(name, casting(device, keys), key)
+
+
+def register_kernel(name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Give an op a kernel in Python.
+
+    Args:
+        name: of the op.
+        kernel: takes the op's arguments.
+        key: torch's dispatch key, such as "CUDA".
+    """
+    _library.impl(name, kernel, key)
 
 
 for _name in ("linear", "linear_shared", "linear_differentiable"):

@@ -297,4 +297,39 @@ struct EmbeddingArgs {
   DType y_type;
 };
 
+// softmax(scale * q . k^T + mask) . v for every head of every sequence. The last dimension of q, k,
+// v and y is dense.
+struct AttentionArgs {
+  const void* q;  // [batch, heads, rows, head_size]
+  const void* k;  // [batch, heads / group, keys, head_size]
+  const void* v;  // [batch, heads / group, keys, value_size]
+  void* y;        // [batch, heads, rows, value_size]
+  DType type;     // of all four
+  int64_t batch, heads, group, rows, keys, head_size, value_size;
+  // In elements: from one sequence, one head and one row to the next.
+  int64_t q_step[3], k_step[3], v_step[3], y_step[3];
+
+  const void* mask;  // added to the scores; [batch, heads, rows, keys], or null
+  DType mask_type;
+  bool mask_is_bool;  // true adds 0 and false -Inf; mask_type does not matter
+  int64_t mask_step[4];
+  float scale;
+  bool causal;  // row i sees keys up to i
+};
+
+// y = norm(x + residual) * weight + bias, row by row.
+struct NormArgs {
+  const void* x;         // [rows, cols]
+  const void* residual;  // the same, or null
+  void* y;
+  void* sum;           // x + residual, rounded to the type; null if it is not wanted
+  DType type;          // of all four
+  const void* weight;  // [cols] or null
+  const void* bias;    // [cols] or null
+  DType weight_type;   // of both
+  int64_t rows, cols;
+  float eps;
+  bool rms;  // the mean is not subtracted
+};
+
 }  // namespace qkernels

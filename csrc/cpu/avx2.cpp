@@ -37,6 +37,8 @@ namespace {
 #include "cpu/conv_table.inl"
 #include "cpu/pool.inl"
 #include "cpu/int8.inl"
+#include "cpu/attention.inl"
+#include "cpu/norm.inl"
 
 }  // namespace
 }  // namespace avx2
@@ -73,6 +75,10 @@ const Kernels* avx2_kernels() {
     t.avg_pool = avx2::avg_pool;
     t.add = avx2::add;
     t.lookup = avx2::lookup;
+    t.attention_tile = avx2::attention_tile;
+    t.attention_scratch = avx2::attention_scratch;
+    t.attention = avx2::attention;
+    t.add_norm = avx2::add_norm;
     return t;
   }();
   return &table;

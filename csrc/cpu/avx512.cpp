@@ -42,6 +42,8 @@ namespace {
 #include "cpu/conv_table.inl"
 #include "cpu/pool.inl"
 #include "cpu/int8.inl"
+#include "cpu/attention.inl"
+#include "cpu/norm.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -78,6 +80,10 @@ const Kernels* avx512_kernels() {
     t.avg_pool = avx512::avg_pool;
     t.add = avx512::add;
     t.lookup = avx512::lookup;
+    t.attention_tile = avx512::attention_tile;
+    t.attention_scratch = avx512::attention_scratch;
+    t.attention = avx512::attention;
+    t.add_norm = avx512::add_norm;
     return t;
   }();
   return &table;

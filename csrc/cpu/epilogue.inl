@@ -1,9 +1,8 @@
 // From a tile's sums to y: scales, zero point, bias, activation function, conversion. Every step is
 // that of rows.h and core/codec.h, so the integer paths agree with the scalar reference to the bit.
 
-SIMD F exp_poly(F x) {
-  x = max(splat(-87.0f), x);
-  x = min(splat(89.0f), x);
+// x from -87 to 89.
+SIMD F exp_between(F x) {
   const F shifted = fma(x, splat(0x1.715476p+0f), splat(0x1.8p23f));
   const F n = sub(shifted, splat(0x1.8p23f));
   F r = fma(n, splat(-0x1.62e4p-1f), x);
@@ -17,6 +16,8 @@ SIMD F exp_poly(F x) {
   p = fma(p, r, splat(1.0f));
   return mul(p, floats(shift_left<23>(add(bits(shifted), splat(127)))));
 }
+
+SIMD F exp_poly(F x) { return exp_between(min(splat(89.0f), max(splat(-87.0f), x))); }
 
 SIMD F sigmoid_times(F x, F z) { return div(x, add(splat(1.0f), exp_poly(negate(z)))); }
 

@@ -65,6 +65,14 @@ struct Kernels {
   // Elements [begin, end).
   void (*add)(const AddArgs&, int64_t begin, int64_t end);
   void (*lookup)(const LookupArgs&, int64_t begin, int64_t end);
+
+  // Rows of a head that are computed together, and floats of scratch that this takes.
+  int64_t (*attention_tile)(const AttentionArgs&);
+  int64_t (*attention_scratch)(const AttentionArgs&);
+  // Tiles [begin, end) of all heads of all sequences. Any split gives the same bits.
+  void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, float* scratch);
+  // Rows [begin, end).
+  void (*add_norm)(const NormArgs&, int64_t begin, int64_t end);
 };
 
 // Floats of scratch that `backward` uses, and the widest k range that it takes in one call.

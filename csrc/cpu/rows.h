@@ -64,6 +64,44 @@ static inline float conv_residual(const ConvArgs& a, int64_t at) {
                 a.residual_zero);
 }
 
+// ---- Attention and normalization ----------------------------------------------------------------
+
+// Weights of softmax below e to this are 0.
+inline constexpr float kLowestExp = -87.0f;
+
+// How many keys the rows before `row_end` see.
+static inline int64_t attention_keys(const AttentionArgs& a, int64_t row_end) {
+  return a.causal && row_end < a.keys ? row_end : a.keys;
+}
+
+// What is added to the score of a row and a key.
+static inline float attention_mask(const AttentionArgs& a, int64_t batch, int64_t head, int64_t row,
+                                   int64_t key) {
+  if (a.mask == nullptr) return 0.0f;
+  const int64_t at =
+      batch * a.mask_step[0] + head * a.mask_step[1] + row * a.mask_step[2] + key * a.mask_step[3];
+  if (a.mask_is_bool) return static_cast<const bool*>(a.mask)[at] ? 0.0f : -INFINITY;
+  return load_float(a.mask, a.mask_type, at);
+}
+
+// Sums over a row go through so many lanes, element i in lane i % kNormLanes, on every ISA: four
+// vectors of AVX-512, whose additions do not wait for each other.
+inline constexpr int kNormLanes = 4 * kSumLanes;
+
+static inline float sum_norm_lanes(const float* lanes) {
+  float sums[kSumLanes];
+  for (int i = 0; i < kSumLanes; ++i) {
+    sums[i] =
+        (lanes[i] + lanes[i + kSumLanes]) + (lanes[i + 2 * kSumLanes] + lanes[i + 3 * kSumLanes]);
+  }
+  return sum_lanes(sums);
+}
+
+// One over the root of the mean square and eps.
+static inline float norm_inverse(const NormArgs& a, float squares) {
+  return 1.0f / std::sqrt(squares / static_cast<float>(a.cols) + a.eps);
+}
+
 // ---- Fake quantization --------------------------------------------------------------------------
 
 // Scale and zero point that fake_quantize was given for a group.

@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "cpu/scalar_int8.h"
+#include "cpu/scalar_transformer.h"
 
 namespace qkernels {
 namespace scalar {
@@ -397,6 +398,10 @@ const Kernels kTable = {
     avg_pool,
     add,
     lookup,
+    attention_tile,
+    attention_scratch,
+    attention,
+    add_norm,
 };
 
 }  // namespace scalar

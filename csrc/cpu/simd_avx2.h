@@ -90,6 +90,13 @@ SIMD int32_t reduce_add(I x) {
   return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
 }
 
+// Lanes in pairs, as sum_lanes() adds them.
+SIMD float sum_halves(F x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+
 // ---- Tables -------------------------------------------------------------------------------------
 
 // 16 entries; an index is read modulo 16.
@@ -340,6 +347,26 @@ SIMD void transpose_pieces(I (&x)[4]) {
   const I c = _mm256_permute2x128_si256(x[0], x[1], 0x31);
   const I d = _mm256_permute2x128_si256(x[2], x[3], 0x31);
   x[0] = a, x[1] = b, x[2] = c, x[3] = d;
+}
+
+// ---- kWidth rows of kWidth floats become columns ------------------------------------------------
+
+SIMD void transpose(F (&x)[kWidth]) {
+  F y[kWidth];
+  // Squares of 4 x 4 within each half, then the halves.
+  for (int i = 0; i < kWidth; i += 4) {
+    const F a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    const F c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]);
+    const F d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+    y[i] = _mm256_shuffle_ps(a, c, 0x44);
+    y[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    y[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    y[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
+  }
 }
 
 // ---- 2 * kWidth int16 ---------------------------------------------------------------------------

@@ -70,6 +70,14 @@ SIMD float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 SIMD int32_t reduce_max(I x) { return _mm512_reduce_max_epi32(x); }
 SIMD int32_t reduce_add(I x) { return _mm512_reduce_add_epi32(x); }
 
+// Lanes in pairs, as sum_lanes() adds them.
+SIMD float sum_halves(F x) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+
 // ---- Tables -------------------------------------------------------------------------------------
 
 // 16 entries; an index is read modulo 16.
@@ -287,6 +295,32 @@ SIMD void transpose_pieces(I (&x)[4]) {
   x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
   x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
   x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+
+// ---- kWidth rows of kWidth floats become columns ------------------------------------------------
+
+SIMD void transpose(F (&x)[kWidth]) {
+  F y[kWidth];
+  // Squares of 4 x 4 within each quarter, then the quarters.
+  for (int i = 0; i < kWidth; i += 4) {
+    const F a = _mm512_unpacklo_ps(x[i], x[i + 1]), b = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    const F c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]);
+    const F d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+    y[i] = _mm512_shuffle_ps(a, c, 0x44);
+    y[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    y[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    y[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const F a = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x44);
+    const F b = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x44);
+    const F c = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xee);
+    const F d = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xee);
+    x[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+    x[i + 4] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    x[i + 8] = _mm512_shuffle_f32x4(c, d, 0x88);
+    x[i + 12] = _mm512_shuffle_f32x4(c, d, 0xdd);
+  }
 }
 
 // ---- 2 * kWidth int16 ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Every op's schema. The fakes and gradients are in qkernels/ops.py and qkernels/ops_int8.py.
+// Every op's schema. The fakes and gradients are in qkernels/ops*.py.
 #include "ops/device.h"
 
 QK_SCHEMAS(m) {
@@ -93,4 +93,10 @@ QK_SCHEMAS(m) {
       "concat(Tensor[] xs, Tensor scales, Tensor? zero_points, Tensor y_scale, "
       "Tensor? y_zero_point, int dim) -> Tensor");
   m.def("lookup(Tensor x, Tensor table) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int heads, float scale, bool causal) "
+      "-> Tensor");
+  m.def(
+      "add_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, "
+      "bool keep_sum) -> (Tensor y, Tensor sum)");
 }

@@ -154,6 +154,28 @@ def between_convolutions(channels: int, dtype: torch.dtype) -> Iterator[Tensor]:
         yield ops.lookup(x, codes((256,)))
 
 
+def transforming(dtype: torch.dtype) -> Iterator[Tensor]:
+    for rows, keys, heads, kv_heads, size, values in (
+        (33, 65, 4, 2, 16, 24),
+        (1, 300, 6, 2, 64, 33),
+        (2, 70, 2, 2, 37, 64),
+        (130, 130, 2, 1, 40, 7),
+    ):
+        q, k = floats((2, rows, heads * size), dtype), floats((2, keys, kv_heads * size), dtype)
+        v = floats((2, keys, kv_heads * values), dtype)
+        q[1, -1, 0], v[0, keys // 2, 1] = torch.nan, torch.inf
+        for mask in (None, floats((heads, rows, keys)), floats((2, 1, 1, keys)) > 0):
+            for factor in (0.2, 30):
+                for causal in (False, True):
+                    yield ops.attention(q * factor, k, v, mask, heads, size**-0.5, causal)
+    for shape in ((40, 1), (33, 37), (20, 1003), (4, 33000), (300, 384)):
+        x, residual = hard(*shape, dtype), floats(shape, dtype)
+        weight, bias = (floats(shape[1:], torch.float32, seed) for seed in ("weight", "bias"))
+        for rms in (False, True):
+            yield from ops.add_norm(x, residual, weight, bias, 1e-5, rms, True)
+            yield ops.add_norm(x, None, weight.to(dtype), None, 1e-5, rms, False)[0]
+
+
 def digests() -> dict[str, str]:
     """By case. Only what the contract promises to be equal everywhere."""
     found = {"int_mm": digest(int_products())}
@@ -175,6 +197,7 @@ def digests() -> dict[str, str]:
             found[f"conv {activation} {dtype}"] = digest(convolving(dtype, activation))
         channels = (3, 64, 83)[FLOATS.index(dtype)]
         found[f"int8 ops {channels} {dtype}"] = digest(between_convolutions(channels, dtype))
+        found[f"transformer {dtype}"] = digest(transforming(dtype))
         for i, kind in enumerate(KINDS):
             found[f"read {kind} {dtype}"] = digest(reading(dtype, i))
     return found

@@ -65,6 +65,7 @@ def samples() -> list[Sample]:
         *linears(),
         *convolutions(),
         *int8_ops(),
+        *transformer_ops(),
     ]
 
 
@@ -287,4 +288,28 @@ def int8_ops() -> list[Sample]:
             for dim in (0, 1, -1):
                 add(f"{name}-{dim}", ops.concat, [x, x], *both, dim)
     add("alone", ops.concat, [codes((3,))], torch.tensor([0.5]), None, two, None, 0)
+    return found
+
+
+def transformer_ops() -> list[Sample]:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        q, k, v = (
+            floats((2, rows, size), dtype, rows) for rows, size in ((5, 24), (7, 12), (7, 10))
+        )
+        for mask in (None, torch.ones(7, dtype=torch.bool), floats((2, 1, 5, 7))):
+            for causal in (False, True):
+                args = (q, k, v, mask, 4, 0.4, causal)
+                label = f"{name}-{'none' if mask is None else mask.dtype}-{causal}"
+                found.append(Sample(label, ops.attention.default, args, {}))
+        one = (q[:, :1], k, v, None, 4, 0.4, False)
+        found.append(Sample(f"{name}-one row", ops.attention.default, one, {}))
+        x, residual, weight = floats((2, 3, 70), dtype), floats((2, 3, 70), dtype, 1), floats((70,))
+        for rms in (False, True):
+            for keep in (False, True):
+                for r in (None, residual):
+                    args = (x, r, weight, None if rms else weight, 1e-5, rms, keep)
+                    label = f"{name}-{rms}-{keep}-{r is not None}"
+                    found.append(Sample(label, ops.add_norm.default, args, {}))
     return found

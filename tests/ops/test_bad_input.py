@@ -8,7 +8,7 @@ import torch
 from helpers.conv import Geometry, conv_weight
 from helpers.data import KINDS, floats, weight
 
-from . import bad_int8
+from . import bad_int8, bad_transformer
 from .samples import convolutions
 
 ops = torch.ops.qkernels
@@ -619,7 +619,8 @@ conv:
 
 def cases() -> list[Any]:
     found, op = [], ""
-    lines = iter([*TABLE.strip().splitlines(), *bad_int8.TABLE.strip().splitlines()])
+    tables = (TABLE, bad_int8.TABLE, bad_transformer.TABLE)
+    lines = iter([line for table in tables for line in table.strip().splitlines()])
     for line in lines:
         if line.endswith(":") and not line.startswith(" "):
             op = line.removesuffix(":")
@@ -630,7 +631,8 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("op", "call", "sentence"), cases())
 def test_sentence(op: str, call: str, sentence: str) -> None:
-    names = vars(bad_int8) if hasattr(bad_int8, op) else globals()
+    others = (vars(module) for module in (bad_int8, bad_transformer))
+    names = next((names for names in others if op in names), globals())
     with pytest.raises(RuntimeError) as caught:
         eval(call, names)
     message = str(caught.value).splitlines()[0]
