@@ -53,6 +53,8 @@ SIMD F activate(F x) {
   return x;
 }
 
+constexpr int kMostBlocks = 6;  // of a tile
+
 // What a tile hands over: sums[rows][blocks * 16], after the weight's scales.
 struct TileSums {
   const float* sums;
@@ -72,34 +74,32 @@ void finish_int32(const LinearArgs& a, const TileSums& t) {
   }
 }
 
+// Row after row, so that what a row has of its own is looked up once.
 template <DType Y, Epilogue E>
 void finish(const LinearArgs& a, const TileSums& t) {
+  const bool is_float = a.activation == Activation::float_;
   const bool has_zero = a.activation == Activation::int8_asymmetric;
-  for (int v = 0; v < t.blocks * (kLanes / kWidth); ++v) {
-    const int64_t column = t.block * kLanes + v * kWidth;
-    if (column >= a.n) return;
-    const int count = static_cast<int>(a.n - column < kWidth ? a.n - column : kWidth);
-    const int64_t block = t.block + v * kWidth / kLanes;
-    const F bias = load(t.bias + v * kWidth);
-    F weight_sum = splat(0.0f);
-    if (has_zero) {
-      weight_sum =
-          load(reinterpret_cast<const float*>(a.packed + block * a.shape.bytes + a.shape.bias) +
-               v * kWidth % kLanes);
-    }
-    for (int r = 0; r < t.rows; ++r) {
-      const int64_t row = t.row + r;
-      F sum = load(t.sums + r * t.blocks * kLanes + v * kWidth);
-      if (has_zero) sum = fma(splat(-a.row_zero[row]), weight_sum, sum);
-      // Float activations have no scale: 1 * sum + bias rounds like sum + bias.
-      const float scale = a.activation == Activation::float_ ? 1.0f : a.row_scale[row];
-      const F y = activate<E>(fma(splat(scale), sum, bias));
-      if (count == kWidth) {
-        store_as<Y>(a.y, row * a.n + column, y);
-      } else {
-        store_as<Y>(a.y, row * a.n + column, y, count);
-      }
-    }
+  const int64_t column = t.block * kLanes, width = t.blocks * kLanes;
+  const int64_t there = a.n - column < width ? a.n - column : width;
+  const int64_t whole = there / kWidth * kWidth;
+  alignas(64) float weight_sums[kMostBlocks * kLanes];
+  for (int b = 0; has_zero && b < t.blocks; ++b) {
+    std::memcpy(weight_sums + b * kLanes, a.packed + (t.block + b) * a.shape.bytes + a.shape.bias,
+                kLanes * sizeof(float));
+  }
+  for (int r = 0; r < t.rows; ++r) {
+    const float* const sums = t.sums + r * width;
+    const int64_t at = (t.row + r) * a.n + column;
+    // Float activations have no scale: 1 * sum + bias rounds like sum + bias.
+    const F scale = splat(is_float ? 1.0f : a.row_scale[t.row + r]);
+    const F zero = splat(has_zero ? -a.row_zero[t.row + r] : 0.0f);
+    const auto y = [&](int64_t i) INLINE {
+      F sum = load(sums + i);
+      if (has_zero) sum = fma(zero, load(weight_sums + i), sum);
+      return activate<E>(fma(scale, sum, load(t.bias + i)));
+    };
+    for (int64_t i = 0; i < whole; i += kWidth) store_as<Y>(a.y, at + i, y(i));
+    if (whole < there) store_as<Y>(a.y, at + whole, y(whole), static_cast<int>(there - whole));
   }
 }
 

@@ -67,14 +67,50 @@ SIMD void prefetch_output(const LinearArgs& a, int64_t row, int rows, int64_t bl
   }
 }
 
-// Adds a group's finished sum to the total of the groups before it, or to 0.
+// The total of a group's finished sum and of the groups before it, or of 0.
+SIMD F folded(F sum, F scale, bool is_first, const float* total) {
+  return fma(sum, scale, is_first ? splat(0.0f) : load(total));
+}
 template <class Tile>
 SIMD void fold(const LinearArgs& a, typename Tile::Sum sum, F scale, bool is_first, float* total) {
   if (a.y_type == DType::i32) {
     store(reinterpret_cast<int32_t*>(total), bits_of(sum));
   } else {
-    store(total, fma(float_of(sum), scale, is_first ? splat(0.0f) : load(total)));
+    store(total, folded(float_of(sum), scale, is_first, total));
   }
+}
+
+// Whether a tile's results need no more than a scale and a bias, and all of them exist: then they
+// never go through memory. With an activation function, that is the least of what it costs.
+SIMD bool finishes_directly(const LinearArgs& a, int64_t block, int blocks) {
+  return a.epilogue == Epilogue::none && a.activation != Activation::int8_asymmetric &&
+         a.y_type != DType::i32 && a.shape.groups > 0 && (block + blocks) * kLanes <= a.n;
+}
+
+// `finish` for the sums of the last group, from registers; total[Rows][Vectors * kWidth] is that of
+// the groups before it.
+template <class Tile, DType Y, int Vectors, int Rows>
+SIMD void finish_last_group_as(const LinearArgs& a, const typename Tile::Sum (&sums)[Vectors][Rows],
+                               const F (&scale)[Vectors], const float* total, const float* bias,
+                               int64_t row, int64_t column) {
+  const bool is_first = a.shape.groups == 1;
+  F add_bias[Vectors];
+  unroll<Vectors>([&](int v) INLINE { add_bias[v] = load(bias + v * kWidth); });
+  unroll<Rows>([&](int r) INLINE {
+    const F row_scale = splat(Tile::kFloat ? 1.0f : a.row_scale[row + r]);
+    unroll<Vectors>([&](int v) INLINE {
+      const F sum =
+          folded(float_of(sums[v][r]), scale[v], is_first, total + (r * Vectors + v) * kWidth);
+      store_as<Y>(a.y, (row + r) * a.n + column + v * kWidth, fma(row_scale, sum, add_bias[v]));
+    });
+  });
+}
+
+template <class Tile, class... Args>
+SIMD void finish_last_group(const LinearArgs& a, const Args&... args) {
+  if (a.y_type == DType::f32) return finish_last_group_as<Tile, DType::f32>(a, args...);
+  if (a.y_type == DType::bf16) return finish_last_group_as<Tile, DType::bf16>(a, args...);
+  finish_last_group_as<Tile, DType::f16>(a, args...);
 }
 
 template <class Tile, int Rows, int Blocks>
@@ -87,7 +123,7 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
   constexpr int kVectors = Blocks * kParts;
   alignas(64) float total[Rows][Blocks * kLanes];
   if (s.groups == 0) std::memset(total, 0, sizeof(total));
-  prefetch_output(a, row, Rows, block, Blocks);
+  const bool directly = finishes_directly(a, block, Blocks);
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t begin = s.padded_begin(g);
     const uint8_t* codes[Blocks];
@@ -110,11 +146,18 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
       });
       Tile::accumulate(sums, panel + begin * Rows * kBytes<Tile>, codes, steps);
     }
+    F scale[kVectors];
     unroll<kVectors>([&](int v) INLINE {
       const int64_t at = g * kLanes + v % kParts * kWidth;
-      const F scale = load_scale(a, weight + v / kParts * s.bytes, at);
-      unroll<Rows>([&](int r)
-                       INLINE { fold<Tile>(a, sums[v][r], scale, g == 0, &total[r][v * kWidth]); });
+      scale[v] = load_scale(a, weight + v / kParts * s.bytes, at);
+    });
+    if (directly && g + 1 == s.groups) {
+      return finish_last_group<Tile>(a, sums, scale, &total[0][0], bias, row, block * kLanes);
+    }
+    unroll<kVectors>([&](int v) INLINE {
+      unroll<Rows>([&](int r) INLINE {
+        fold<Tile>(a, sums[v][r], scale[v], g == 0, &total[r][v * kWidth]);
+      });
     });
   }
   finish(a, {&total[0][0], bias, row, block, Rows, Blocks});
