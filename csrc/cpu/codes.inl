@@ -42,7 +42,7 @@ struct Span {
 
 // A page that comes into use costs a walk through the page tables, and the CPU's own prefetching
 // begins anew. Whoever goes through memory by steps of so many bytes asks, once a page, for a line
-// a few pages further on, so that the walk is done by then. Nothing is read past an array's end.
+// a few pages further on, so that the walk is done by then. Past an array's end that is harmless.
 constexpr int64_t kPage = 4096, kPagesAhead = 8;
 SIMD void approach(const void* p, int64_t step) {
   if (reinterpret_cast<uintptr_t>(p) % kPage < static_cast<uintptr_t>(step)) {
