@@ -38,6 +38,18 @@ struct Span {
   int64_t begin, end;  // of neighbours in a row
 };
 
+// ---- Memory -------------------------------------------------------------------------------------
+
+// A page that comes into use costs a walk through the page tables, and the CPU's own prefetching
+// begins anew. Whoever goes through memory by steps of so many bytes asks, once a page, for a line
+// a few pages further on, so that the walk is done by then. Past an array's end that is harmless.
+constexpr int64_t kPage = 4096, kPagesAhead = 8;
+SIMD void approach(const void* p, int64_t step) {
+  if (reinterpret_cast<uintptr_t>(p) % kPage < static_cast<uintptr_t>(step)) {
+    __builtin_prefetch(static_cast<const char*>(p) + kPagesAhead * kPage);
+  }
+}
+
 // ---- Ranges -------------------------------------------------------------------------------------
 
 // kWidth ranges at once. A NaN leaves min and max alone and shows in the magnitude. Lanes filled up
@@ -70,17 +82,16 @@ SIMD Range reduce(const Ranges& r) {
   return result;
 }
 
-// Prefetches the elements `ahead` further on, unless 0.
+// `from_memory` says that no cache is likely to hold the numbers.
 template <DType T, bool Signed>
-SIMD Range range_of(const void* x, int64_t begin, int64_t end, int64_t ahead = 0) {
+SIMD Range range_of(const void* x, int64_t begin, int64_t end, bool from_memory = false) {
   Ranges r = no_ranges();
   int64_t i = begin;
-  if (ahead != 0) {
-    constexpr int64_t kPerLine = kLine / bytes_of(T);
-    const char* next = static_cast<const char*>(x) + ahead * bytes_of(T);
-    for (; i + kPerLine <= end; i += kPerLine) {
-      __builtin_prefetch(next + i * bytes_of(T), 0, 2);
-      for (int64_t j = i; j < i + kPerLine; j += kWidth) extend<Signed>(&r, load_as<T>(x, j));
+  if (from_memory) {
+    constexpr int64_t kStep = 4 * kWidth;
+    for (; i + kStep <= end; i += kStep) {
+      approach(static_cast<const char*>(x) + i * bytes_of(T), kStep * bytes_of(T));
+      unroll<4>([&](int v) INLINE { extend<Signed>(&r, load_as<T>(x, i + v * kWidth)); });
     }
   }
   for (; i + kWidth <= end; i += kWidth) extend<Signed>(&r, load_as<T>(x, i));

@@ -16,11 +16,13 @@ void image_codes(const ConvArgs& a, const ImageCodes& codes, int64_t at, int64_t
     const Affine affine{codes.scale, codes.inverse, codes.zero};
     Span span{0, count};
     if (codes.plain && a.symmetric) {
-      span.begin = encode_tame_span<X, Format::int8, true>(a.x, at, affine, span, out, 0, false);
+      span.begin =
+          encode_tame_span<X, Format::int8, true>(a.x, at, affine, span, out, nullptr, 1, false);
     } else if (codes.plain) {
-      span.begin = encode_tame_span<X, Format::int8, false>(a.x, at, affine, span, out, 0, false);
+      span.begin =
+          encode_tame_span<X, Format::int8, false>(a.x, at, affine, span, out, nullptr, 1, false);
     }
-    encode_span<X, Format::int8>(a.x, at, affine, a.symmetric, span, out, 0);
+    encode_span<X, Format::int8>(a.x, at, affine, a.symmetric, span, out);
   }
 }
 

@@ -26,20 +26,22 @@ SIMD bool is_tame(int32_t magnitude, float inverse) {
 }
 
 // encode_span for most of a span that is_tame, 4 * kWidth codes at a time; returns the first k that
-// it left.
+// it left. Meanwhile it asks for memory from `next` on (unless null), a `share`th of what it reads.
 template <DType T, Format Fmt, bool Symmetric>
 SIMD int64_t encode_tame_span(const void* x, int64_t at, const Affine& affine, Span span,
-                              uint8_t* out, int64_t ahead, bool streamed) {
+                              uint8_t* out, const char* next, int64_t share, bool streamed) {
   constexpr int kBlock = 4 * kWidth;
   constexpr bool kHasZero = !(Symmetric && Fmt == Format::int8);
   const Encoder<Fmt> encoder = make_encoder<Fmt>(affine, Symmetric);
-  const char* next = static_cast<const char*>(x) + (at + ahead) * bytes_of(T);
+  const int64_t step = kBlock * bytes_of(T) / share;
   int64_t k = span.begin;
   for (; k + kBlock <= span.end; k += kBlock) {
-    if (ahead != 0) {
-      for (int64_t line = 0; line < kBlock * bytes_of(T); line += kLine) {
-        __builtin_prefetch(next + k * bytes_of(T) + line, 0, 2);  // read, into the L2 cache
+    if (next != nullptr) {
+      for (int64_t line = 0; line < step; line += kLine) {
+        __builtin_prefetch(next + line, 0, 2);  // read, into the L2 cache
       }
+      next += step;
+      approach(out + k * info(Fmt).bits / 8, kBlock * info(Fmt).bits / 8);
     }
     I codes[4];
     unroll<4>([&](int i) INLINE {
@@ -61,26 +63,16 @@ SIMD int64_t encode_tame_span(const void* x, int64_t at, const Affine& affine, S
 }
 
 // x[at + k] to code k of `out`. Writing in ascending order, a group leaves the high nibble clear
-// that the next one fills. Prefetches x `ahead` elements further on, unless 0.
+// that the next one fills.
 template <DType T, Format Fmt>
 SIMD void encode_span(const void* x, int64_t at, const Affine& affine, bool symmetric, Span span,
-                      uint8_t* out, int64_t ahead) {
+                      uint8_t* out) {
   int64_t k = span.begin;
   if (starts_inside_byte<Fmt>(span)) {
     store_code(out, Fmt, k, encode(load_float(x, T, at + k), Fmt, affine, symmetric));
     ++k;
   }
   const Encoder<Fmt> encoder = make_encoder<Fmt>(affine, symmetric);
-  if (ahead != 0) {
-    constexpr int64_t kPerLine = kLine / bytes_of(T);
-    const char* next = static_cast<const char*>(x) + (at + ahead) * bytes_of(T);
-    for (; k + kPerLine <= span.end; k += kPerLine) {
-      __builtin_prefetch(next + k * bytes_of(T), 0, 2);  // read, into the L2 cache
-      for (int64_t i = k; i < k + kPerLine; i += kWidth) {
-        store_codes<Fmt>(out, i, encode(encoder, load_as<T>(x, at + i)));
-      }
-    }
-  }
   for (; k + kWidth <= span.end; k += kWidth) {
     store_codes<Fmt>(out, k, encode(encoder, load_as<T>(x, at + k)));
   }

@@ -7,11 +7,9 @@ SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_en
   constexpr int64_t kInCache = 4096;  // elements
   const int64_t fit = a.group_size * kWidth <= kInCache ? kWidth : kInCache / a.group_size;
   const int64_t batch = fit < 1 ? 1 : fit;
-  // Memory would be idle while the cache is worked on, so the next groups are asked for then: a
-  // long one while this one's range is taken, short ones while codes are made. Each measured best.
-  const int64_t next = batch * a.group_size;
-  const int64_t ahead_of_range = batch == 1 ? next : 0;
-  const int64_t ahead_of_codes = batch == 1 ? 0 : next;
+  // Memory would be idle while codes are made, so the next groups are asked for then: all of short
+  // ones, the first half of a long one. Each measured best.
+  const int64_t share = batch == 1 ? 2 : 1;
   const bool streamed = (row_end - row_begin) * a.cols >= kStreamed;
   float least[kWidth] = {}, most[kWidth] = {}, scale[kWidth], inverse[kWidth];
   int32_t magnitude[kWidth] = {}, zero[kWidth];
@@ -22,8 +20,7 @@ SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_en
       const int count = static_cast<int>(a.groups - g < batch ? a.groups - g : batch);
       for (int i = 0; i < count; ++i) {
         const Span span = group_span(g + i, a.group_size, a.cols);
-        const Range r =
-            range_of<T, !Symmetric>(a.x, at + span.begin, at + span.end, ahead_of_range);
+        const Range r = range_of<T, !Symmetric>(a.x, at + span.begin, at + span.end, true);
         least[i] = r.min;
         most[i] = r.max;
         magnitude[i] = static_cast<int32_t>(r.magnitude);
@@ -46,11 +43,13 @@ SIMD void quantize_rows(const QuantizeArgs& a, int64_t row_begin, int64_t row_en
         const Affine affine{scale[i], inverse[i], zero[i]};
         if constexpr (Fmt != Format::int16) {
           if (is_tame<Fmt>(magnitude[i], inverse[i]) && !starts_inside_byte<Fmt>(span)) {
-            span.begin = encode_tame_span<T, Fmt, Symmetric>(a.x, at, affine, span, out,
-                                                             ahead_of_codes, streamed);
+            const char* next = static_cast<const char*>(a.x) +
+                               (at + span.begin + batch * a.group_size) * bytes_of(T);
+            span.begin = encode_tame_span<T, Fmt, Symmetric>(a.x, at, affine, span, out, next,
+                                                             share, streamed);
           }
         }
-        encode_span<T, Fmt>(a.x, at, affine, Symmetric, span, out, ahead_of_codes);
+        encode_span<T, Fmt>(a.x, at, affine, Symmetric, span, out);
       }
     }
   }
@@ -66,7 +65,7 @@ SIMD void quantize_rows_with(const QuantizeArgs& a, int64_t row_begin, int64_t r
       const float scale = load_float(a.scale, a.scale_type, i);
       const int zero = a.symmetric ? symmetric_zero(Fmt) : load_zero_point(a.zero_point, Fmt, i);
       encode_span<T, Fmt>(a.x, row * a.cols, {scale, 1.0f / scale, zero}, a.symmetric,
-                          group_span(g, a.group_size, a.cols), out, 0);
+                          group_span(g, a.group_size, a.cols), out);
     }
   }
 }
@@ -84,8 +83,13 @@ SIMD void decode_span(const uint8_t* codes, float scale, int zero, Span span, vo
   if constexpr (T == DType::f32) {
     float* out = static_cast<float*>(y) + at;
     if (streamed && reinterpret_cast<uintptr_t>(out + k) % kLine == 0) {
-      for (; k + kWidth <= span.end; k += kWidth) {
-        stream(out + k, decode(decoder, load_codes<Fmt>(codes, k)));
+      for (; k + 4 * kWidth <= span.end; k += 4 * kWidth) {
+        approach(codes + k * info(Fmt).bits / 8, 4 * kWidth * info(Fmt).bits / 8);
+        approach(out + k, 4 * kWidth * sizeof(float));
+        unroll<4>([&](int v) INLINE {
+          const int64_t i = k + v * kWidth;
+          stream(out + i, decode(decoder, load_codes<Fmt>(codes, i)));
+        });
       }
     }
   }

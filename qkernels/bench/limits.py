@@ -50,7 +50,7 @@ class Limit:
     """One measured limit; `rate` in operations or bytes per second.
 
     Args:
-        name: a key of `PEAKS`, or "read" or "copy".
+        name: a key of `PEAKS`, or "read", "write" or "copy".
         threads: how many threads worked at it.
         rate: operations per second (a multiplication and an addition are two), or bytes per second
             (copying counts those read and those written).
@@ -110,6 +110,13 @@ class Machine:
         )
         return 2 * size / seconds
 
+    def write(self, threads: int | None = None) -> float:
+        """Bytes per second written past the caches; copying cannot write faster than that."""
+        threads = threads or self.threads
+        _, target = self._buffers
+        size = _STREAM_BYTES // (128 * threads) * 128 * threads
+        return size / float(self._helper.qk_write(target.data_ptr(), size, threads))
+
     def peak(self, name: str, threads: int | None = None, seconds: float = 0.004) -> float:
         """Operations per second of the instruction that `PEAKS` describes under this name."""
         return float(self._helper.qk_peak(self._peaks[name], threads or self.threads, seconds))
@@ -130,7 +137,7 @@ class Machine:
             for name in self._peaks:
                 rate = max(self.peak(name, threads, 0.02) for _ in range(5))
                 found.append(Limit(name, threads, rate))
-            for name, measure in (("read", self.read), ("copy", self.copy)):
+            for name, measure in (("read", self.read), ("write", self.write), ("copy", self.copy)):
                 found.append(Limit(name, threads, max(measure(threads) for _ in range(5))))
         return found
 
@@ -182,6 +189,8 @@ def _load(library: Path) -> ctypes.CDLL:
     helper.qk_peak.restype = ctypes.c_double
     helper.qk_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     helper.qk_read.restype = ctypes.c_double
+    helper.qk_write.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    helper.qk_write.restype = ctypes.c_double
     helper.qk_copy.argtypes = [
         ctypes.c_void_p,
         ctypes.c_void_p,

@@ -126,7 +126,7 @@ def _limits(results: Results) -> str:
     header = ["", *(f"{t} thread{'s' if t != '1' else ''}" for t in counts), "unit"]
     rows = []
     for name, rates in results.limits.items():
-        text = PEAKS.get(name, {"read": "read memory", "copy": "copy memory"}.get(name, name))
+        text = PEAKS.get(name, f"{name} memory")
         unit = "Gop/s" if name in PEAKS else "GB/s"
         rows.append([text, *(f"{rates[t] / 1e9:.1f}" if t in rates else "" for t in counts), unit])
     return table(header, rows)

@@ -20,6 +20,7 @@ def machine() -> Machine:
 def test_rates_are_of_this_world(machine: Machine) -> None:
     """Between a very slow and an impossible machine: an error of unit would be outside."""
     assert 1e8 < machine.read() < 1e13
+    assert 1e8 < machine.write() < 1e13
     assert 1e8 < machine.copy() < 1e13
     for arithmetic in ("int8", "int4", "bf16", "fp32"):
         peak = machine.peak_for(arithmetic)
@@ -30,10 +31,11 @@ def test_rates_are_of_this_world(machine: Machine) -> None:
 def test_a_survey_covers_one_and_all_threads(machine: Machine, monkeypatch) -> None:
     monkeypatch.setattr(machine, "peak", lambda name, threads, seconds: 1.0)
     monkeypatch.setattr(machine, "read", lambda threads: 2.0)
+    monkeypatch.setattr(machine, "write", lambda threads: 4.0)
     monkeypatch.setattr(machine, "copy", lambda threads: 3.0)
     found = {(limit.name, limit.threads): limit.rate for limit in machine.survey()}
     assert found["read", 1] == found["read", 2] == 2.0
-    assert {name for name, _ in found} <= PEAKS.keys() | {"read", "copy"}
+    assert {name for name, _ in found} <= PEAKS.keys() | {"read", "write", "copy"}
 
 
 def test_the_best_instruction_is_within_the_isa(machine: Machine) -> None:

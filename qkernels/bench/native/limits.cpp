@@ -167,6 +167,14 @@ __attribute__((target("avx2"))) void copy_256(char* to, const char* from, size_t
   _mm_sfence();
 }
 
+__attribute__((target("avx2"))) void write_256(char* to, size_t bytes) {
+  const __m256i x = _mm256_set1_epi8(1);
+  for (size_t i = 0; i + 32 <= bytes; i += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), x);
+  }
+  _mm_sfence();
+}
+
 }  // namespace
 
 extern "C" {
@@ -197,6 +205,12 @@ double qk_peak(int index, int threads, double seconds) {
 double qk_read(const char* from, size_t bytes, int threads) {
   const size_t part = bytes / threads;
   return run_together(threads, [&](int t) { read_256(from + t * part, part); });
+}
+
+// Seconds to write `bytes` (a multiple of 64 * threads) past the caches.
+double qk_write(char* to, size_t bytes, int threads) {
+  const size_t part = bytes / threads;
+  return run_together(threads, [&](int t) { write_256(to + t * part, part); });
 }
 
 // Seconds to copy, past the caches (streaming) or as the C library does.
