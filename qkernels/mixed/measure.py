@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from qkernels.timing import clock
 
 Pairs = list[tuple[nn.Module, nn.Module]]
 Metric = Callable[[Any, Any], float]
+_MIN_ROUNDS = 3
 
 
 class Answers:
@@ -109,11 +111,43 @@ class Times:
     models: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """The time of one model over that of another.
+
+    Args:
+        median: of the rounds.
+        low, high: the median of all rounds there could be lies between them in 95 % of cases.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, rounds: Sequence[float]) -> Ratio:
+        """From the ratio in every round.
+
+        Args:
+            rounds: at least one.
+
+        Example:
+            >>> Ratio.of([1.0, 1.2, 1.1])
+            Ratio(median=1.1, low=1.0, high=1.2)
+        """
+        ordered = sorted(rounds)
+        count = len(ordered)
+        # How many rounds lie below the median is binomial: n/2, give or take sqrt(n)/2.
+        below = max(math.floor((count - 1.96 * math.sqrt(count)) / 2), 0)
+        return cls(statistics.median(ordered), ordered[below], ordered[count - 1 - below])
+
+
 @dataclass
 class Stopwatch:
-    """Times whole models and their layers, contenders taking turns; the fastest run counts.
+    """Times whole models and their layers, contenders taking turns.
 
-    Other programs make a run slower and never faster, and there is no time for many runs.
+    Models are compared round by round: what slows the machine down for a while slows all of them.
+    Of layers the fastest run counts, since other programs make a run slower and never faster.
 
     Args:
         caller: calls the float model.
@@ -126,43 +160,68 @@ class Stopwatch:
     batches: Sequence[Any]
     weights: Sequence[float]
     seconds: float
-    min_rounds: int = 3
-    max_rounds: int = 40
     _layers: dict[tuple[str, int], dict[str, list[float]]] = field(default_factory=dict)
 
     def models(
         self, contenders: Mapping[str, Pairs], clocked: Mapping[str, nn.Module] | None = None
     ) -> dict[str, float]:
-        """Seconds for a batch.
+        """Seconds for a batch: of the first the fastest run, of others that times their ratio.
 
         Args:
             contenders: by name, float layers with what stands in for them.
             clocked: modules to time as well, in runs of their own; `layer_seconds` has the result.
         """
         self._layers = {}
-        names = list(contenders)
-        totals: dict[tuple[str, int], list[float]] = {}
-        for name in names:  # the first call of a layer allocates
-            with standing_in(contenders[name]):
+        rounds = list(self._rounds(contenders, clocked, max_rounds=40))
+        first = next(iter(contenders))
+        fastest = self._mean(min(r[first][i] for r in rounds) for i in range(len(self.batches)))
+        return {name: fastest * self._ratio(rounds, name, first).median for name in contenders}
+
+    def compare(self, model: Pairs, other: Pairs) -> Ratio:
+        """How long a model takes, over the time of another that takes turns with it.
+
+        Args:
+            model: float layers with what stands in for them.
+            other: the same for the other.
+        """
+        contenders = {"model": model, "other": other}
+        return self._ratio(list(self._rounds(contenders, None, max_rounds=400)), "model", "other")
+
+    def _rounds(
+        self,
+        contenders: Mapping[str, Pairs],
+        clocked: Mapping[str, nn.Module] | None,
+        max_rounds: int,
+    ) -> Iterator[dict[str, list[float]]]:
+        """The seconds of every batch by contender, round by round."""
+        for pairs in contenders.values():  # the first call of a layer allocates
+            with standing_in(pairs):
                 for batch in self.batches:
                     self.caller(batch)
+        names, draw = list(contenders), random.Random(0)
         end = clock() + self.seconds
-        for turn in range(self.max_rounds):
-            if turn >= self.min_rounds and clock() >= end:
+        for turn in range(max_rounds):
+            if turn >= _MIN_ROUNDS and clock() >= end:
                 break
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            # A model leaves its weights in the caches, which the next one feels: every model must
+            # follow every other, and as often as it goes ahead of it.
+            if turn % 2:
+                names.reverse()
+            else:
+                draw.shuffle(names)
+            times: dict[str, list[float]] = {}
+            for name in names:
                 with standing_in(contenders[name]):
                     for i, batch in enumerate(self.batches):
                         start = clock()
                         self.caller(batch)
-                        totals.setdefault((name, i), []).append(clock() - start)
+                        times.setdefault(name, []).append(clock() - start)
                         if clocked is not None:
                             self._clock_layers(clocked, (name, i), batch)
-        return {
-            name: self._mean(min(totals[name, i]) for i in range(len(self.batches)))
-            for name in names
-        }
+            yield times
+
+    def _ratio(self, rounds: Sequence[Mapping[str, list[float]]], name: str, other: str) -> Ratio:
+        return Ratio.of([self._mean(r[name]) / self._mean(r[other]) for r in rounds])
 
     def layer_seconds(self, contender: str, layer: str) -> float:
         """Seconds of a layer for a batch, from the last call of `models`.
