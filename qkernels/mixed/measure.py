@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from qkernels.mixed.units import Form, Unit
 from qkernels.report.accumulate import Noise
 from qkernels.report.outputs import Caller, main_output, real_tokens, shape_text, without_padding
 from qkernels.report.trial import LayerClock, standing_in
-from qkernels.timing import clock
+from qkernels.timing import Ratio, clock, take_turns
 
 Pairs = list[tuple[nn.Module, nn.Module]]
 Metric = Callable[[Any, Any], float]
@@ -111,37 +111,6 @@ class Times:
     models: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """The time of one model over that of another.
-
-    Args:
-        median: of the rounds.
-        low, high: the median of all rounds there could be lies between them in 95 % of cases.
-    """
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, rounds: Sequence[float]) -> Ratio:
-        """From the ratio in every round.
-
-        Args:
-            rounds: at least one.
-
-        Example:
-            >>> Ratio.of([1.0, 1.2, 1.1])
-            Ratio(median=1.1, low=1.0, high=1.2)
-        """
-        ordered = sorted(rounds)
-        count = len(ordered)
-        # How many rounds lie below the median is binomial: n/2, give or take sqrt(n)/2.
-        below = max(math.floor((count - 1.96 * math.sqrt(count)) / 2), 0)
-        return cls(statistics.median(ordered), ordered[below], ordered[count - 1 - below])
-
-
 @dataclass
 class Stopwatch:
     """Times whole models and their layers, contenders taking turns.
@@ -172,7 +141,7 @@ class Stopwatch:
             clocked: modules to time as well, in runs of their own; `layer_seconds` has the result.
         """
         self._layers = {}
-        rounds = list(self._rounds(contenders, clocked, max_rounds=40))
+        rounds = self._rounds(contenders, clocked, max_rounds=40)
         first = next(iter(contenders))
         fastest = self._mean(min(r[first][i] for r in rounds) for i in range(len(self.batches)))
         return {name: fastest * self._ratio(rounds, name, first).median for name in contenders}
@@ -184,41 +153,34 @@ class Stopwatch:
             model: float layers with what stands in for them.
             other: the same for the other.
         """
-        contenders = {"model": model, "other": other}
-        return self._ratio(list(self._rounds(contenders, None, max_rounds=400)), "model", "other")
+        rounds = self._rounds({"model": model, "other": other}, None, max_rounds=400)
+        return self._ratio(rounds, "model", "other")
 
     def _rounds(
         self,
         contenders: Mapping[str, Pairs],
         clocked: Mapping[str, nn.Module] | None,
         max_rounds: int,
-    ) -> Iterator[dict[str, list[float]]]:
+    ) -> list[dict[str, list[float]]]:
         """The seconds of every batch by contender, round by round."""
+
+        def run(name: str, pairs: Pairs) -> list[float]:
+            seconds = []
+            with standing_in(pairs):
+                for i, batch in enumerate(self.batches):
+                    start = clock()
+                    self.caller(batch)
+                    seconds.append(clock() - start)
+                    if clocked is not None:
+                        self._clock_layers(clocked, (name, i), batch)
+            return seconds
+
         for pairs in contenders.values():  # the first call of a layer allocates
             with standing_in(pairs):
                 for batch in self.batches:
                     self.caller(batch)
-        names, draw = list(contenders), random.Random(0)
-        end = clock() + self.seconds
-        for turn in range(max_rounds):
-            if turn >= _MIN_ROUNDS and clock() >= end:
-                break
-            # A model leaves its weights in the caches, which the next one feels: every model must
-            # follow every other, and as often as it goes ahead of it.
-            if turn % 2:
-                names.reverse()
-            else:
-                draw.shuffle(names)
-            times: dict[str, list[float]] = {}
-            for name in names:
-                with standing_in(contenders[name]):
-                    for i, batch in enumerate(self.batches):
-                        start = clock()
-                        self.caller(batch)
-                        times.setdefault(name, []).append(clock() - start)
-                        if clocked is not None:
-                            self._clock_layers(clocked, (name, i), batch)
-            yield times
+        calls = {name: partial(run, name, pairs) for name, pairs in contenders.items()}
+        return list(take_turns(calls, self.seconds, _MIN_ROUNDS, max_rounds))
 
     def _ratio(self, rounds: Sequence[Mapping[str, list[float]]], name: str, other: str) -> Ratio:
         return Ratio.of([self._mean(r[name]) / self._mean(r[other]) for r in rounds])

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import qkernels as qk
+from qkernels import timing
 from qkernels.mixed import measure
 from qkernels.mixed.choosing import LATENCY_SLACK
+from qkernels.timing import Ratio
 
 SCHEMES = (qk.W8A8(), qk.W8A16(), qk.W4A16(group_size=16))
 
@@ -60,7 +62,7 @@ class Machine:
 
     def compare(self, model, other):
         ratio = self.seconds(model) / self.seconds(other)
-        found = measure.Ratio.of([self.noisy(ratio, self.rounds_off) for _ in range(40)])
+        found = Ratio.of([self.noisy(ratio, self.rounds_off) for _ in range(40)])
         self.timed.append((ratio, found))
         return found
 
@@ -191,6 +193,7 @@ class Runner:
         self.seconds, self.after = seconds, after
         self.standing = None
         monkeypatch.setattr(measure, "clock", lambda: self.now)
+        monkeypatch.setattr(timing, "clock", lambda: self.now)
         monkeypatch.setattr(measure, "standing_in", self.standing_in)
 
     def standing_in(self, pairs):
@@ -238,9 +241,8 @@ def test_ninety_five_intervals_of_a_hundred_hold_the_median():
     draw = random.Random(0)
     for rounds in (25, 60):
         found = [
-            measure.Ratio.of([draw.lognormvariate(0, 0.3) for _ in range(rounds)])
-            for _ in range(2000)
+            Ratio.of([draw.lognormvariate(0, 0.3) for _ in range(rounds)]) for _ in range(2000)
         ]
         inside = sum(f.low <= 1 <= f.high for f in found) / len(found)
         assert 0.93 < inside < 0.98
-    assert measure.Ratio.of([2.0]) == measure.Ratio(2.0, 2.0, 2.0)
+    assert Ratio.of([2.0]) == Ratio(2.0, 2.0, 2.0)
