@@ -220,9 +220,19 @@ def main() -> None:
     file = None if arguments.output is None else arguments.output / "mixed_precision.json"
     if file is not None and arguments.part and file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))["parts"]
+    contests: dict[str, Contest] = {}
     for part in arguments.part or PARTS:
-        batch = timed_batch(*SHAPES.get(part, SHAPES["8×64"]))
-        contest = Contest(model, batch, calibration, test, arguments.seconds, arguments.checkpoint)
+        shape = "8×64" if part == BUDGETS else part
+        if shape not in contests:
+            contests[shape] = Contest(
+                model,
+                timed_batch(*SHAPES[shape]),
+                calibration,
+                test,
+                arguments.seconds,
+                arguments.checkpoint,
+            )
+        contest = contests[shape]
         rows = contest.budgets() if part == BUDGETS else contest.duels()
         values = [
             {**asdict(row), **({"kept": row.kept} if isinstance(row, Duel) else {})} for row in rows

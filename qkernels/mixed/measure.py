@@ -141,7 +141,7 @@ class Stopwatch:
             clocked: modules to time as well, in runs of their own; `layer_seconds` has the result.
         """
         self._layers = {}
-        rounds = self._rounds(contenders, clocked, max_rounds=40)
+        rounds = self._rounds(contenders, clocked, max_rounds=100)
         first = next(iter(contenders))
         fastest = self._mean(min(r[first][i] for r in rounds) for i in range(len(self.batches)))
         return {name: fastest * self._ratio(rounds, name, first).median for name in contenders}
