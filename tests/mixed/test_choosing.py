@@ -102,8 +102,8 @@ def test_no_worse_than_a_scheme_for_all_layers_of_the_same_latency(
             ratio, found = next(
                 (r, f) for r, f in machine.timed if f.median * limit == plan.measured.seconds
             )
-            assert found.high <= 1 + LATENCY_SLACK
-            assert ratio <= (1 + LATENCY_SLACK) * 1.005  # in truth
+            assert found.high <= (1 + LATENCY_SLACK) / 1.01
+            assert ratio <= 1 + LATENCY_SLACK  # in truth
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -140,7 +140,7 @@ def test_room_that_sums_over_layers_do_not_show_is_used(model, batches, monkeypa
 def test_a_scheme_for_all_layers_is_taken_where_no_mixture_is_shown_to_be_as_fast(
     model, batches, monkeypatch
 ):
-    """Rounds so uneven that nothing can be told: what was measured counts."""
+    """Rounds so uneven that nothing can be told: what was measured to keep the limit counts."""
     Machine(monkeypatch, model, 0, layers_off=0.0, models_off=0.0, rounds_off=0.8)
     base = qk.search(model, batches, {"sqnr": 20}, "size", SCHEMES)
     scheme, cost = base.uniform[0]
