@@ -122,18 +122,21 @@ class Chooser:
             try:
                 choice = choose(plan, objective, budget, aim)
             except ValueError as error:
-                return tried, error
+                if aim.get("latency", math.inf) >= ceiling or ceiling == math.inf:
+                    return tried, error
+                aim["latency"] = ceiling  # that was too much at once
+                continue
             if any(choice == [layer.chosen for layer in t.plan.layers] for t in tried):
                 break
             now = Tried(self._run(plan, choice, budget, objective), math.inf)
             if "latency" in limits:
                 now = self._timed(now.plan, limits["latency"])
                 limit = limits["latency"]
-                if not is_kept(limit, now.slowest, LATENCY_SLACK):
+                missed = not is_kept(limit, now.slowest, LATENCY_SLACK)
+                if missed:
                     # Not the same choice again, however little is missing.
                     ceiling = now.plan.predicted.seconds * (1 - 10 * TOLERANCE)
-                    aim["latency"] *= limit * (1 + LATENCY_SLACK) / now.slowest
-                elif now.slowest < limit:
+                if missed or now.slowest < limit:
                     aim["latency"] *= limit / now.slowest
                 aim["latency"] = min(aim["latency"], ceiling)
             tried.append(now)

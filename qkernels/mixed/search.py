@@ -101,7 +101,8 @@ def search(
         optimize: how scales are chosen, see `quantize_`, which takes it from the plan.
         calibration: what `qk.calibrate` returned; static schemes need it.
         latency_batches: what to time, by default `batches`; of each shape one is timed.
-        latency_seconds: seconds to spend on timing, first for all schemes and then for the plan.
+        latency_seconds: seconds to spend on timing, first for all schemes and then for every choice
+            that is tried; six at most.
         checkpoint: a file to keep what was measured in. After an interruption the same call goes
             on from there.
         measured: what an earlier search of the same model, batches and schemes returned. Its layers
