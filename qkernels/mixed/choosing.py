@@ -122,9 +122,10 @@ class Chooser:
             try:
                 choice = choose(plan, objective, budget, aim)
             except ValueError as error:
-                if aim.get("latency", math.inf) >= ceiling or ceiling == math.inf:
+                # Too much at once, perhaps.
+                if ceiling == math.inf or (fastest := self._fastest(plan, aim)) >= ceiling:
                     return tried, error
-                aim["latency"] = ceiling  # that was too much at once
+                aim["latency"] = (fastest + ceiling) / 2
                 continue
             if any(choice == [layer.chosen for layer in t.plan.layers] for t in tried):
                 break
@@ -142,6 +143,12 @@ class Chooser:
             tried.append(now)
             correction = now.plan.correction
         return tried, None
+
+    def _fastest(self, plan: PrecisionPlan, limits: Mapping[str, float]) -> float:
+        """The least time that layers add up to under all limits but that on latency."""
+        others = {quantity: limit for quantity, limit in limits.items() if quantity != "latency"}
+        choice = plan.problem().solve("latency", others)
+        return math.inf if choice is None else plan.cost_of(choice).seconds
 
     def _sum_over_time(self, plan: PrecisionPlan, limit: float) -> float:
         """By how much the sum over layers exceeds the time of the model nearest to a limit."""
