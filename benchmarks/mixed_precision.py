@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -253,7 +254,9 @@ def main() -> None:
 
 def markdown(found: dict[str, Any]) -> str:
     def cells(row: dict[str, Any]) -> str:
-        return f"{100 * row['latency']:.1f} % | {100 * row['size']:.1f} % | {row['sqnr_db']:.1f}"
+        db = float(row["sqnr_db"])  # JSON has no infinity: there it is a string
+        quality = "identical" if math.isinf(db) else f"{db:.1f}"
+        return f"{100 * row['latency']:.1f} % | {100 * row['size']:.1f} % | {quality}"
 
     tolerance = f"{100 * LATENCY_SLACK:.0f} %"
     lines = [
@@ -282,7 +285,7 @@ def markdown(found: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in found.get(BUDGETS, {"rows": []})["rows"]:
-        lines.append(f"| {row['what']} | {cells(row)} | {row['predicted_db']:.1f} |")
+        lines.append(f"| {row['what']} | {cells(row)} | {float(row['predicted_db']):.1f} |")
     lines.append("")
     for part in PARTS:
         if part in found:
