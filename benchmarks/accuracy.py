@@ -2,10 +2,12 @@
 
     python benchmarks/accuracy.py                       # prints; about ten minutes on two cores
     python benchmarks/accuracy.py --output FOLDER       # also writes accuracy.json and accuracy.md
+    python benchmarks/accuracy.py --part weights --output FOLDER     # the others are left as is
 
 The model is all-MiniLM-L6-v2 as `qkernels demo` loads it. SQNR is 10·log10(Σ w² / Σ (w - ŵ)²) over
-all weights of the linear layers of its encoder. Cosines are those of sentence embeddings with
-float32's, of 192 docstrings that calibration has not seen.
+all weights of the linear layers of its encoder. Bits are per weight as stored, with scales and zero
+points. Cosines are those of sentence embeddings with float32's, of 192 docstrings that calibration
+has not seen. `accuracy_plot.py` draws SQNR over bits.
 """
 
 from __future__ import annotations
@@ -18,20 +20,25 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from four_bits import PEERS
 from torch import Tensor, nn
 
 import qkernels as qk
 from qkernels.demo.data import docstring_dataset
 from qkernels.demo.model import SentenceClassifier, Tokenizer, build_model
+from qkernels.optimize.groups import GroupFit
+from qkernels.optimize.mse import fit_mse
 from qkernels.report.files import write_atomically
 from qkernels.report.machine import machine_facts
 
 T = TypeVar("T")
 CALIBRATION_TEXTS, TEST_TEXTS, BATCH = 256, 192, 32
+SAMPLED = 16  # groups of each layer
+PARTS = ("weights", "limits", "answers")
 EMBEDDINGS = {"*.embeddings": qk.W8A16()}
 
 
@@ -56,51 +63,6 @@ class AnswerRow:
     cosine_min: float
 
 
-# ---- Other ways to store 4 bits, from their descriptions -----------------------------------------
-
-
-def q4_0(groups: Tensor) -> Tensor:
-    """GGUF's Q4_0: the element of the largest magnitude becomes code 0, 8 steps below zero."""
-    at = groups.abs().argmax(-1, keepdim=True)
-    scale = groups.gather(-1, at) / -8
-    codes = (groups / scale + 8.5).floor().clamp(0, 15)
-    return (codes - 8) * scale.half().float()
-
-
-def q4_1(groups: Tensor) -> Tensor:
-    """GGUF's Q4_1: an fp16 scale and an fp16 minimum."""
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scale = (high - low) / 15
-    codes = ((groups - low) / scale + 0.5).floor().clamp(0, 15)
-    return codes * scale.half().float() + low.half().float()
-
-
-def hqq(groups: Tensor) -> Tensor:
-    """HQQ with the settings of its authors' code, an fp16 scale and an fp16 zero point."""
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scale = (15 / (high - low)).clamp(max=2e4)
-    zero = -low * scale
-    best, beta = float("inf"), 10.0
-    for _ in range(20):
-        codes = (groups * scale + zero).round().clamp(0, 15)
-        rest = groups - (codes - zero) / scale
-        e = rest.sign() * (rest.abs() - rest.abs().pow(-0.3) / beta).relu()
-        zero = (codes - (groups - e) * scale).mean(-1, keepdim=True)
-        error, beta = float(rest.abs().mean()), beta * 1.01
-        if error >= best:
-            break
-        best = error
-    codes = (groups * scale + zero).round().clamp(0, 15)
-    return (codes - zero.half().float()) * (1 / scale).half().float()
-
-
-PEERS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
-    "GGUF Q4_0": (q4_0, 16),
-    "GGUF Q4_1": (q4_1, 32),
-    "HQQ, float zero points": (hqq, 32),
-}
-
-
 def weights_of(model: nn.Module) -> list[Tensor]:
     return [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear)]
 
@@ -120,30 +82,87 @@ def stored_bits(q: qk.Quantized) -> float:
 
 
 def weight_rows(weights: list[Tensor]) -> Iterable[WeightRow]:
+    for peer in PEERS:
+        for size in peer.sizes:
+            found = sqnr(weights, lambda w, p=peer, s=size: p.store(w, s))
+            yield WeightRow(peer.name, size, peer.bits(size), found)
     for size in (32, 64, 128):
-        for name, (peer, extra) in PEERS.items():
-            found = sqnr(weights, lambda w, p=peer, s=size: p(w.reshape(-1, s)).reshape(w.shape))
-            yield WeightRow(name, size, 4 + extra / size, found)
-        for scheme in (
-            qk.W4A16(group_size=size, symmetric=True),
-            qk.W4A16(group_size=size),
-            qk.NF4(group_size=size),
-        ):
-            yield from searched_rows(weights, scheme)
-    yield from searched_rows(weights, qk.W8A8())
+        for scheme in schemes(size):
+            yield from searched_rows(weights, scheme, qk.optimize.OPTIMIZERS)
+    # With zero points these take the bits that HQQ takes in groups of 32, 64, 128 and 256.
+    for size in (24, 48, 96, 192):
+        for scheme in schemes(size):
+            yield from searched_rows(weights, scheme, ("mse",))
+    yield from searched_rows(weights, qk.W8A8(), qk.optimize.OPTIMIZERS)
 
 
-def searched_rows(weights: list[Tensor], scheme: qk.Scheme) -> Iterable[WeightRow]:
-    kind = scheme.format + ("" if scheme.symmetric else " asymmetric")
-    for optimize in qk.optimize.OPTIMIZERS:
+def schemes(size: int) -> tuple[qk.Scheme, ...]:
+    return (
+        qk.W4A16(group_size=size, symmetric=True),
+        qk.W4A16(group_size=size),
+        qk.NF4(group_size=size),
+    )
+
+
+def kind_of(scheme: qk.Scheme) -> str:
+    return scheme.format + ("" if scheme.symmetric else " asymmetric")
+
+
+def searched_rows(
+    weights: list[Tensor], scheme: qk.Scheme, optimizers: Iterable[str]
+) -> Iterable[WeightRow]:
+    for optimize in optimizers:
 
         def approximate(weight: Tensor, optimize: str = optimize) -> Tensor:
             return qk.optimize.search_scales(weight, scheme, optimize).dequantize()
 
         bits = stored_bits(qk.optimize.search_scales(weights[0], scheme, "minmax"))
         yield WeightRow(
-            f"qkernels {kind} {optimize}", scheme.group_size, bits, sqnr(weights, approximate)
+            f"qkernels {kind_of(scheme)} {optimize}",
+            scheme.group_size,
+            bits,
+            sqnr(weights, approximate),
         )
+
+
+@dataclass(frozen=True)
+class LimitRow:
+    """What the search finds, and the best there is: every scale and zero point tried."""
+
+    what: str
+    group_size: int
+    searched_db: float
+    exhaustive_db: float
+
+
+def limit_rows(weights: list[Tensor]) -> Iterable[LimitRow]:
+    """Groups drawn from all layers alike; scales of 0.35 to 1.15 times what reaches the extremes.
+
+    They are 0.3 % apart, which is less than a step of the bfloat16 that stores them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for size in (32, 64, 128):
+        groups = torch.cat([drawn(w.reshape(-1, size), generator) for w in weights])[None]
+        power = float(groups.double().square().sum())
+        for scheme in schemes(size):
+            searched, every = (GroupFit(groups, None, scheme) for _ in range(2))
+            fit_mse(searched)
+            start, zero_points = every.scale.float(), [None]
+            if every.zero_point is not None:
+                zero_points = [torch.full_like(every.zero_point, z) for z in range(16)]
+            for share in torch.logspace(math.log10(0.35), math.log10(1.15), 400):
+                for zero_point in zero_points:
+                    every.offer(start * share, zero_point)
+                    if zero_point is None:
+                        every.offer(start * -share, None)
+            found = [
+                10 * math.log10(power / float(f.error.double().sum())) for f in (searched, every)
+            ]
+            yield LimitRow(kind_of(scheme), size, *found)
+
+
+def drawn(groups: Tensor, generator: torch.Generator) -> Tensor:
+    return groups[torch.randperm(len(groups), generator=generator)[:SAMPLED]]
 
 
 # ---- Answers -------------------------------------------------------------------------------------
@@ -224,18 +243,39 @@ METHODS: dict[qk.Scheme, dict[str, Callable[..., qk.Summary]]] = {
 }
 
 
-def markdown(weights: list[WeightRow], answers: list[AnswerRow], facts: dict[str, str]) -> str:
-    lines = ["# 4-bit accuracy on all-MiniLM-L6-v2", "", "SQNR of the encoder's weights, dB:", ""]
-    lines += ["| | group | bits | dB |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {r.what} | {r.group_size} | {r.bits:.3f} | {r.sqnr_db:.2f} |" for r in weights]
-    lines += ["", f"Cosine of {TEST_TEXTS} sentence embeddings with float32's:", ""]
-    lines += ["| scheme | how | bits | mean | lowest |"]
-    lines += ["| --- | --- | ---: | ---: | ---: |"]
-    lines += [
-        f"| {r.scheme} | {r.what} | {r.bits:.3f} | {r.cosine_mean:.4f} | {r.cosine_min:.4f} |"
-        for r in answers
-    ]
-    return "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in facts.items()), ""])
+def markdown(found: dict[str, Any]) -> str:
+    lines = ["# 4-bit accuracy on all-MiniLM-L6-v2"]
+    for part, (title, heading, cells) in PAGE.items():
+        if part in found:
+            columns = ["---:" if name in NUMBERS else "---" for name in heading.split(" | ")]
+            lines += ["", title, "", f"| {heading} |", f"| {' | '.join(columns)} |"]
+            lines += [f"| {cells(**row)} |" for row in found[part]["rows"]]
+    lines.append("")
+    for part in PARTS:
+        if part in found:
+            facts = ", ".join(f"{key} {value}" for key, value in found[part]["machine"].items())
+            lines.append(f"- {part}: {facts}")
+    return "\n".join([*lines, ""])
+
+
+NUMBERS = ("group", "bits", "dB", '"mse", dB', "exhaustive, dB", "mean", "lowest")
+PAGE: dict[str, tuple[str, str, Callable[..., str]]] = {
+    "weights": (
+        "SQNR of the encoder's weights, and the bits that each weight takes as stored:",
+        " | group | bits | dB",
+        "{what} | {group_size} | {bits:.3f} | {sqnr_db:.2f}".format,
+    ),
+    "limits": (
+        f"Every scale and zero point tried, for {SAMPLED} groups of each layer:",
+        ' | group | "mse", dB | exhaustive, dB',
+        "{what} | {group_size} | {searched_db:.3f} | {exhaustive_db:.3f}".format,
+    ),
+    "answers": (
+        f"Cosine of {TEST_TEXTS} sentence embeddings with float32's:",
+        "scheme | how | bits | mean | lowest",
+        "{scheme} | {what} | {bits:.3f} | {cosine_mean:.4f} | {cosine_min:.4f}".format,
+    ),
+}
 
 
 def said(rows: Iterable[T]) -> Iterable[T]:
@@ -246,24 +286,29 @@ def said(rows: Iterable[T]) -> Iterable[T]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, help="folder for accuracy.json and accuracy.md")
-    parser.add_argument("--weights-only", action="store_true")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated")
     arguments = parser.parse_args()
     model = build_model(10, 0)
-    weights = list(said(weight_rows(weights_of(model.encoder))))
-    answers = [] if arguments.weights_only else list(said(answer_rows(model)))
-    facts = machine_facts()
-    page = markdown(weights, answers, facts)
+    weights = weights_of(model.encoder)
+    rows: dict[str, Callable[[], Iterable[Any]]] = {
+        "weights": lambda: weight_rows(weights),
+        "limits": lambda: limit_rows(weights),
+        "answers": lambda: answer_rows(model),
+    }
+    file = None if arguments.output is None else arguments.output / "accuracy.json"
+    found: dict[str, Any] = {}
+    if file is not None and arguments.part and file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+    for part in arguments.part or PARTS:
+        values = [asdict(row) for row in said(rows[part]())]
+        found[part] = {"rows": values, "machine": machine_facts()}
+    page = markdown(found)
     print(page)
-    if arguments.output is not None:
-        found = {
-            "weights": [asdict(row) for row in weights],
-            "answers": [asdict(row) for row in answers],
-            "machine": facts,
-        }
-        write_atomically(arguments.output / "accuracy.json", json.dumps(found, indent=2) + "\n")
-        write_atomically(arguments.output / "accuracy.md", page)
+    if file is not None:
+        write_atomically(file, json.dumps(found, indent=2) + "\n")
+        write_atomically(file.with_suffix(".md"), page)
 
 
 if __name__ == "__main__":

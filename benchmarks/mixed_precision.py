@@ -4,11 +4,13 @@
     python benchmarks/mixed_precision.py --output FOLDER     # also writes mixed_precision.json, .md
     python benchmarks/mixed_precision.py --plot FILE         # also draws the Pareto fronts
     python benchmarks/mixed_precision.py --checkpoint FILE   # keeps what layers cost in accuracy
+    python benchmarks/mixed_precision.py --part 1×32 --output FOLDER    # the others are left as is
 
 The model is all-MiniLM-L6-v2 as `qkernels demo` loads it; what counts are its sentence embeddings.
-`qk.search` sees 64 docstrings; every number in the tables is measured on 64 others, and times are
-the shortest of models taking turns in one process. Timings need a quiet machine: run it with
-`--checkpoint` first and then again while nothing else runs, when only timing is left to do.
+`qk.search` sees 64 docstrings, and is given the time of each scheme for all layers, as it measured
+it, as its budget. SQNR is measured on 64 other docstrings. Scheme and plan are then timed again, as
+`quantize_` makes them, taking turns. Timings need a quiet machine: run it with `--checkpoint`
+first and then again while nothing else runs, when only timing is left to do.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from dataclasses import asdict, dataclass, replace
+import math
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +32,18 @@ from torch import Tensor
 import qkernels as qk
 from qkernels.demo.data import docstring_dataset
 from qkernels.demo.model import SentenceClassifier, Tokenizer, build_model
-from qkernels.mixed.search import LATENCY_SLACK
+from qkernels.mixed.choosing import LATENCY_SLACK
 from qkernels.report.accumulate import Noise
 from qkernels.report.files import write_atomically
 from qkernels.report.machine import machine_facts
-from qkernels.timing import interleave
+from qkernels.timing import Ratio, clock, take_turns
 
 SEARCH_TEXTS, TEST_TEXTS, BATCH = 64, 64, 32
 SHAPES = {"1×32": (1, 32), "8×64": (8, 64)}
+BUDGETS = "budgets at 8×64"
+PARTS = (*SHAPES, BUDGETS)
 # Sizes in percent of float32 for which the best plan is sought, and dB for which the fastest is.
 SIZES, SQNRS = (22, 30), (20, 25)
-# Times that cannot be told apart, as search has it.
-ALIKE = 1 + LATENCY_SLACK
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Duel:
-    """A uniform scheme and the most accurate plan that takes no more time."""
+    """A uniform scheme, the plan that search chose for its latency, and both timed again."""
 
-    batch: str
     uniform: Row
     plan: Row
+    same: bool
+    ratio: Ratio
 
     @property
-    def won(self) -> bool:
-        """More accurate, and within what can be told apart no slower."""
-        return self.plan.sqnr_db > self.uniform.sqnr_db and (
-            self.plan.latency <= self.uniform.latency * ALIKE
-        )
+    def kept(self) -> bool:
+        """Not shown to be slower than what can be told apart."""
+        return self.ratio.low <= 1 + LATENCY_SLACK
 
 
 def embed(model: SentenceClassifier, batch: dict[str, Tensor]) -> Tensor:
@@ -96,75 +101,107 @@ def sqnr(outputs: list[Tensor], expected: list[Tensor]) -> float:
     return noise.sqnr_db
 
 
-def shares_of_time(
-    models: dict[str, SentenceClassifier],
-    reference: SentenceClassifier,
-    batch: dict[str, Tensor],
-    seconds: float,
-) -> dict[str, float]:
-    """Times over float32's, all models taking turns; of each the fastest run."""
-    contenders = {"float32": reference, **models}
-    calls = {name: (lambda m=m: embed(m, batch)) for name, m in contenders.items()}
-    with torch.inference_mode():
-        times = interleave(calls, min_rounds=9, max_rounds=300, budget=seconds)
-    return {name: times[name].min / times["float32"].min for name in models}
-
-
 @dataclass
 class Contest:
-    """What models are measured with."""
+    """What models are searched with and measured by."""
 
-    reference: SentenceClassifier
+    model: SentenceClassifier
     batch: dict[str, Tensor]
+    calibration: list[Any]
     test: list[Any]
     seconds: float
+    checkpoint: Path | None
 
     def __post_init__(self) -> None:
-        self.size = qk.report.model_bytes(self.reference)
-        self.expected = embeddings(self.reference, self.test)
+        self.size = qk.report.model_bytes(self.model)
+        self.expected = embeddings(self.model, self.test)
+        self.base: qk.PrecisionPlan | None = None
+        # Five schemes and float32, twice each: this takes more time than two models.
+        self.base = self.search({"sqnr": SQNRS[-1]}, "latency", 3 * self.seconds)
 
-    def rows(self, models: dict[str, SentenceClassifier], predicted: dict[str, float]) -> list[Row]:
-        latency = shares_of_time(models, self.reference, self.batch, self.seconds)
-        return [
-            Row(
-                name,
-                latency[name],
-                qk.report.model_bytes(m) / self.size,
-                predicted.get(name),
-                sqnr(embeddings(m, self.test), self.expected),
-            )
-            for name, m in models.items()
-        ]
-
-    def duel(self, shape: str, plan: qk.PrecisionPlan, scheme: str) -> Duel:
-        """The most accurate plan that is, measured beside the scheme, no slower than it."""
-        uniform = quantized(self.reference, eval(f"qk.{scheme}"))
-        choice = uniform_choice(plan, scheme)
-        allowed, fastest = plan.cost_of(choice).seconds, plan.replan({"sqnr": -99}, "latency")
-        for _ in range(4):
-            rival = plan.replan({"seconds": allowed}, "accuracy")
-            models = {"uniform": uniform, "plan": quantized(self.reference, rival)}
-            found = shares_of_time(models, self.reference, self.batch, self.seconds / 2)
-            over = found["plan"] / found["uniform"]
-            if over <= ALIKE or allowed <= fastest.predicted.seconds:
-                break
-            allowed = max(allowed / over * 0.99, fastest.predicted.seconds * 1.0001)
-        rows = self.rows(models, {"plan": rival.predicted.quality})
-        return Duel(shape, replace(rows[0], what=scheme), rows[1])
-
-
-def uniform_choice(plan: qk.PrecisionPlan, scheme: str) -> list[int]:
-    """The options of a model with one scheme for all layers; an Embedding takes any like it."""
-    wanted = next(o.scheme for x in plan.layers for o in x.options if repr(o.scheme) == scheme)
-    return [
-        next(
-            i
-            for i, o in enumerate(layer.options)
-            if o.scheme == wanted
-            or (layer.kind == "Embedding" and o.scheme and o.scheme.shares_weight_with(wanted))
+    def search(
+        self, budget: dict[str, float], objective: str, seconds: float | None = None
+    ) -> qk.PrecisionPlan:
+        """What a user gets; layers are measured once."""
+        return qk.search(
+            self.model,
+            self.calibration,
+            budget,
+            objective,
+            ignore="head",
+            latency_batches=[self.batch],
+            latency_seconds=self.seconds if seconds is None else seconds,
+            checkpoint=self.checkpoint,
+            measured=self.base,
+            call=embed,
         )
-        for layer in plan.layers
-    ]
+
+    def row(
+        self, what: str, model: SentenceClassifier, seconds: float, predicted: float | None
+    ) -> Row:
+        assert self.base is not None
+        return Row(
+            what,
+            seconds / self.base.reference.seconds,
+            qk.report.model_bytes(model) / self.size,
+            predicted,
+            sqnr(embeddings(model, self.test), self.expected),
+        )
+
+    def planned(self, what: str, plan: qk.PrecisionPlan) -> Row:
+        model = quantized(self.model, plan)
+        return self.row(what, model, plan.cost.seconds, plan.predicted.quality)
+
+    def duels(self) -> Iterator[Duel]:
+        """Every scheme beside what search chooses if its latency is the budget."""
+        assert self.base is not None
+        for name, cost in self.base.uniform:
+            plan = self.search({"seconds": cost.seconds}, "accuracy")
+            print(plan)
+            models = {
+                "plan": quantized(self.model, plan),
+                "scheme": quantized(self.model, eval(f"qk.{name}")),
+            }
+            yield Duel(
+                self.row(name, models["scheme"], cost.seconds, None),
+                self.planned("the plan", plan),
+                plan.measured == cost,
+                self.ratio(models),
+            )
+
+    def ratio(self, models: dict[str, SentenceClassifier]) -> Ratio:
+        """The time of the first of two models over the other's, taking turns."""
+
+        def run(model: SentenceClassifier) -> float:
+            start = clock()
+            embed(model, self.batch)
+            return clock() - start
+
+        with torch.inference_mode():
+            for model in models.values():
+                run(model)
+            calls = {name: partial(run, model) for name, model in models.items()}
+            rounds = list(take_turns(calls, self.seconds, 9, 1000))
+        first, other = models
+        return Ratio.of([r[first] / r[other] for r in rounds])
+
+    def budgets(self) -> Iterator[Row]:
+        for size in SIZES:
+            plan = self.search({"size": size / 100}, "accuracy")
+            yield self.planned(f"size ≤ {size} %, most accurate", plan)
+        for objective, goal in (("latency", "fastest"), ("size", "smallest")):
+            for least in SQNRS:
+                plan = self.search({"sqnr": least}, objective)
+                yield self.planned(f"SQNR ≥ {least} dB, {goal}", plan)
+
+
+def commit() -> str:
+    folder = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return found.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -172,80 +209,89 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the results")
     parser.add_argument("--plot", type=Path, help="file for the Pareto fronts of 8×64")
     parser.add_argument("--checkpoint", type=Path, help="file for what is measured of each layer")
-    parser.add_argument("--seconds", type=float, default=8.0, help="for each set of timings")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each pair of models")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated")
     arguments = parser.parse_args()
     model, tokenizer, data = build_model(10, 0), Tokenizer(), docstring_dataset(100, 0)
     calibration, test = (
         [batch for _, batch in tokenizer.batches([e.text for e in examples], BATCH)]
         for examples in (data.train[:SEARCH_TEXTS], data.test[:TEST_TEXTS])
     )
-    duels: list[Duel] = []
-    budgets: list[Row] = []
-    for shape, size in SHAPES.items():
-        batch = timed_batch(*size)
-        plan = qk.search(
-            model,
-            calibration,
-            {"sqnr": 25},
-            ignore="head",
-            latency_batches=[batch],
-            latency_seconds=arguments.seconds,
-            checkpoint=arguments.checkpoint,
-            call=embed,
-        )
-        print(plan)
-        contest = Contest(model, batch, test, arguments.seconds)
-        duels += [contest.duel(shape, plan, name) for name, _ in plan.uniform]
-        if shape != "8×64":
-            continue
-        if arguments.plot is not None:
-            plan.plot(arguments.plot)
-        wanted = {f"size ≤ {s} %, most accurate": ({"size": s / 100}, "accuracy") for s in SIZES}
-        wanted |= {f"SQNR ≥ {s} dB, fastest": ({"sqnr": s}, "latency") for s in SQNRS}
-        wanted |= {f"SQNR ≥ {s} dB, smallest": ({"sqnr": s}, "size") for s in SQNRS}
-        plans = {name: plan.replan(*how) for name, how in wanted.items()}
-        models = {name: quantized(model, p) for name, p in plans.items()}
-        predicted = {name: p.predicted.quality for name, p in plans.items()}
-        budgets = contest.rows(models, predicted)
-    facts = machine_facts()
-    page = markdown(duels, budgets, facts)
+    found: dict[str, Any] = {}
+    file = None if arguments.output is None else arguments.output / "mixed_precision.json"
+    if file is not None and arguments.part and file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))["parts"]
+    contests: dict[str, Contest] = {}
+    for part in arguments.part or PARTS:
+        shape = "8×64" if part == BUDGETS else part
+        if shape not in contests:
+            contests[shape] = Contest(
+                model,
+                timed_batch(*SHAPES[shape]),
+                calibration,
+                test,
+                arguments.seconds,
+                arguments.checkpoint,
+            )
+        contest = contests[shape]
+        rows = contest.budgets() if part == BUDGETS else contest.duels()
+        values = [
+            {**asdict(row), **({"kept": row.kept} if isinstance(row, Duel) else {})} for row in rows
+        ]
+        facts = {**machine_facts(), "commit": commit()}
+        found[part] = {"rows": values, "machine": facts}
+        if part == BUDGETS and arguments.plot is not None:
+            assert contest.base is not None
+            contest.base.plot(arguments.plot)
+    page = markdown(found)
     print(page)
-    if arguments.output is not None:
-        values = {
-            "duels": [{**asdict(duel), "won": duel.won} for duel in duels],
-            "budgets": [asdict(row) for row in budgets],
-            "machine": facts,
-        }
+    if file is not None:
         # JSON has no infinity, which identical answers have.
-        text = json.dumps(values, indent=2, ensure_ascii=False).replace("Infinity", '"inf"') + "\n"
-        write_atomically(arguments.output / "mixed_precision.json", text)
-        write_atomically(arguments.output / "mixed_precision.md", page)
+        text = json.dumps({"parts": found}, indent=2, ensure_ascii=False)
+        write_atomically(file, text.replace("Infinity", '"inf"') + "\n")
+        write_atomically(file.with_suffix(".md"), page)
 
 
-def markdown(duels: list[Duel], budgets: list[Row], facts: dict[str, str]) -> str:
-    def cells(row: Row) -> str:
-        return f"{100 * row.latency:.1f} % | {100 * row.size:.1f} % | {row.sqnr_db:.1f}"
+def markdown(found: dict[str, Any]) -> str:
+    def cells(row: dict[str, Any]) -> str:
+        db = float(row["sqnr_db"])  # JSON has no infinity: there it is a string
+        quality = "identical" if math.isinf(db) else f"{db:.1f}"
+        return f"{100 * row['latency']:.1f} % | {100 * row['size']:.1f} % | {quality}"
 
-    lines = ["# Mixed precision on all-MiniLM-L6-v2", ""]
-    lines += ["Shares are of float32's, SQNR in dB of sentence embeddings that the search has not"]
-    lines += [
-        "seen. A plan is the most accurate one as fast as the scheme, timed beside it, within 2 %.",
+    tolerance = f"{100 * LATENCY_SLACK:.0f} %"
+    lines = [
+        "# Mixed precision on all-MiniLM-L6-v2",
         "",
+        "What `qk.search` chooses for accuracy if its budget is the time of one scheme for all",
+        "layers. Shares are of float32's, SQNR is in dB of sentence embeddings that the search has",
+        "not seen. The last column is the time of the plan over that of the scheme, both as",
+        "`quantize_` makes them and taking turns after the search: median, and its 95 % interval.",
+        f"Up to {tolerance} more count as the same time.",
+        "",
+        "| batch | one scheme | latency | size | SQNR | plan: latency | size | SQNR | time |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    for part in SHAPES:
+        for duel in found.get(part, {"rows": []})["rows"]:
+            ratio, scheme = duel["ratio"], duel["uniform"]
+            time = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+            plan = "the scheme itself | | " if duel["same"] else cells(duel["plan"])
+            lines.append(f"| {part} | {scheme['what']} | {cells(scheme)} | {plan} | {time} |")
     lines += [
-        "| batch | scheme for all layers | latency | size | SQNR | plan: latency | size | SQNR |"
-    ]
-    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    lines += [
-        f"| {d.batch} | {d.uniform.what} | {cells(d.uniform)} | {cells(d.plan)} |" for d in duels
-    ]
-    lines += ["", "Other budgets, for batches of 8×64 tokens:", ""]
-    lines += [
+        "",
+        "Other budgets, for batches of 8×64 tokens; predicted is what layers add up to:",
+        "",
         "| budget | latency | size | SQNR | predicted |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    lines += [f"| {r.what} | {cells(r)} | {r.predicted_db:.1f} |" for r in budgets]
-    return "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in facts.items()), ""])
+    for row in found.get(BUDGETS, {"rows": []})["rows"]:
+        lines.append(f"| {row['what']} | {cells(row)} | {float(row['predicted_db']):.1f} |")
+    lines.append("")
+    for part in PARTS:
+        if part in found:
+            facts = ", ".join(f"{key} {value}" for key, value in found[part]["machine"].items())
+            lines.append(f"- {part}: {facts}")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import random
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,72 @@ class Timing:
             "iqr_s": self.iqr,
             "samples": len(self.samples),
         }
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The time of one model over that of another.
+
+    Args:
+        median: of the rounds.
+        low, high: the median of all rounds there could be lies between them in 95 % of cases.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, rounds: Sequence[float]) -> Ratio:
+        """From the ratio in every round.
+
+        Args:
+            rounds: at least one.
+
+        Example:
+            >>> Ratio.of([1.0, 1.2, 1.1])
+            Ratio(median=1.1, low=1.0, high=1.2)
+        """
+        ordered = sorted(rounds)
+        count = len(ordered)
+        # How many rounds lie below the median is binomial: n/2, give or take sqrt(n)/2.
+        below = max(math.floor((count - 1.96 * math.sqrt(count)) / 2), 0)
+        return cls(statistics.median(ordered), ordered[below], ordered[count - 1 - below])
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], T]], seconds: float, min_rounds: int, max_rounds: int
+) -> Iterator[dict[str, T]]:
+    """Call each of several callables once in every round, and hand on what they return.
+
+    What runs leaves its data in the caches, which the next one feels. So the order is drawn anew
+    for two rounds, and reversed for the second: each follows every other one, and as often as it
+    goes ahead of it.
+
+    Args:
+        calls: by name.
+        seconds: after which no further round starts.
+        min_rounds: at least, even if they take longer.
+        max_rounds: at most.
+
+    Returns:
+        For each round, what was returned, by name.
+
+    Example:
+        >>> rounds = list(take_turns({"a": lambda: 1, "b": lambda: 2}, 0.0, 3, 9))
+        >>> len(rounds), rounds[0]["b"]
+        (3, 2)
+    """
+    names, draw = list(calls), random.Random(0)
+    end = clock() + seconds
+    for turn in range(max_rounds):
+        if turn >= min_rounds and clock() >= end:
+            return
+        if turn % 2:
+            names.reverse()
+        else:
+            draw.shuffle(names)
+        yield {name: calls[name]() for name in names}
 
 
 def interleave(

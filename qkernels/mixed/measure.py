@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +17,11 @@ from qkernels.mixed.units import Form, Unit
 from qkernels.report.accumulate import Noise
 from qkernels.report.outputs import Caller, main_output, real_tokens, shape_text, without_padding
 from qkernels.report.trial import LayerClock, standing_in
-from qkernels.timing import clock
+from qkernels.timing import Ratio, clock, take_turns
 
 Pairs = list[tuple[nn.Module, nn.Module]]
 Metric = Callable[[Any, Any], float]
+_MIN_ROUNDS = 3
 
 
 class Answers:
@@ -111,9 +113,10 @@ class Times:
 
 @dataclass
 class Stopwatch:
-    """Times whole models and their layers, contenders taking turns; the fastest run counts.
+    """Times whole models and their layers, contenders taking turns.
 
-    Other programs make a run slower and never faster, and there is no time for many runs.
+    Models are compared round by round: what slows the machine down for a while slows all of them.
+    Of layers the fastest run counts, since other programs make a run slower and never faster.
 
     Args:
         caller: calls the float model.
@@ -126,43 +129,61 @@ class Stopwatch:
     batches: Sequence[Any]
     weights: Sequence[float]
     seconds: float
-    min_rounds: int = 3
-    max_rounds: int = 40
     _layers: dict[tuple[str, int], dict[str, list[float]]] = field(default_factory=dict)
 
     def models(
         self, contenders: Mapping[str, Pairs], clocked: Mapping[str, nn.Module] | None = None
     ) -> dict[str, float]:
-        """Seconds for a batch.
+        """Seconds for a batch: of the first the fastest run, of others that times their ratio.
 
         Args:
             contenders: by name, float layers with what stands in for them.
             clocked: modules to time as well, in runs of their own; `layer_seconds` has the result.
         """
         self._layers = {}
-        names = list(contenders)
-        totals: dict[tuple[str, int], list[float]] = {}
-        for name in names:  # the first call of a layer allocates
-            with standing_in(contenders[name]):
+        rounds = self._rounds(contenders, clocked, max_rounds=100)
+        first = next(iter(contenders))
+        fastest = self._mean(min(r[first][i] for r in rounds) for i in range(len(self.batches)))
+        return {name: fastest * self._ratio(rounds, name, first).median for name in contenders}
+
+    def compare(self, model: Pairs, other: Pairs) -> Ratio:
+        """How long a model takes, over the time of another that takes turns with it.
+
+        Args:
+            model: float layers with what stands in for them.
+            other: the same for the other.
+        """
+        rounds = self._rounds({"model": model, "other": other}, None, max_rounds=400)
+        return self._ratio(rounds, "model", "other")
+
+    def _rounds(
+        self,
+        contenders: Mapping[str, Pairs],
+        clocked: Mapping[str, nn.Module] | None,
+        max_rounds: int,
+    ) -> list[dict[str, list[float]]]:
+        """The seconds of every batch by contender, round by round."""
+
+        def run(name: str, pairs: Pairs) -> list[float]:
+            seconds = []
+            with standing_in(pairs):
+                for i, batch in enumerate(self.batches):
+                    start = clock()
+                    self.caller(batch)
+                    seconds.append(clock() - start)
+                    if clocked is not None:
+                        self._clock_layers(clocked, (name, i), batch)
+            return seconds
+
+        for pairs in contenders.values():  # the first call of a layer allocates
+            with standing_in(pairs):
                 for batch in self.batches:
                     self.caller(batch)
-        end = clock() + self.seconds
-        for turn in range(self.max_rounds):
-            if turn >= self.min_rounds and clock() >= end:
-                break
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                with standing_in(contenders[name]):
-                    for i, batch in enumerate(self.batches):
-                        start = clock()
-                        self.caller(batch)
-                        totals.setdefault((name, i), []).append(clock() - start)
-                        if clocked is not None:
-                            self._clock_layers(clocked, (name, i), batch)
-        return {
-            name: self._mean(min(totals[name, i]) for i in range(len(self.batches)))
-            for name in names
-        }
+        calls = {name: partial(run, name, pairs) for name, pairs in contenders.items()}
+        return list(take_turns(calls, self.seconds, _MIN_ROUNDS, max_rounds))
+
+    def _ratio(self, rounds: Sequence[Mapping[str, list[float]]], name: str, other: str) -> Ratio:
+        return Ratio.of([self._mean(r[name]) / self._mean(r[other]) for r in rounds])
 
     def layer_seconds(self, contender: str, layer: str) -> float:
         """Seconds of a layer for a batch, from the last call of `models`.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,18 +15,11 @@ from torch import Tensor, nn
 from qkernels.attention import attention_split
 from qkernels.calibration import Calibration
 from qkernels.mixed.assign import check_solver
-from qkernels.mixed.budget import (
-    budget_text,
-    check_budget,
-    choose,
-    cost_text,
-    is_kept,
-    limits_of,
-)
+from qkernels.mixed.budget import check_budget
+from qkernels.mixed.choosing import Chooser
 from qkernels.mixed.measure import (
     Answers,
     Metric,
-    Pairs,
     Stopwatch,
     by_shape,
     time_layers,
@@ -36,7 +28,7 @@ from qkernels.mixed.measure import (
 )
 from qkernels.mixed.memory import Memory, identity
 from qkernels.mixed.plan import Cost, LayerPlan, Option, PrecisionPlan
-from qkernels.mixed.quality import SQNR
+from qkernels.mixed.quality import SQNR, Quality
 from qkernels.mixed.units import Unit, find_units
 from qkernels.nn.fastpath import plain_transformer_paths
 from qkernels.optimize import check_optimizer
@@ -56,9 +48,6 @@ DEFAULT_SCHEMES: tuple[Scheme, ...] = (
     W4A8(group_size=32),
     W4A16(group_size=32),
 )
-# Measured latency may exceed a limit by this much: that is how well it can be measured.
-LATENCY_SLACK = 0.02
-_MAX_TRIES = 6
 
 
 @torch.inference_mode(False)  # what is made must be usable outside of it
@@ -79,6 +68,7 @@ def search(
     latency_batches: Iterable[Any] | None = None,
     latency_seconds: float = 10.0,
     checkpoint: str | os.PathLike[str] | None = None,
+    measured: PrecisionPlan | None = None,
     call: Callable[[nn.Module, Any], Any] | None = None,
     progress: bool | None = None,
 ) -> PrecisionPlan:
@@ -89,7 +79,9 @@ def search(
     model, so on this machine, with inputs of the shapes that the batches have. Its size is known.
     Damages are taken to add up; the best choice is then an integer program, solved exactly (scipy).
     The chosen model is run: where it differs from what was predicted, the prediction is corrected
-    and the choice made again, until it keeps the budget as measured. The model is not changed.
+    and the choice made again, until it keeps the budget as measured. What is returned is no worse
+    than any one scheme for all layers that was measured to keep the budget. The model is not
+    changed.
 
     Args:
         model: float model on the CPU, not compiled.
@@ -109,9 +101,12 @@ def search(
         optimize: how scales are chosen, see `quantize_`, which takes it from the plan.
         calibration: what `qk.calibrate` returned; static schemes need it.
         latency_batches: what to time, by default `batches`; of each shape one is timed.
-        latency_seconds: seconds to spend on timing, first for all schemes and then for the plan.
+        latency_seconds: seconds to spend on timing, first for all schemes and then for every choice
+            that is tried; six at most.
         checkpoint: a file to keep what was measured in. After an interruption the same call goes
             on from there.
+        measured: what an earlier search of the same model, batches and schemes returned. Its layers
+            are not measured again, only what is chosen: so another budget takes seconds.
         call: `call(model, batch)` for models that are called in another way.
         progress: show a progress bar; by default on a terminal.
 
@@ -154,190 +149,70 @@ def search(
         answers = Answers(caller, data, metric, lower_is_better, name)
         settings = [repr(offered), repr(patterns), optimize, name, repr(calibration)]
         memory = Memory(checkpoint, lambda: identity(model, settings, data))
-        total = sum(len(unit.forms) - 1 for unit in units)
-        advance = stack.enter_context(_progress(progress, total))
-        damages = _damages(units, answers, memory, advance)
-        advance("timing", 0)
         watch = Stopwatch(caller, *by_shape(timed), latency_seconds)
-        job = _Search(model, units, answers, watch, damages, keep_float, offered)
-        plan = job.measured_options(optimize, notes)
-        return job.choose(plan, budget, objective)
+        if measured is None:
+            total = sum(len(unit.forms) - 1 for unit in units)
+            advance = stack.enter_context(_progress(progress, total))
+            damages = _damages(units, answers, memory, advance)
+            advance("timing", 0)
+            measured = _measured_options(
+                model, units, offered, answers, watch, damages,
+                keep_float=keep_float, optimize=optimize,
+            )  # fmt: skip
+        else:
+            _check_measured(measured, units, offered, answers.measure, keep_float, optimize)
+        chooser = Chooser(units, offered, answers, watch)
+        return chooser.choose(replace(measured, notes=tuple(notes)), budget, objective)
 
 
-@dataclass
-class _Search:
-    """What is needed to try choices."""
-
-    model: nn.Module
-    units: list[Unit]
-    answers: Answers
-    watch: Stopwatch
-    damages: list[list[float]]
-    keep_float: bool
-    schemes: tuple[Scheme, ...]
-
-    def measured_options(self, optimize: str, notes: list[str]) -> PrecisionPlan:
-        """Everything but a choice: the plan that takes the first option everywhere."""
-        units, measure = self.units, self.answers.measure
-        times = time_layers(self.watch, units, self.schemes)
-        layers = []
-        for unit, seconds, damages in zip(units, times.layers, self.damages, strict=True):
-            options = [
-                Option(form.scheme, s, form.bytes, d)
-                for form, s, d in zip(unit.forms, seconds, damages, strict=True)
-            ]
-            if not self.keep_float:
-                options = options[1:]
-            layers.append(LayerPlan(unit.names, unit.kind, unit.dtype, tuple(options), 0))
-        size = model_bytes(self.model)
-        rest = size - sum(unit.forms[0].bytes for unit in units)
-        reference = Cost(times.models["float"], size, measure.reference)
-        uniform = []
-        for scheme in self.schemes:
-            size = rest + sum(unit.form_of(scheme).bytes for unit in units)
-            quality = self.answers.quality(uniform_pairs(units, scheme))
-            uniform.append((repr(scheme), Cost(times.models[repr(scheme)], size, quality)))
-        return PrecisionPlan(
-            model=type(self.model).__name__,
-            objective="",
-            budget={},
-            optimize=optimize,
-            measure=measure,
-            layers=tuple(layers),
-            rest_seconds=times.rest,
-            rest_bytes=rest,
-            reference=reference,
-            uniform=tuple(uniform),
-            predicted=reference,
-            measured=None,
-            correction=1.0,
-            batch="; ".join(map(shape_text, self.watch.batches[:3])),
-            machine=machine_facts(),
-            notes=tuple(notes),
-        )
-
-    def choose(
-        self, plan: PrecisionPlan, budget: Mapping[str, float], objective: str
-    ) -> PrecisionPlan:
-        """Choose, run what was chosen, and choose again with what that taught."""
-        limits = limits_of(budget, plan.reference, plan.measure)
-        scale = {"latency": 1.0, "accuracy": 1.0}
-        kept: list[PrecisionPlan] = []
-        tried: list[PrecisionPlan] = []
-        impossible: ValueError | None = None
-        for _ in range(_MAX_TRIES):
-            now = {q: limit / scale.get(q, 1.0) for q, limit in limits.items()}
-            corrected = replace(plan, correction=scale["accuracy"])
-            try:
-                choice = choose(corrected, objective, budget, now)
-            except ValueError as error:
-                impossible = error
-                break
-            if any(choice == [x.chosen for x in t.layers] for t in tried):
-                break
-            found = self._run(plan, corrected.choosing(choice, objective, budget))
-            if "latency" in limits:
-                found = self._timed(found)
-            tried.append(found)
-            assert found.measured is not None
-            if self._keeps(found, limits):
-                kept.append(found)
-            elif "latency" in limits:
-                over = found.measured.seconds / limits["latency"]
-                scale["latency"] *= max(over, 1.0)
-            scale["accuracy"] = found.correction
-        uniform = self._uniform(plan, objective, budget, limits, tried)
-        kept += [found for found in uniform if self._keeps(found, limits)]
-        if impossible is not None and not (kept or tried):
-            raise impossible
-        best = min(kept or tried, key=lambda p: _measured_objective(p, objective))
-        if "latency" not in limits:
-            best = self._timed(best)
-        notes = list(plan.notes)
-        assert best.measured is not None
-        if not kept:
-            says = cost_text(best.measured, plan.reference, plan.measure)
-            wanted = budget_text(budget, plan.measure)
-            notes.append(
-                f"Measured, the plan misses its budget of {wanted}: it has {says}. No other "
-                f"choice was found that is predicted to keep it."
-            )
-        return replace(best, notes=(*notes, *best.notes))
-
-    def _uniform(
-        self,
-        plan: PrecisionPlan,
-        objective: str,
-        budget: Mapping[str, float],
-        limits: Mapping[str, float],
-        tried: Sequence[PrecisionPlan],
-    ) -> Iterator[PrecisionPlan]:
-        """One scheme for all layers, where that was measured to be within the limits.
-
-        Sums over layers miss a model's time by some percent, so a scheme that just keeps a limit
-        may be predicted to exceed it.
-        """
-        slack = 1 + 2 * LATENCY_SLACK  # it is timed again
-        for scheme, (_, cost) in zip(self.schemes, plan.uniform, strict=True):
-            if cost.seconds > slack * limits.get("latency", math.inf):
-                continue
-            if cost.bytes > limits.get("size", math.inf):
-                continue
-            wanted = [unit.form_of(scheme).scheme for unit in self.units]
-            offered = [[o.scheme for o in layer.options] for layer in plan.layers]
-            if not all(w in some for w, some in zip(wanted, offered, strict=True)):
-                continue  # a layer that has no such form must not stay float
-            choice = [some.index(w) for w, some in zip(wanted, offered, strict=True)]
-            if all(choice != [x.chosen for x in t.layers] for t in tried):
-                found = self._run(plan, plan.choosing(choice, objective, budget))
-                yield self._timed(found) if "latency" in limits else found
-
-    def _pairs(self, plan: PrecisionPlan) -> Pairs:
-        return [
-            pair
-            for unit, layer in zip(self.units, plan.layers, strict=True)
-            for pair in unit.pairs(unit.form_of(layer.choice.scheme))
+def _measured_options(
+    model: nn.Module,
+    units: Sequence[Unit],
+    schemes: Sequence[Scheme],
+    answers: Answers,
+    watch: Stopwatch,
+    damages: Sequence[Sequence[float]],
+    *,
+    keep_float: bool,
+    optimize: str,
+) -> PrecisionPlan:
+    """Everything but a choice: the plan that takes the first option everywhere."""
+    times = time_layers(watch, units, schemes)
+    layers = []
+    for unit, seconds, row in zip(units, times.layers, damages, strict=True):
+        options = [
+            Option(form.scheme, s, form.bytes, d)
+            for form, s, d in zip(unit.forms, seconds, row, strict=True)
         ]
-
-    def _run(self, plan: PrecisionPlan, chosen: PrecisionPlan) -> PrecisionPlan:
-        """A choice with its accuracy as a whole, beside what its layers add up to."""
-        predicted = plan.cost_of([layer.chosen for layer in chosen.layers])
-        quality = self.answers.quality(self._pairs(chosen))
-        summed, damage = map(plan.measure.damage, (predicted.quality, quality))
-        known = summed > 0 and 0 < damage < math.inf
-        return replace(
-            chosen,
-            predicted=predicted,
-            measured=replace(predicted, quality=quality),
-            correction=damage / summed if known else chosen.correction,
-        )
-
-    def _timed(self, plan: PrecisionPlan) -> PrecisionPlan:
-        assert plan.measured is not None
-        times = self.watch.models({"float": [], "plan": self._pairs(plan)})
-        # The machine may have become slower or faster since the float model was timed.
-        seconds = plan.reference.seconds * times["plan"] / times["float"]
-        return replace(plan, measured=replace(plan.measured, seconds=seconds))
-
-    def _keeps(self, plan: PrecisionPlan, limits: Mapping[str, float]) -> bool:
-        assert plan.measured is not None
-        if math.isnan(plan.measured.quality):
-            return False
-        costs = {
-            "latency": (plan.measured.seconds, LATENCY_SLACK),
-            "size": (plan.measured.bytes, 0.0),
-            "accuracy": (plan.measure.damage(plan.measured.quality), 1e-6),
-        }
-        return all(is_kept(limit, *costs[quantity]) for quantity, limit in limits.items())
-
-
-def _measured_objective(plan: PrecisionPlan, objective: str) -> float:
-    assert plan.measured is not None
-    if objective == "size":
-        return plan.measured.bytes
-    if objective == "accuracy":
-        return plan.measure.damage(plan.measured.quality)
-    return plan.predicted.seconds  # a sum of many medians is steadier than one
+        if not keep_float:
+            options = options[1:]
+        layers.append(LayerPlan(unit.names, unit.kind, unit.dtype, tuple(options), 0))
+    size = model_bytes(model)
+    rest = size - sum(unit.forms[0].bytes for unit in units)
+    reference = Cost(times.models["float"], size, answers.measure.reference)
+    uniform = []
+    for scheme in schemes:
+        size = rest + sum(unit.form_of(scheme).bytes for unit in units)
+        quality = answers.quality(uniform_pairs(units, scheme))
+        uniform.append((repr(scheme), Cost(times.models[repr(scheme)], size, quality)))
+    return PrecisionPlan(
+        model=type(model).__name__,
+        objective="",
+        budget={},
+        optimize=optimize,
+        measure=answers.measure,
+        layers=tuple(layers),
+        rest_seconds=times.rest,
+        rest_bytes=rest,
+        reference=reference,
+        uniform=tuple(uniform),
+        predicted=reference,
+        measured=None,
+        correction=1.0,
+        batch="; ".join(map(shape_text, watch.batches[:3])),
+        machine=machine_facts(),
+        notes=(),
+    )
 
 
 def _damages(
@@ -406,6 +281,31 @@ def _check(
             "calibration=qk.calibrate(model, batches), or leave it out of schemes"
         )
     return tuple(dict.fromkeys(offered))
+
+
+def _check_measured(
+    plan: object,
+    units: Sequence[Unit],
+    schemes: Sequence[Scheme],
+    measure: Quality,
+    keep_float: bool,
+    optimize: str,
+) -> None:
+    """Refuse measurements of something else than is searched now."""
+    if not isinstance(plan, PrecisionPlan):
+        raise TypeError(
+            f"search: measured is {type(plan).__name__}; expected the plan of an earlier search"
+        )
+    forms = [(u.names, [f.scheme for f in u.forms[0 if keep_float else 1 :]]) for u in units]
+    had = [(layer.names, [option.scheme for option in layer.options]) for layer in plan.layers]
+    uniform = [name for name, _ in plan.uniform]
+    if (had, uniform, plan.measure, plan.optimize) != (
+        forms, list(map(repr, schemes)), measure, optimize,
+    ):  # fmt: skip
+        raise ValueError(
+            "search: measured is the plan of a search with another model or other schemes, metric "
+            "or settings; search without measured="
+        )
 
 
 def _listed(batches: Iterable[Any], argument: str) -> list[Any]:

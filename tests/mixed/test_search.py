@@ -188,25 +188,6 @@ def test_errors_that_do_not_add_up_are_corrected(batches):
     assert loose.correction == pytest.approx(2, rel=0.02)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.25])
-def test_a_scheme_for_all_layers_counts_as_measured(model, batches, monkeypatch, share):
-    """Its layers add up to more time than the model takes, and still it keeps the limit."""
-    times = {"float": 1.0, "W8A8()": 0.5, "plan": 0.5}
-    monkeypatch.setattr(
-        measure.Stopwatch,
-        "models",
-        lambda self, contenders, clocked=None: {name: times.get(name, 0.7) for name in contenders},
-    )
-    monkeypatch.setattr(measure.Stopwatch, "layer_seconds", lambda *_: 0.3)
-    if share < 0.5:
-        with pytest.raises(ValueError, match="latency"):
-            qk.search(model, batches, {"latency": share}, "accuracy", SCHEMES, **FAST)
-        return
-    found = qk.search(model, batches, {"latency": share}, "accuracy", SCHEMES, **FAST)
-    assert set(found.schemes.values()) == {qk.W8A8()}
-    assert found.measured.seconds == 0.5
-
-
 def test_time_is_that_of_the_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 2048), nn.ReLU(), nn.Linear(2048, 32))
