@@ -87,8 +87,8 @@ def test_groups(ops: Any, kind: Kind, group_size: int) -> None:
         check(ops, weight(kind, 19, k, group_size), awkward((m, k), dtype, seed=group_size))
 
 
-# Rows, outputs, k and group size for a GEMV of one block, of two and of four, tiles of 16, 32 and 64
-# rows that split k over thread blocks, and the same that add up all slices by themselves.
+# Rows, outputs, k and group size for a GEMV of one block, of two and of four, tiles of 16, 32 and
+# 64 rows that split k over thread blocks, and the same that add up all slices by themselves.
 WAYS = [(1, 40, 520, 128), (2, 770, 480, -1), (4, 1540, 456, 40)]
 WAYS += [(11, 40, 512, 32), (30, 256, 1000, 128), (64, 250, 1000, 40)]
 WAYS += [(25, 260, 480, -1), (30, 520, 456, 40), (50, 520, 512, 32)]
