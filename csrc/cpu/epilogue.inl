@@ -138,3 +138,45 @@ void load_bias(const LinearArgs& a, int64_t column, int count, float* out) {
     out[i] = there ? load_float(a.bias, a.bias_type, column + i) : 0.0f;
   }
 }
+
+// ---- From registers -----------------------------------------------------------------------------
+
+SIMD F float_of(F sum) { return sum; }
+SIMD F float_of(I sum) { return to_float(sum); }
+
+// The total of a group's finished sum and of the groups before it, or of 0.
+SIMD F folded(F sum, F scale, bool is_first, const float* total) {
+  return fma(sum, scale, is_first ? splat(0.0f) : load(total));
+}
+// Whether a tile's results need no more than a scale and a bias, and all of them exist: then they
+// never go through memory. With an activation function, that is the least of what it costs.
+SIMD bool finishes_directly(const LinearArgs& a, int64_t block, int blocks) {
+  return a.epilogue == Epilogue::none && a.activation != Activation::int8_asymmetric &&
+         a.y_type != DType::i32 && a.shape.groups > 0 && (block + blocks) * kLanes <= a.n;
+}
+
+// `finish` for the sums of the last group, from registers; total[Rows][Vectors * kWidth] is that of
+// the groups before it.
+template <class Tile, DType Y, int Vectors, int Rows>
+SIMD void finish_last_group_as(const LinearArgs& a, const typename Tile::Sum (&sums)[Vectors][Rows],
+                               const F (&scale)[Vectors], const float* total, const float* bias,
+                               int64_t row, int64_t column) {
+  const bool is_first = a.shape.groups == 1;
+  F add_bias[Vectors];
+  unroll<Vectors>([&](int v) INLINE { add_bias[v] = load(bias + v * kWidth); });
+  unroll<Rows>([&](int r) INLINE {
+    const F row_scale = splat(Tile::kFloat ? 1.0f : a.row_scale[row + r]);
+    unroll<Vectors>([&](int v) INLINE {
+      const F sum =
+          folded(float_of(sums[v][r]), scale[v], is_first, total + (r * Vectors + v) * kWidth);
+      store_as<Y>(a.y, (row + r) * a.n + column + v * kWidth, fma(row_scale, sum, add_bias[v]));
+    });
+  });
+}
+
+template <class Tile, class... Args>
+SIMD void finish_last_group(const LinearArgs& a, const Args&... args) {
+  if (a.y_type == DType::f32) return finish_last_group_as<Tile, DType::f32>(a, args...);
+  if (a.y_type == DType::bf16) return finish_last_group_as<Tile, DType::bf16>(a, args...);
+  finish_last_group_as<Tile, DType::f16>(a, args...);
+}

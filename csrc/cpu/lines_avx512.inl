@@ -9,6 +9,5 @@ SIMD I broadcast_unit(const uint8_t* p) {
 
 // How far ahead of the codes in use the next ones are asked for, in bytes.
 constexpr int64_t kPrefetch = 512;
-SIMD void prefetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
-}
+SIMD void ask_for(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+SIMD void prefetch(const uint8_t* p) { ask_for(p + kPrefetch); }

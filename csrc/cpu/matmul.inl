@@ -3,9 +3,7 @@
 // order that every ISA and every tile size keeps, per output: S = fma(sum, scale, S), group after
 // group from 0.
 
-// A sum as a float, and as the int32 that int_mm wants (whose sums are integers).
-SIMD F float_of(F sum) { return sum; }
-SIMD F float_of(I sum) { return to_float(sum); }
+// A sum as the int32 that int_mm wants (whose sums are integers).
 SIMD I bits_of(F sum) { return bits(sum); }
 SIMD I bits_of(I sum) { return sum; }
 
@@ -58,19 +56,7 @@ SIMD void start(const LinearArgs& a, const uint8_t* weight, int64_t at, const in
   }
 }
 
-// The lines of y that a tile will write, so that they arrive while it computes.
-SIMD void prefetch_output(const LinearArgs& a, int64_t row, int rows, int64_t block, int blocks) {
-  const int64_t size = bytes_of(a.y_type);
-  for (int r = 0; r < rows; ++r) {
-    const char* line = static_cast<const char*>(a.y) + ((row + r) * a.n + block * kLanes) * size;
-    for (int64_t i = 0; i < blocks * kLanes * size; i += kLine) _mm_prefetch(line + i, _MM_HINT_T0);
-  }
-}
-
-// The total of a group's finished sum and of the groups before it, or of 0.
-SIMD F folded(F sum, F scale, bool is_first, const float* total) {
-  return fma(sum, scale, is_first ? splat(0.0f) : load(total));
-}
+// Keeps `folded`; int_mm's sums are kept as they are.
 template <class Tile>
 SIMD void fold(const LinearArgs& a, typename Tile::Sum sum, F scale, bool is_first, float* total) {
   if (a.y_type == DType::i32) {
@@ -80,41 +66,16 @@ SIMD void fold(const LinearArgs& a, typename Tile::Sum sum, F scale, bool is_fir
   }
 }
 
-// Whether a tile's results need no more than a scale and a bias, and all of them exist: then they
-// never go through memory. With an activation function, that is the least of what it costs.
-SIMD bool finishes_directly(const LinearArgs& a, int64_t block, int blocks) {
-  return a.epilogue == Epilogue::none && a.activation != Activation::int8_asymmetric &&
-         a.y_type != DType::i32 && a.shape.groups > 0 && (block + blocks) * kLanes <= a.n;
-}
-
-// `finish` for the sums of the last group, from registers; total[Rows][Vectors * kWidth] is that of
-// the groups before it.
-template <class Tile, DType Y, int Vectors, int Rows>
-SIMD void finish_last_group_as(const LinearArgs& a, const typename Tile::Sum (&sums)[Vectors][Rows],
-                               const F (&scale)[Vectors], const float* total, const float* bias,
-                               int64_t row, int64_t column) {
-  const bool is_first = a.shape.groups == 1;
-  F add_bias[Vectors];
-  unroll<Vectors>([&](int v) INLINE { add_bias[v] = load(bias + v * kWidth); });
-  unroll<Rows>([&](int r) INLINE {
-    const F row_scale = splat(Tile::kFloat ? 1.0f : a.row_scale[row + r]);
-    unroll<Vectors>([&](int v) INLINE {
-      const F sum =
-          folded(float_of(sums[v][r]), scale[v], is_first, total + (r * Vectors + v) * kWidth);
-      store_as<Y>(a.y, (row + r) * a.n + column + v * kWidth, fma(row_scale, sum, add_bias[v]));
-    });
-  });
-}
-
-template <class Tile, class... Args>
-SIMD void finish_last_group(const LinearArgs& a, const Args&... args) {
-  if (a.y_type == DType::f32) return finish_last_group_as<Tile, DType::f32>(a, args...);
-  if (a.y_type == DType::bf16) return finish_last_group_as<Tile, DType::bf16>(a, args...);
-  finish_last_group_as<Tile, DType::f16>(a, args...);
-}
+// What a tile asks for while it computes: `part` bytes of each block for every 8 k, from `codes` on.
+// Policies without kLooksAhead see to that themselves.
+struct Ahead {
+  const uint8_t* codes;
+  int64_t part;
+};
 
 template <class Tile, int Rows, int Blocks>
-void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Finish finish) {
+void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Finish finish,
+          Ahead ahead) {
   const BlockShape& s = a.shape;
   const uint8_t* weight = a.packed + block * s.bytes;
   const uint8_t* panel = a.panel + row * s.k_padded * kBytes<Tile>;
@@ -144,7 +105,13 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
         start<Tile>(a, weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth,
                     group_sums + g * Rows, sums[v]);
       });
-      Tile::accumulate(sums, panel + begin * Rows * kBytes<Tile>, codes, steps);
+      const uint8_t* x = panel + begin * Rows * kBytes<Tile>;
+      if constexpr (requires { Tile::kLooksAhead; }) {
+        const uint8_t* next = ahead.codes + begin / kGroupPad * ahead.part;
+        Tile::accumulate(sums, x, codes, steps, next, ahead.part);
+      } else {
+        Tile::accumulate(sums, x, codes, steps);
+      }
     }
     F scale[kVectors];
     unroll<kVectors>([&](int v) INLINE {
@@ -382,7 +349,7 @@ void wide(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t r
 // ---- Choosing a tile ----------------------------------------------------------------------------
 
 using TileKernel = void (*)(const LinearArgs&, int64_t block, int64_t row, const float* bias,
-                            Finish);
+                            Finish, Ahead);
 
 template <class Tile>
 struct TileKernels {
@@ -393,6 +360,20 @@ constexpr TileKernels<Tile> tile_kernels(std::integer_sequence<int, Index...>) {
   constexpr int kBlocks = Tile::kBlocks;
   return {{tile<Tile, Index / kBlocks + 1,
                 least(Index % kBlocks + 1, Tile::blocks(Index / kBlocks + 1))>...}};
+}
+
+// Tile `at` of `tiles` that have the same columns, `blocks` blocks from `block` on. The first one
+// would wait for memory and the others leave it idle: so each asks for its part of the next columns,
+// as far as the L2 cache can keep them. A tile alone asks for what it needs itself a little later.
+SIMD Ahead look_ahead(const LinearArgs& a, int64_t block, int64_t blocks, bool is_last, int64_t at,
+                      int64_t tiles) {
+  constexpr int64_t kMostBytes = 256 * 1024;
+  const BlockShape& s = a.shape;
+  const int64_t step = code_offset(a.layout.format, kGroupPad, 0);
+  const uint8_t* const codes = a.packed + block * s.bytes;
+  if (tiles == 1 || blocks * s.bytes > kMostBytes) return {codes + 512, step};
+  const int64_t part = (step + tiles - 1) / tiles;
+  return {codes + (is_last ? 0 : blocks * s.bytes) + at * (s.k_padded / kGroupPad) * part, part};
 }
 
 template <class Tile>
@@ -415,9 +396,13 @@ void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int6
       load_bias(a, block * kLanes, blocks * kLanes, bias);
       for (int64_t row = begin; row < end; row += Tile::kRows) {
         const int rows = tile_rows<Tile>(a, row);
+        const Ahead ahead =
+            look_ahead(a, block, blocks, block + step >= block_end, (row - begin) / Tile::kRows,
+                       (end - begin + Tile::kRows - 1) / Tile::kRows);
         for (int b = 0; b < blocks; b += Tile::blocks(rows)) {
           const int width = least(blocks - b, Tile::blocks(rows));
-          kernels.of[rows - 1][width - 1](a, block + b, row, bias + b * kLanes, finish);
+          kernels.of[rows - 1][width - 1](a, block + b, row, bias + b * kLanes, finish,
+                                          {ahead.codes + b * a.shape.bytes, ahead.part});
         }
       }
     }

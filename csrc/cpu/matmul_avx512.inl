@@ -32,7 +32,7 @@ struct W8A8 {
     return rows <= 4 ? "matmul_w8a8_avx512_4x96" : "matmul_w8a8_avx512_8x48";
   }
   using Sum = I;
-  static constexpr bool kFloat = false, kFlipped = true;
+  static constexpr bool kFloat = false, kFlipped = true, kLooksAhead = true;
 
   static INLINE void store_units(uint8_t* out, I codes) {
     store_i8(out, bit_xor(codes, splat(0x80)));
@@ -45,17 +45,17 @@ struct W8A8 {
 
   template <int Rows, int Blocks>
   static INLINE void accumulate(I (&sums)[Blocks][Rows], const uint8_t* panel,
-                                const uint8_t* const* codes, int64_t steps) {
+                                const uint8_t* const* codes, int64_t steps, const uint8_t* next,
+                                int64_t part) {
     // With few accumulators a second set hides the latency.
     constexpr bool kTwo = Rows * Blocks < 8;
     I more[Blocks][Rows] = {};
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t step = 0; step < steps; ++step, next += part) {
       unroll<2>([&](int half) INLINE {
         I weight[Blocks];
         unroll<Blocks>([&](int b) INLINE {
-          const uint8_t* line = codes[b] + step * 128 + half * 64;
-          weight[b] = load_line(line);
-          prefetch(line);
+          weight[b] = load_line(codes[b] + step * 128 + half * 64);
+          ask_for(next + (codes[b] - codes[0]) + half * 64);
         });
         unroll<Rows>([&](int r) INLINE {
           const I x = broadcast_unit(panel + ((step * 2 + half) * Rows + r) * 4);
@@ -102,7 +102,7 @@ struct W4A8 {
     return rows <= 4 ? "matmul_w4a8_avx512_4x96" : "matmul_w4a8_avx512_8x48";
   }
   using Sum = I;
-  static constexpr bool kFloat = false, kFlipped = false;
+  static constexpr bool kFloat = false, kFlipped = false, kLooksAhead = true;
 
   static INLINE void store_units(uint8_t* out, I codes) { store_i8(out, codes); }
   static INLINE I add_units(I sums, I units) {
@@ -112,18 +112,18 @@ struct W4A8 {
 
   template <int Rows, int Blocks>
   static INLINE void accumulate(I (&sums)[Blocks][Rows], const uint8_t* panel,
-                                const uint8_t* const* codes, int64_t steps) {
+                                const uint8_t* const* codes, int64_t steps, const uint8_t* next,
+                                int64_t part) {
     constexpr bool kTwo = Rows * Blocks < 8;
     I more[Blocks][Rows] = {};
     const I low = _mm512_set1_epi8(0xf);
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t step = 0; step < steps; ++step, next += part) {
       unroll<2>([&](int half) INLINE {
         I weight[Blocks];
         unroll<Blocks>([&](int b) INLINE {
-          const uint8_t* line = codes[b] + step * 64;
-          const I bytes = load_line(line);
+          const I bytes = load_line(codes[b] + step * 64);
           weight[b] = bit_and(half == 0 ? bytes : _mm512_srli_epi16(bytes, 4), low);
-          if (half == 0) prefetch(line);
+          if (half == 0) ask_for(next + (codes[b] - codes[0]));
         });
         unroll<Rows>([&](int r) INLINE {
           const I x = broadcast_unit(panel + ((step * 2 + half) * Rows + r) * 4);
