@@ -94,12 +94,34 @@ QK_DEVICE uint2 k_order(uint32_t low, uint32_t high, bool nibbles) {
   return make_uint2(prmt(low, high, 0x5140), prmt(low, high, 0x7362));
 }
 
-QK_DEVICE uint2 encode_piece(const LinearArgs& a, uint32_t eight, const Encoder& e,
+// Whether a row's scale is chosen for it and its codes have no zero point: then its largest
+// magnitude is all that is asked for, no quotient is beyond 127, and padding needs no care.
+QK_DEVICE bool is_plain(const LinearArgs& a) {
+  return a.activation == Activation::int8_symmetric && a.device_scale == nullptr;
+}
+
+QK_DEVICE void extend_by(Range* range, const float (&x)[kEight], bool plain) {
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) {
+    if (plain) {
+      range->magnitude = max(range->magnitude, bit_cast<uint32_t>(x[i]) & 0x7fffffff);
+    } else {
+      extend(range, x[i]);
+    }
+  }
+}
+
+QK_DEVICE uint2 encode_piece(const LinearArgs& a, uint32_t eight, const Encoder& e, bool plain,
                              const float (&x)[kEight]) {
   uint32_t codes[kEight];
-  const int count = piece_at(a.shape, eight).count;
+  if (plain) {
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) codes[i] = i < count ? encode_low_byte(e, x[i]) : 0;
+    for (int i = 0; i < kEight; ++i) codes[i] = bit_cast<uint32_t>(x[i] * e.inverse + 0x1.8p23f);
+  } else {
+    const int count = piece_at(a.shape, eight).count;
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) codes[i] = i < count ? encode_low_byte(e, x[i]) : 0;
+  }
   return k_order(low_bytes(codes[0], codes[1], codes[2], codes[3]),
                  low_bytes(codes[4], codes[5], codes[6], codes[7]),
                  a.layout.format == Format::int4);
@@ -130,6 +152,7 @@ __global__ void __launch_bounds__(Rows::kThreads)
   constexpr int kKept = Rows::kKept;
   const int64_t row = blockIdx.x;
   const uint32_t step = blockDim.x;
+  const bool plain = is_plain(a);
   float kept[kKept][kEight];
   Range range;
 #pragma unroll
@@ -137,15 +160,13 @@ __global__ void __launch_bounds__(Rows::kThreads)
     const uint32_t eight = threadIdx.x + p * step;
     if (eight < eights) {
       load_piece<kType, kVectors>(a, row, eight, kept[p]);
-#pragma unroll
-      for (int i = 0; i < kEight; ++i) extend(&range, kept[p][i]);
+      extend_by(&range, kept[p], plain);
     }
   }
   for (uint32_t eight = threadIdx.x + kKept * step; eight < eights; eight += step) {
     float x[kEight];
     load_piece<kType, kVectors>(a, row, eight, x);
-#pragma unroll
-    for (int i = 0; i < kEight; ++i) extend(&range, x[i]);
+    extend_by(&range, x, plain);
   }
   const Affine affine = row_affine(a, block_range(range));
   if (threadIdx.x == 0) {
@@ -156,12 +177,12 @@ __global__ void __launch_bounds__(Rows::kThreads)
 #pragma unroll
   for (int p = 0; p < kKept; ++p) {
     const uint32_t eight = threadIdx.x + p * step;
-    if (eight < eights) panel.store(row, eight, encode_piece(a, eight, e, kept[p]));
+    if (eight < eights) panel.store(row, eight, encode_piece(a, eight, e, plain, kept[p]));
   }
   for (uint32_t eight = threadIdx.x + kKept * step; eight < eights; eight += step) {
     float x[kEight];
     load_piece<kType, kVectors>(a, row, eight, x);
-    panel.store(row, eight, encode_piece(a, eight, e, x));
+    panel.store(row, eight, encode_piece(a, eight, e, plain, x));
   }
   if (!a.layout.symmetric) {
     __syncthreads();
