@@ -125,7 +125,7 @@ def backward_engines() -> list[LinearEngine]:
 
 
 def model_engines() -> list[ModelEngine]:
-    """Whole models: every scheme; W8A8 also with fused activation functions, and compiled."""
+    """Whole models: every scheme; W8A8 also fused, and compiled by either backend."""
 
     def engine(
         name: str,
@@ -133,7 +133,7 @@ def model_engines() -> list[ModelEngine]:
         dtype: torch.dtype,
         *,
         fused: bool = False,
-        compiled: bool = False,
+        backend: str | None = None,
     ) -> ModelEngine:
         def convert(model: nn.Module) -> Any:
             quantize_(model, scheme, ignore=(), progress=False)
@@ -141,9 +141,9 @@ def model_engines() -> list[ModelEngine]:
                 example = getattr(model, "dummy_inputs", None)  # of models of transformers
                 fuse_(model, run=None if example is None else lambda model: model(**example))
             model = model.to(dtype)
-            return torch.compile(model) if compiled else model
+            return model if backend is None else torch.compile(model, backend=backend)
 
-        return ModelEngine(name, _kind(scheme), convert, own=True, compiled=compiled)
+        return ModelEngine(name, _kind(scheme), convert, own=True, compiled=backend is not None)
 
     engines = [
         engine(f"{name} {suffix}", scheme, dtype)
@@ -154,8 +154,8 @@ def model_engines() -> list[ModelEngine]:
     for suffix, dtype in _DTYPES.items():
         name = f"W8A8 {suffix}"
         engines.append(engine(f"{name} fused", w8a8, dtype, fused=True))
-        engines.append(engine(f"{name} compiled", w8a8, dtype, compiled=True))
-        engines.append(engine(f"{name} fused compiled", w8a8, dtype, fused=True, compiled=True))
+        engines.append(engine(f"{name} compiled", w8a8, dtype, backend="inductor"))
+        engines.append(engine(f"{name} compiled by qkernels", w8a8, dtype, backend="qkernels"))
     return engines
 
 

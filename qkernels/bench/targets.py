@@ -272,8 +272,8 @@ _MINILM_FASTEST = (
     "W8A8 bf16 fused",
     "W8A8 fp32 compiled",
     "W8A8 bf16 compiled",
-    "W8A8 fp32 fused compiled",
-    "W8A8 bf16 fused compiled",
+    "W8A8 fp32 compiled by qkernels",
+    "W8A8 bf16 compiled by qkernels",
 )
 
 TARGETS: tuple[Target, ...] = (
