@@ -20,8 +20,8 @@ struct Workspace {
 
 int32_t* place(LinearArgs& a, const Int8Plan& plan, Workspace& workspace) {
   a.panel = workspace.take<uint8_t>(plan.kind == Int8Plan::warpgroups
-                                        ? round_up(a.rows, WarpgroupTiles::Wide::kTokens) /
-                                              kPanelRows * tiled_pitch(a.shape)
+                                        ? round_up(a.rows, WarpgroupTile::kTokens) / kPanelRows *
+                                              tiled_pitch(a.shape)
                                         : a.rows * panel_pitch(a.shape));
   a.row_scale = workspace.take<float>(a.rows);
   a.row_zero = workspace.take<float>(a.rows);
@@ -44,7 +44,7 @@ void linear_int8(const LinearArgs& args, void* memory, Stream stream) {
   Workspace workspace{static_cast<uint8_t*>(memory)};
   int32_t* const partial = place(a, plan, workspace);
   prepare_int8(a, plan.kind == Int8Plan::warpgroups, stream);
-  if (plan.kind == Int8Plan::warpgroups) return linear_int8_warpgroups(a, plan.wide, stream);
+  if (plan.kind == Int8Plan::warpgroups) return linear_int8_warpgroups(a, stream);
   if (plan.kind == Int8Plan::skinny) return linear_int8_skinny(a, stream);
   if (a.shape.groups == 1) return linear_int8_row(a, plan, partial, stream);
   linear_int8_grouped(a, plan.kind == Int8Plan::large, stream);

@@ -21,11 +21,9 @@ struct Gpu {
 };
 
 struct Int8Plan {
-  // warpgroups: of 128 tokens, or of 256 if `wide`.
   enum Kind { skinny, small, large, warpgroups } kind;
   int parts;   // blocks that share a tile's sums, of rows that are one group
   int stages;  // of such a part
-  bool wide = false;
 };
 
 // 64 x 64 a warp: each operand that comes from shared memory meets as many of the other as
@@ -41,17 +39,6 @@ struct GroupedTiles {
   using Small = Tile<64, 64, 32, 32, 4, 2>;
 };
 
-struct WarpgroupTiles {
-  using Wide = WarpgroupTile<256, 4>;
-  using Narrow = WarpgroupTile<128, 6>;
-};
-
-template <class T>
-int64_t warpgroup_cycles(const LinearArgs& a, const Gpu& gpu) {
-  return product_cycles<T>(a.n, a.rows, 1,
-                           std::max(gpu.multiprocessors / T::kTogether, int64_t{1}));
-}
-
 template <class Tiles>
 bool takes_large(const LinearArgs& a, int64_t multiprocessors) {
   return a.rows > Tiles::Small::kTokens &&
@@ -62,10 +49,10 @@ bool takes_large(const LinearArgs& a, int64_t multiprocessors) {
 // Of int8 weights whose rows are one group each.
 inline bool takes_warpgroups(const LinearArgs& a, const Gpu& gpu) {
   if (!gpu.sm90a || a.layout.format != Format::int8 || a.shape.groups != 1) return false;
-  const int64_t cycles = std::min(warpgroup_cycles<WarpgroupTiles::Wide>(a, gpu),
-                                  warpgroup_cycles<WarpgroupTiles::Narrow>(a, gpu));
-  return cycles < std::min(product_cycles<RowTiles::Large>(a.n, a.rows, 1, gpu.multiprocessors),
-                           product_cycles<RowTiles::Small>(a.n, a.rows, 1, gpu.multiprocessors));
+  const int64_t clusters = std::max(gpu.multiprocessors / WarpgroupTile::kTogether, int64_t{1});
+  return product_cycles<WarpgroupTile>(a.n, a.rows, 1, clusters) <
+         std::min(product_cycles<RowTiles::Large>(a.n, a.rows, 1, gpu.multiprocessors),
+                  product_cycles<RowTiles::Small>(a.n, a.rows, 1, gpu.multiprocessors));
 }
 
 inline Int8Plan int8_plan(const LinearArgs& a, const Gpu& gpu) {
@@ -79,8 +66,6 @@ inline Int8Plan int8_plan(const LinearArgs& a, const Gpu& gpu) {
     plan.kind = Int8Plan::skinny;
   } else if (takes_warpgroups(a, gpu)) {
     plan.kind = Int8Plan::warpgroups;
-    plan.wide = warpgroup_cycles<WarpgroupTiles::Wide>(a, gpu) <=
-                warpgroup_cycles<WarpgroupTiles::Narrow>(a, gpu);
   } else if (a.shape.groups == 1 ? takes_large<RowTiles>(a, multiprocessors)
                                  : takes_large<GroupedTiles>(a, multiprocessors)) {
     plan.kind = Int8Plan::large;
@@ -97,14 +82,13 @@ inline Int8Plan int8_plan(const LinearArgs& a, const Gpu& gpu) {
 
 // What `explain` calls it.
 inline std::string linear_int8_name(const LinearArgs& a, const Gpu& gpu) {
-  const Int8Plan plan = int8_plan(a, gpu);
-  switch (plan.kind) {
+  switch (int8_plan(a, gpu).kind) {
     case Int8Plan::skinny:
       return "cuda skinny int8 mma";
     case Int8Plan::small:
       return "cuda int8 mma 64x64";
     case Int8Plan::warpgroups:
-      return plan.wide ? "cuda int8 wgmma 128x256" : "cuda int8 wgmma 128x128";
+      return "cuda int8 wgmma 128x256";
     default:
       return "cuda int8 mma 128x128";
   }

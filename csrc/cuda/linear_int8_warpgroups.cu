@@ -15,12 +15,13 @@
 namespace qkernels::cuda {
 namespace {
 
+using T = WarpgroupTile;
+
 constexpr int kConsumers = 2;  // warpgroups
 // Results leave so many tokens at a time, whose words are kRoundPitch apart: the four tokens that a
 // warp writes at once, eight words each, lie in different banks.
 constexpr int kRoundTokens = 32, kRoundPitch = 64 + 4;
 
-template <class T>
 struct SharedMemory {
   static constexpr int kStage = T::kTokenBytes + T::kWeightBytes;
   static constexpr int kBarriers = T::kStages * kStage;
@@ -46,7 +47,6 @@ struct SharedMemory {
 };
 
 // One stage after the other, over all tiles of a block. A barrier's phase has the parity of `round`.
-template <class T>
 struct Turn {
   int stage = 0;
   uint32_t round = 0;
@@ -64,7 +64,7 @@ struct Tiles {
 // Calls body(first packed row of the block, first token) for each of its tiles. The blocks that run
 // at the same time take 16 tiles of tokens and then the next features, so that they share both
 // operands in the L2 cache.
-template <class T, class Body>
+template <class Body>
 QK_DEVICE void each_tile(const Tiles& tiles, int rank, const Body& body) {
   constexpr uint32_t kBand = 16;
   const uint32_t per_band = kBand * tiles.features;
@@ -80,14 +80,13 @@ QK_DEVICE void each_tile(const Tiles& tiles, int rank, const Body& body) {
 
 // ---- Copies -------------------------------------------------------------------------------------
 
-template <class T>
-QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedMemory<T>& shared,
+QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedMemory& shared,
                           int rank) {
   constexpr int kShare = T::kTokenBytes / T::kTogether;  // of the tokens, for both blocks
   static_assert(kShare <= kPieceBytes);
   const int64_t blocks = (a.n + kLanes - 1) / kLanes, row_codes = a.shape.k_padded * kLanes;
-  Turn<T> turn;
-  each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
+  Turn turn;
+  each_tile(tiles, rank, [&](int64_t row, int64_t token) {
     const int rows =
         static_cast<int>(max(int64_t{0}, min(blocks - row, int64_t{T::kBlockFeatures / kLanes})));
     const uint8_t* weights = a.packed + row * a.shape.bytes;
@@ -112,13 +111,11 @@ QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedM
 
 // ---- Products -----------------------------------------------------------------------------------
 
-template <class T>
 using WarpgroupSums = int32_t[T::kTokens / 2];
 
 // The sums of a tile; of outputs beyond the weight's last ones they are anything.
-template <class T>
-QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const Tiles& tiles,
-                             const SharedMemory<T>& shared, Turn<T>& turn) {
+QK_DEVICE void multiply_tile(WarpgroupSums& sums, const Tiles& tiles, const SharedMemory& shared,
+                             Turn& turn) {
   const int lane = threadIdx.x % kWarp;
   const int offset = threadIdx.x / kWarp * kRowPieceBytes + lane * 16;
   uint32_t a[2][kPieceK / kCudaChunk][4];  // of this stage and of the one before, still in use
@@ -168,10 +165,8 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const Tiles& tiles,
 
 // Hands the sums to the warpgroup by way of shared memory, kRoundTokens at a time, so that a thread
 // finishes four consecutive outputs of a token, the same ones each time.
-template <class T>
-QK_DEVICE void store_tile(const LinearArgs& a, const WarpgroupSums<T>& sums,
-                          const SharedMemory<T>& shared, const RowOutputs<4>& outputs,
-                          int64_t token) {
+QK_DEVICE void store_tile(const LinearArgs& a, const WarpgroupSums& sums,
+                          const SharedMemory& shared, const RowOutputs<4>& outputs, int64_t token) {
   const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
   const int warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
   uint32_t* const piece = shared.outputs(warpgroup);
@@ -206,67 +201,60 @@ QK_DEVICE void store_tile(const LinearArgs& a, const WarpgroupSums<T>& sums,
   }
 }
 
-template <class T>
-QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
-                              const SharedMemory<T>& shared, int rank) {
+QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles, const SharedMemory& shared,
+                              int rank) {
   const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
-  Turn<T> turn;
-  each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
+  Turn turn;
+  each_tile(tiles, rank, [&](int64_t row, int64_t token) {
     // What the results need is asked for before the products.
     const RowOutputs<4> outputs =
         load_row_outputs<Format::int8, 4>(a, row * kLanes + warpgroup * 64 + thread % 16 * 4);
     for (int i = threadIdx.x; i < T::kTokens; i += kConsumers * kWarpgroup) {
       shared.token_codes()[i] = load_token(a, min(token + i, a.rows - 1), !a.layout.symmetric);
     }
-    WarpgroupSums<T> sums;
-    multiply_tile<T>(sums, tiles, shared, turn);
+    WarpgroupSums sums;
+    multiply_tile(sums, tiles, shared, turn);
     sync_some(kConsumers + 1, kConsumers * kWarpgroup);
-    store_tile<T>(a, sums, shared, outputs, token);
+    store_tile(a, sums, shared, outputs, token);
     sync_some(kConsumers + 1, kConsumers * kWarpgroup);  // before the next tile's token codes
   });
 }
 
-template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     warpgroups_kernel(const LinearArgs a, const Tiles tiles) {
-#if QK_SM90A
-  const SharedMemory<T> shared{shared_memory<uint8_t>()};
-  const int rank = cluster_rank();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < T::kStages; ++i) {
-      barrier_init(shared.filled(i), 1);
-      barrier_init(shared.emptied(i), kConsumers * (kWarpgroup / kWarp) * T::kTogether);
+  if constexpr (QK_SM90A) {
+    const SharedMemory shared{shared_memory<uint8_t>()};
+    const int rank = cluster_rank();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < T::kStages; ++i) {
+        barrier_init(shared.filled(i), 1);
+        barrier_init(shared.emptied(i), kConsumers * (kWarpgroup / kWarp) * T::kTogether);
+      }
+      barrier_init_fence();
     }
-    barrier_init_fence();
+    cluster_sync();
+    if (threadIdx.x < kConsumers * kWarpgroup) {
+      take_registers<232>();
+      multiply_tiles(a, tiles, shared, rank);
+    } else {
+      give_registers<40>();
+      if (threadIdx.x == kConsumers * kWarpgroup) copy_tiles(a, tiles, shared, rank);
+      __syncwarp();
+    }
+    // A block must not end while the other one copies to it or arrives at its barriers.
+    cluster_sync();
   }
-  cluster_sync();
-  if (threadIdx.x < kConsumers * kWarpgroup) {
-    take_registers<232>();
-    multiply_tiles<T>(a, tiles, shared, rank);
-  } else {
-    give_registers<40>();
-    if (threadIdx.x == kConsumers * kWarpgroup) copy_tiles<T>(a, tiles, shared, rank);
-    __syncwarp();
-  }
-  // A block must not end while the other one copies to it or arrives at its barriers.
-  cluster_sync();
-#endif
-}
-
-template <class T>
-void launch_as(const LinearArgs& a, Stream stream) {
-  const Tiles tiles{blocks_for(a.n, T::kFeatures), blocks_for(a.rows, T::kTokens),
-                    static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK)};
-  const unsigned clusters =
-      min(tiles.features * tiles.tokens, static_cast<unsigned>(multiprocessors() / T::kTogether));
-  launch_clusters(warpgroups_kernel<T>, max(clusters, 1u) * T::kTogether, T::kTogether, T::kThreads,
-                  SharedMemory<T>::kBytes, stream, a, tiles);
 }
 
 }  // namespace
 
-void linear_int8_warpgroups(const LinearArgs& a, bool wide, Stream stream) {
-  wide ? launch_as<WarpgroupTiles::Wide>(a, stream) : launch_as<WarpgroupTiles::Narrow>(a, stream);
+void linear_int8_warpgroups(const LinearArgs& a, Stream stream) {
+  const Tiles tiles{blocks_for(a.n, T::kFeatures), blocks_for(a.rows, T::kTokens),
+                    static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK)};
+  const unsigned clusters =
+      min(tiles.features * tiles.tokens, static_cast<unsigned>(multiprocessors() / T::kTogether));
+  launch_clusters(warpgroups_kernel, max(clusters, 1u) * T::kTogether, T::kTogether, T::kThreads,
+                  SharedMemory::kBytes, stream, a, tiles);
 }
 
 }  // namespace qkernels::cuda
