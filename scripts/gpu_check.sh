@@ -63,11 +63,12 @@ few="$on_gpu and (test_shapes or test_groups or test_bytes_and_inverse or test_i
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 
 if step build 240 "$python" setup.py build_ext --inplace; then
+  # First, because a machine that is lent for minutes may go before the rest is done.
+  step bench 180 "$python" -m qkernels.bench.cuda "$out" --seconds 120
   # A process each: after a fault a process cannot use the GPU any more.
   for file in $(grep -l "ops: Any" tests/cuda/test_*.py) tests/nn/test_devices.py; do
     step "$(basename "$file" .py)" 90 "${pytest[@]}" "$file" -k "$on_gpu"
   done
-  step bench 180 "$python" -m qkernels.bench.cuda "$out" --seconds 120
   for tool in memcheck racecheck synccheck; do
     step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "${pytest[@]}" tests/cuda -x -k "$few"

@@ -1,4 +1,4 @@
-"""A backend of torch.compile that puts the ops of quantized layers together before Inductor runs."""
+"""A backend of torch.compile: quantized layers are put together, and Inductor does the rest."""
 
 from qkernels.compiler.backend import backend
 from qkernels.compiler.rewrite import rewrite

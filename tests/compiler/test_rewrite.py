@@ -187,7 +187,7 @@ def test_what_is_left_alone(function):
         (lambda m, x: (m.a(x), m.b(x)), "shared"),
         (lambda m, x: (m.norm(y := x + m.a(x)), y * 2, y), "norm"),  # the sum is kept
         (lambda m, x: m.norm(x + m.a(x)).clone(), "norm"),
-        (lambda m, x: (F.relu(m.a(x)) + m.b(x)), "activation"),
+        (lambda m, x: F.relu(m.a(x)) + m.b(x), "activation"),
     ],
 )
 def test_what_is_put_together(function, what):

@@ -57,6 +57,14 @@ def test_a_missing_barrier_shows_in_one_order_or_the_other(emulator: Any) -> Non
     assert POISON in got[0] and POISON in got[1]
 
 
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_cluster_shares_what_it_copies(emulator: Any, wait: bool) -> None:
+    words = torch.arange(8, dtype=torch.int32)
+    to = torch.zeros(2, 8, dtype=torch.int32)
+    emulator.probe_cluster(words, to, wait)
+    assert to.tolist() == [words.tolist() if wait else [POISON] * 8] * 2
+
+
 @pytest.mark.parametrize(
     ("mistake", "sentence"),
     [
@@ -70,6 +78,8 @@ def test_a_missing_barrier_shows_in_one_order_or_the_other(emulator: Any) -> Non
         ("unaligned load", "load_shared_128 of 16 bytes at an address that is not a multiple"),
         ("half a barrier", "24 threads wait in __syncthreads, 40 have returned"),
         ("two instructions", "this thread is in warp_max but others of its warp are in shuffle"),
+        ("unfinished product", "the thread ends with 1 products under way, in thread"),
+        ("no barrier", "barrier_wait of a barrier that is not set up"),
         ("half a warp", "a block has whole warps and 32 to 1024 threads, got (48, 1, 1)"),
         ("too much memory", "some GPUs have 99 KiB of shared memory, got 102400 bytes"),
     ],

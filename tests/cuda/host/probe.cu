@@ -1,5 +1,5 @@
 // Kernels for tests/cuda/test_emulator.py: what instructions compute, and mistakes to be noticed.
-#include "cuda/ptx.cuh"
+#include "cuda/ptx_sm90.cuh"
 #include "ops/checks.h"
 
 namespace qkernels::cuda {
@@ -98,6 +98,37 @@ __global__ void two_ops_kernel() {
   }
 }
 
+// Two blocks copy 16 bytes each, to both.
+__global__ void cluster_kernel(const uint8_t* from, uint32_t* to, bool wait) {
+  uint8_t* const shared = shared_memory<uint8_t>();
+  Barrier* const barrier = reinterpret_cast<Barrier*>(shared + 32);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_fence();
+  }
+  cluster_sync();
+  const int at = cluster_rank() * 16;
+  if (threadIdx.x == 0) {
+    barrier_expect(barrier, 32);
+    copy_bulk(shared + at, from + at, 16, barrier, 3);
+  }
+  if (wait) barrier_wait(barrier, 0);
+  if (threadIdx.x < 8) {
+    to[blockIdx.x * 8 + threadIdx.x] = reinterpret_cast<uint32_t*>(shared)[threadIdx.x];
+  }
+  barrier_wait(barrier, 0);
+  cluster_sync();
+}
+
+__global__ void unfinished_product_kernel() {
+  int32_t sums[32] = {};
+  const uint32_t a[4] = {};
+  warpgroup_mma<64>(sums, a, matrix_in_shared(shared_memory<uint8_t>()), false);
+  warpgroup_commit();
+}
+
+__global__ void no_barrier_kernel() { barrier_wait(shared_memory<Barrier>(), 0); }
+
 void mma(const Tensor& a, const Tensor& b, const Tensor& d, int64_t type) {
   launch(mma_kernel, 1, 32, 0, nullptr, static_cast<const uint8_t*>(a.const_data_ptr()),
          static_cast<const uint8_t*>(b.const_data_ptr()), d.mutable_data_ptr(),
@@ -114,6 +145,12 @@ void copy(const Tensor& from, const Tensor& to, int64_t valid, bool wait, bool b
          static_cast<uint32_t*>(to.mutable_data_ptr()), static_cast<int>(valid), wait, barrier);
 }
 
+void cluster(const Tensor& from, const Tensor& to, bool wait) {
+  launch_clusters(cluster_kernel, 2, 2, 32, 64, nullptr,
+                  static_cast<const uint8_t*>(from.const_data_ptr()),
+                  static_cast<uint32_t*>(to.mutable_data_ptr()), wait);
+}
+
 void mistake(const std::string& which) {
   static const uint32_t word = 0;
   if (which == "unfinished copy") launch(unfinished_kernel, 1, 32, 4, nullptr, &word);
@@ -125,6 +162,8 @@ void mistake(const std::string& which) {
   if (which == "half a barrier") launch(half_barrier_kernel, 1, 64, 0, nullptr);
   if (which == "two instructions") launch(two_ops_kernel, 1, 32, 0, nullptr);
   if (which == "half a warp") launch(half_barrier_kernel, 1, 48, 0, nullptr);
+  if (which == "unfinished product") launch(unfinished_product_kernel, 1, 128, 64, nullptr);
+  if (which == "no barrier") launch(no_barrier_kernel, 1, 32, 64, nullptr);
   if (which == "too much memory") launch(half_barrier_kernel, 1, 64, 100 * 1024, nullptr);
 }
 
@@ -135,6 +174,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qkernels_host, m) {
   m.def("probe_mma(Tensor a, Tensor b, Tensor(a!) d, int type) -> ()");
   m.def("probe_ldmatrix(Tensor a, Tensor(a!) to) -> ()");
   m.def("probe_copy(Tensor a, Tensor(a!) to, int valid, bool wait, bool barrier) -> ()");
+  m.def("probe_cluster(Tensor a, Tensor(a!) to, bool wait) -> ()");
   m.def("probe_mistake(str which) -> ()");
 }
 
@@ -142,5 +182,6 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels_host, CompositeExplicitAutograd, m) {
   m.impl("probe_mma", TORCH_BOX(&qkernels::cuda::mma));
   m.impl("probe_ldmatrix", TORCH_BOX(&qkernels::cuda::ldmatrix));
   m.impl("probe_copy", TORCH_BOX(&qkernels::cuda::copy));
+  m.impl("probe_cluster", TORCH_BOX(&qkernels::cuda::cluster));
   m.impl("probe_mistake", TORCH_BOX(&qkernels::cuda::mistake));
 }
