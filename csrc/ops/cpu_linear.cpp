@@ -1,7 +1,8 @@
 // How a CPU runs linear and packs int_mm's second operand: workspace, threads.
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
-#include <thread>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -48,7 +49,7 @@ class SharedPrepare {
       if (spins < kSpins) {
         __builtin_ia32_pause();
       } else {
-        std::this_thread::yield();
+        sched_yield();
       }
     }
   }
