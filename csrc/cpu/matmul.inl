@@ -66,8 +66,8 @@ SIMD void fold(const LinearArgs& a, typename Tile::Sum sum, F scale, bool is_fir
   }
 }
 
-// What a tile asks for while it computes: `part` bytes of each block for every 8 k, from `codes` on.
-// Policies without kLooksAhead see to that themselves.
+// What a tile asks for while it computes: `part` bytes of each block for every 8 k, from `codes`
+// on. Policies without kLooksAhead see to that themselves.
 struct Ahead {
   const uint8_t* codes;
   int64_t part;
@@ -363,8 +363,9 @@ constexpr TileKernels<Tile> tile_kernels(std::integer_sequence<int, Index...>) {
 }
 
 // Tile `at` of `tiles` that have the same columns, `blocks` blocks from `block` on. The first one
-// would wait for memory and the others leave it idle: so each asks for its part of the next columns,
-// as far as the L2 cache can keep them. A tile alone asks for what it needs itself a little later.
+// would wait for memory and the others leave it idle: so each asks for its part of the next
+// columns, as far as the L2 cache can keep them. A tile alone asks for what it needs itself a
+// little later.
 SIMD Ahead look_ahead(const LinearArgs& a, int64_t block, int64_t blocks, bool is_last, int64_t at,
                       int64_t tiles) {
   constexpr int64_t kMostBytes = 256 * 1024;

@@ -1,9 +1,10 @@
-// linear with int8 activations and int_mm on sm_90a, where weights have one group a row: products of
-// warpgroups, weights from registers, tokens from shared memory.
+// linear with int8 activations and int_mm on sm_90a, where weights have one group a row: products
+// of warpgroups, weights from registers, tokens from shared memory.
 //
 // A block takes tiles of 128 outputs, one after the other. Of its three warpgroups two multiply 64
-// outputs each, and a thread of the third keeps copies under way. Two blocks of a cluster work on the
-// same tokens and copy half of them each, to both: tokens cross the L2 cache once for 256 outputs.
+// outputs each, and a thread of the third keeps copies under way. Two blocks of a cluster work on
+// the same tokens and copy half of them each, to both: tokens cross the L2 cache once for 256
+// outputs.
 //
 // Shared memory: stages of [tokens | weights], the tokens as `matrix_in_shared` wants them, the
 // weights as they are packed; then barriers, what the results need of each token, and for each
@@ -46,7 +47,8 @@ struct SharedMemory {
   }
 };
 
-// One stage after the other, over all tiles of a block. A barrier's phase has the parity of `round`.
+// One stage after the other, over all tiles of a block. A barrier's phase has the parity of
+// `round`.
 struct Turn {
   int stage = 0;
   uint32_t round = 0;

@@ -2,9 +2,9 @@
 //
 //   rows   [rows][panel_pitch]: for mma.sync, whose threads read eight codes each
 //   tiles  [rows / 128][k / 128] pieces of 128 rows x 128 bytes, 16 KiB each, for warpgroup_mma
-//          (matrix_in_shared), so that one copy of consecutive bytes brings a piece to shared memory.
-//          Of a thread's eight codes the first four belong to the first 16 k of a product and the
-//          others to the last 16, as the packed weight has them.
+//          (matrix_in_shared), so that one copy of consecutive bytes brings a piece to shared
+//          memory. Of a thread's eight codes the first four belong to the first 16 k of a product
+//          and the others to the last 16, as the packed weight has them.
 #pragma once
 
 #include "cuda/ptx.cuh"

@@ -1,7 +1,7 @@
-// Instructions of sm_90 (Hopper) alone, one function each, as in ptx.cuh: barriers in shared memory,
-// copies of many bytes that count on them, clusters of blocks, and products of a warpgroup (four
-// warps). Where QK_SM90A is 0 they are declared but never called: kernels that use them have an
-// empty body there, and are not launched.
+// Instructions of sm_90 (Hopper) alone, one function each, as in ptx.cuh: barriers in shared
+// memory, copies of many bytes that count on them, clusters of blocks, and products of a warpgroup
+// (four warps). Where QK_SM90A is 0 they are declared but never called: kernels that use them have
+// an empty body there, and are not launched.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -109,9 +109,9 @@ QK_DEVICE void barrier_init_fence() {
 #endif
 }
 
-// Arrives at the barrier in the same place of block `rank` of the cluster: what this thread has read
-// of shared memory may be overwritten. What it wrote is not said to be there, in another block: that
-// would cost a memory barrier of the whole GPU, a thousand cycles.
+// Arrives at the barrier in the same place of block `rank` of the cluster: what this thread has
+// read of shared memory may be overwritten. What it wrote is not said to be there, in another
+// block: that would cost a memory barrier of the whole GPU, a thousand cycles.
 QK_DEVICE void barrier_arrive(Barrier* at, int rank) {
 #ifdef QKERNELS_HOST
   host::barrier_arrive(at, rank);
@@ -140,8 +140,8 @@ QK_DEVICE void barrier_expect(Barrier* at, int bytes) {
 #endif
 }
 
-// Returns when the phase of this parity (0 is the first one's) has ended. The copies that counted on
-// it have landed.
+// Returns when the phase of this parity (0 is the first one's) has ended. The copies that counted
+// on it have landed.
 QK_DEVICE void barrier_wait(Barrier* at, uint32_t parity) {
 #ifdef QKERNELS_HOST
   host::barrier_wait(at, parity);
@@ -225,7 +225,8 @@ QK_DEVICE void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier
 // ---- Products of a warpgroup --------------------------------------------------------------------
 
 // A matrix [n][128 bytes of k] in shared memory from a multiple of 1024 bytes on, for
-// `warpgroup_mma`; the 16 bytes c of row r lie at 128 r + 16 (c ^ r % 8). Adding 2 moves on by 32 k.
+// `warpgroup_mma`; the 16 bytes c of row r lie at 128 r + 16 (c ^ r % 8). Adding 2 moves on by 32
+// k.
 QK_DEVICE uint64_t matrix_in_shared(const void* at) {
 #ifdef QKERNELS_HOST
   const uint64_t address = host::shared_offset("matrix_in_shared", at);
@@ -275,8 +276,8 @@ QK_DEVICE void warpgroup_keep(T (&registers)[kCount]) {
 }
 
 // sums (+)= A . B in the background: A[64][32] is int8 in registers, 16 rows of each warp as for
-// mma_s8; B[kN][32] is int8 in shared memory. sums[4 * j + e] is element e of mma_s8's D for columns
-// 8j to 8j + 7. Without `add` the sums begin at 0.
+// mma_s8; B[kN][32] is int8 in shared memory. sums[4 * j + e] is element e of mma_s8's D for
+// columns 8j to 8j + 7. Without `add` the sums begin at 0.
 template <int kN>
 QK_DEVICE void warpgroup_mma(int32_t (&sums)[kN / 2], const uint32_t (&a)[4], uint64_t b,
                              bool add) {

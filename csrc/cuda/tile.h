@@ -53,8 +53,8 @@ int64_t product_cycles(int64_t features, int64_t tokens, int64_t times, int64_t 
   return round_up(tiles, multiprocessors) / multiprocessors * T::kCycles;
 }
 
-// A tile of two warpgroups: 128 outputs, a quarter of them for each warp of both. Two blocks that run
-// together, side by side in outputs, share their tokens.
+// A tile of two warpgroups: 128 outputs, a quarter of them for each warp of both. Two blocks that
+// run together, side by side in outputs, share their tokens.
 struct WarpgroupTile {
   static constexpr int kTokens = 256, kStages = 4;  // of kPieceK
   static constexpr int kBlockFeatures = 128, kTogether = 2;

@@ -31,9 +31,9 @@ int64_t workspace_rows(int64_t rows) { return round_up(rows, kRowSlack); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Row tiles of x that the threads of one region prepare together, each taking the next one, and then
-// wait for. Who waits, waits only for tiles that a running thread has taken, so it does not matter
-// how many threads there are and when they begin.
+// Row tiles of x that the threads of one region prepare together, each taking the next one, and
+// then wait for. Who waits, waits only for tiles that a running thread has taken, so it does not
+// matter how many threads there are and when they begin.
 class SharedPrepare {
  public:
   SharedPrepare(const Kernels& table, const LinearArgs& args, int64_t row_tile)
@@ -63,8 +63,8 @@ class SharedPrepare {
   alignas(kLine) std::atomic<int64_t> done_{0};
 };
 
-// Prepares x and splits tiles of columns, and rows when there are few columns, over the threads. The
-// products have all but their weight and their result in common.
+// Prepares x and splits tiles of columns, and rows when there are few columns, over the threads.
+// The products have all but their weight and their result in common.
 void run_tiles(const Kernels& table, const std::vector<LinearArgs>& products) {
   const LinearArgs& first = products.front();
   const int64_t block_tile = table.block_tile(first);

@@ -55,8 +55,8 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
 void run_clusters(dim3 grid, dim3 block, int64_t shared_bytes, unsigned cluster,
                   const std::function<void()>& thread);
 
-// QKERNELS_HOST_MULTIPROCESSORS and QKERNELS_HOST_SM90, which say what device the kernels are chosen
-// for.
+// QKERNELS_HOST_MULTIPROCESSORS and QKERNELS_HOST_SM90, which say what device the kernels are
+// chosen for.
 int multiprocessors();
 bool sm90();
 
