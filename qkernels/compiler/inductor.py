@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -44,12 +44,12 @@ def backend(
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        compiled: Callable[..., Any] = compile_fx(module, list(inputs), config_patches=patches)
-        return compiled
+        compiled: Any = compile_fx(module, list(inputs), config_patches=patches)
+        return cast(Callable[..., Any], compiled)
 
     def put_together(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         rewrite(graph)
-        inner = compile_fx(graph, examples, config_patches=patches)
+        inner: Any = compile_fx(graph, examples, config_patches=patches)
 
         def boxed(args: list[Any]) -> Any:
             given = tuple(args)
