@@ -17,6 +17,10 @@ VARIABLES: dict[str, str] = {
         "the instruction set that kernels use: scalar, avx2, avxvnni, avx512 or avx512bf16; one "
         "that the machine lacks is an error. Not set: the best that the CPU can run."
     ),
+    "QKERNELS_HUGE_PAGES": (
+        "0 keeps packed weights of 2 MiB and more in the system's usual pages. Not set, or anything "
+        "else: Linux is asked for pages of 2 MiB for them, which makes layers with few rows faster."
+    ),
     "QKERNELS_MATMUL_ROWS": (
         "on a GPU, the rows of x from which a linear layer with float activations, and its "
         "gradient, dequantize the weight and call torch's matmul, whatever the format. A large "

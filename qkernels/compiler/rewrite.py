@@ -213,7 +213,9 @@ def _fuse_norm(node: fx.Node) -> bool:
     terms = [value_of(x) for x in (a, b)]
     if arguments(added)["alpha"] != 1 or any(x is None or not _alike(x, added) for x in terms):
         return False
-    if not all(_is_given(given[name]) for name in ("weight", "bias")):
+    parameters = [given[name] for name in ("weight", "bias") if given[name] is not None]
+    types = {added.meta["val"].dtype, torch.float32}
+    if not all(_is_given(p) and p.meta["val"].dtype in types for p in parameters):
         return False
     results = {user.args[1]: user for user in node.users if is_getitem(user)}
     if any(user.users for i, user in results.items() if i != 0) or 0 not in results:

@@ -32,6 +32,7 @@ MAY_INCLUDE = {
 # Files that may include more than their ring does, each for one reason.
 ALSO = {
     "cpu/dispatch.cpp": ["<cpuid.h>"],
+    "ops/cpu_weights.cpp": [r"<sys/mman\.h>"],
     "ops/cpu_linear.cpp": [r"<sched\.h>"],  # who waits for rows of x lets others run
     "ops/introspect.cpp": [r"<pybind11/\w+\.h>"],
 }

@@ -64,6 +64,8 @@ def units(bench: Bench) -> Iterator[Unit]:
 
     logging.set_verbosity_error()  # it reports weights that a model was loaded without
     logging.disable_progress_bar()
+    # Models of one class count together; from the eighth on torch would run them uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     for make in (minilm, bert_base, llama):
         name = make.__name__.replace("_", "-")
         if bench.only.has_model(name) and not (bench.quick and make is not minilm):
