@@ -18,8 +18,9 @@ VARIABLES: dict[str, str] = {
         "that the machine lacks is an error. Not set: the best that the CPU can run."
     ),
     "QKERNELS_HUGE_PAGES": (
-        "0 keeps packed weights of 2 MiB and more in the system's usual pages. Not set, or anything "
-        "else: Linux is asked for pages of 2 MiB for them, which makes layers with few rows faster."
+        "0 keeps packed weights of 2 MiB and more in the system's usual pages. Not set, or "
+        "anything else: Linux is asked for pages of 2 MiB for them, which makes layers with few "
+        "rows faster."
     ),
     "QKERNELS_MATMUL_ROWS": (
         "on a GPU, the rows of x from which a linear layer with float activations, and its "
