@@ -20,9 +20,9 @@ constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 #define MADV_COLLAPSE 25  // Linux 6.1
 #endif
 
-// Pages of 2 MiB, as far as they lie within `bytes` from `at` on: a weight that comes from memory is
-// read up to a fifth faster (docs/performance.md). NumPy asks for them in the same way. Whether the
-// system has them does not matter to anything else, so its answers are not looked at.
+// Pages of 2 MiB, as far as they lie within `bytes` from `at` on: a weight that comes from memory
+// is read up to a fifth faster (docs/performance.md). NumPy asks for them in the same way. Whether
+// the system has them does not matter to anything else, so its answers are not looked at.
 void ask_for_huge_pages(void* at, int64_t bytes, int advice) {
   const char* given = std::getenv("QKERNELS_HUGE_PAGES");
   if (given != nullptr && std::string_view(given) == "0") return;
