@@ -201,6 +201,17 @@ def test_int_mm(ops: Any, device: Any) -> None:
             assert torch.equal(y.long(), a.long() @ b.long())
 
 
+def test_int_mm_by_warpgroups(ops: Any, device: Any, sm90: None) -> None:
+    device(1)
+    # The second one is large enough for a GPU to take it to them, too.
+    for m, k, n in ((257, 130, 300), (1987, 136, 1930)):
+        if n > 1000 and not isinstance(ops, DeviceOps):
+            continue
+        a, b = (torch.from_numpy(rng(i, m).integers(-128, 128, s, np.int8))
+                for i, s in ((0, (m, k)), (1, (k, n))))  # fmt: skip
+        assert torch.equal(ops.int_mm(a, b).long(), a.long() @ b.long())
+
+
 @pytest.mark.parametrize("rows", [1, 17])
 def test_the_longest_sum(ops: Any, device: Any, rows: int) -> None:
     device(1)

@@ -30,7 +30,7 @@ def test_kernel_and_arithmetic_of_a_layer(scheme, shape):
 @pytest.fixture
 def on_an_h100(monkeypatch):
     """Gives modules a weight on a GPU that is not there."""
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(multi_processor_count=132, major=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
@@ -68,6 +68,12 @@ def test_a_layer_on_a_gpu(on_an_h100, scheme, rows, dtype, kernel):
     assert f"{kernel} (sm_90)" in text
     assert ("and torch multiplies" in text) == (kernel == "dequantize + matmul")
     assert f"kernel={layer.kernel_for(1, layer.dtype)}" in repr(layer)
+
+
+def test_many_rows_on_hopper():
+    layer = qk.nn.QLinear(8192, 8192)
+    kernels = [layer.cuda_kernel_for(2048, torch.bfloat16, 132, hopper=h) for h in (False, True)]
+    assert kernels == ["cuda int8 mma 128x128", "cuda int8 wgmma 128x256"]
 
 
 def test_a_convolution_on_a_gpu(on_an_h100):
