@@ -63,7 +63,7 @@ few="$on_gpu and (test_shapes or test_groups or test_bytes_and_inverse or test_i
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 
 if step build 240 "$python" setup.py build_ext --inplace; then
-  # First, because a machine that is lent for minutes may go before the rest is done.
+  # First: where time runs out, tests are the part that can be had elsewhere.
   step bench 180 "$python" -m qkernels.bench.cuda "$out" --seconds 120
   # A process each: after a fault a process cannot use the GPU any more.
   for file in $(grep -l "ops: Any" tests/cuda/test_*.py) tests/nn/test_devices.py; do

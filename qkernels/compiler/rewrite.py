@@ -15,6 +15,8 @@ from qkernels.lowering.nodes import arguments, is_getitem, op_of, value_of
 
 _LINEAR = "qkernels::linear"
 _FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+# Ops whose results are memory of their own, unlike those of views.
+_READERS = (_LINEAR, "aten::add", "aten::native_layer_norm")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ops = torch.ops.qkernels
 
@@ -71,14 +73,13 @@ def _replace(node: fx.Node, new: fx.Node) -> None:
 
 
 def _drop_copies(graph: fx.Graph) -> None:
-    """Dropout leaves copies behind. Nothing is written to here, so only outputs need their own."""
+    """Dropout leaves copies behind, which are for nothing where all that follows only reads them."""
     for node in _nodes(graph, "aten::clone"):
-        (source, *_), value = node.args, value_of(node)
+        source, value = node.args[0], value_of(node)
         before = value_of(source)
-        outputs = any(user.op == "output" for user in node.users)
-        if outputs or value is None or before is None or value.stride() != before.stride():
-            continue
-        node.replace_all_uses_with(source)  # type: ignore[arg-type]
+        alike = value is not None and before is not None and value.stride() == before.stride()
+        if alike and all(op_of(user) in _READERS for user in node.users):
+            node.replace_all_uses_with(source)  # type: ignore[arg-type]
 
 
 # ---- Activation functions ------------------------------------------------------------------------

@@ -199,10 +199,23 @@ def test_what_is_put_together(function, what):
         torch.testing.assert_close(got, model(x))
 
 
-def test_results_do_not_share_memory():
-    model = quantized(Calls(lambda m, x: (y := m.a(x), y.clone())))
+@pytest.mark.parametrize("view", [lambda y: y, lambda y: y.view(-1), lambda y: y.t()])
+def test_results_do_not_share_memory(view):
+    model = quantized(Calls(lambda m, x: (y := m.a(x), view(y.clone()))))
     (a, b), _, _ = through(model, torch.randn(3, 24))
     assert a.data_ptr() != b.data_ptr()
+
+
+def test_a_copy_of_what_is_written_to_stays():
+    def function(m, x):
+        before = x.clone().view(-1)
+        x.add_(1)
+        return before, m.a(x)
+
+    x = torch.randn(3, 24)
+    wanted = x.clone().view(-1)
+    (before, _), _, _ = through(quantized(Calls(function)), x)
+    assert torch.equal(before, wanted)
 
 
 def test_heads_that_were_moved_keep_torchs_attention():
