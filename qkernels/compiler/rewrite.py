@@ -73,7 +73,7 @@ def _replace(node: fx.Node, new: fx.Node) -> None:
 
 
 def _drop_copies(graph: fx.Graph) -> None:
-    """Dropout leaves copies behind, which are for nothing where all that follows only reads them."""
+    """Dropout leaves copies behind, which are for nothing where all that follows reads them."""
     for node in _nodes(graph, "aten::clone"):
         source, value = node.args[0], value_of(node)
         before = value_of(source)
