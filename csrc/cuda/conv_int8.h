@@ -17,6 +17,9 @@ struct ConvWarpgroupTile {
   static constexpr int kAcross = kAcross_, kColumns = kColumns_;
   static constexpr int kStages = kStages_;  // of kPieceK
   static constexpr int kFeatures = 64 * kAcross, kPixels = kColumns * (kConsumers / kAcross);
+  // Producers that gather a stage together, so many pixels each; else they take turns.
+  static constexpr int kStageProducers = kPixels > 128 ? kProducers : 1;
+  static constexpr int kOwnPixels = kPixels / kStageProducers;
   static constexpr int kThreads = (kConsumers + kProducers) * 4 * kWarp;
   static constexpr int kPixelBytes = kPixels * kPieceK, kWeightBytes = kFeatures * kPieceK;
   // Of a multiprocessor for a stage. Shared memory limits it, at 128 bytes a cycle: each warpgroup

@@ -231,6 +231,19 @@ QK_DEVICE void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier
 #endif
 }
 
+// The other way round than ldmatrix_x4_trans: r[j] becomes column g, rows 2t and 2t + 1, of matrix j.
+QK_DEVICE void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+#ifdef QKERNELS_HOST
+  host::check_shared("stmatrix_x4_trans", row, 16);
+  host::stmatrix_x4_trans(row, r);
+#elif QK_SM90A
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#endif
+}
+
 // ---- Products of a warpgroup --------------------------------------------------------------------
 
 // A matrix [n][128 bytes of k] in shared memory from a multiple of 1024 bytes on, for

@@ -158,6 +158,7 @@ uint32_t reduce(const char* op, uint32_t value, F join) {
 uint32_t ballot(bool predicate);
 void ldmatrix_x4(uint32_t (&r)[4], const void* row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
+void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]);
 
 using Widen = float (*)(uint16_t);
 using Narrow = uint16_t (*)(float);
