@@ -217,9 +217,9 @@ Call plan_call(const ConvArgs& given, uint8_t* memory) {
   ConvArgs& a = c.args;
   c.piece = a.group_channels % 16 == 0 ? 16 : 4;
   for (int i = 0; i < 3; ++i) c.borders |= a.before[i] != 0 || a.grid[i] > a.in[i];
-  c.warpgroups = conv_takes_warpgroups(a.depthwise, a.groups, a.group_channels, a.taps(),
-                                       has_sm90a()) &&
-                 a.batch * a.image_codes() / kCudaChunk <= INT32_MAX;
+  c.warpgroups =
+      conv_takes_warpgroups(a.depthwise, a.groups, a.group_channels, a.taps(), has_sm90a()) &&
+      a.batch * a.image_codes() / kCudaChunk <= INT32_MAX;
   const bool no_copy = is_image(a, c.piece, c.borders, c.warpgroups);
   c.borders &= no_copy;
   if (no_copy) {

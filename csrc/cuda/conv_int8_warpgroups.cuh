@@ -170,12 +170,10 @@ QK_DEVICE void store_packed(const ConvArgs& a, Encoder encoder, const WarpgroupS
     weight_sum[i] = shared.weight_sums()[o];
   }
   constexpr int kPitch = kPackedPitch<kElement>, kUnits = 4 * kElement;  // of 16 bytes
-#pragma unroll 1
+#pragma unroll
   for (int round = 0; round < T::kColumns / kRoundPixels; ++round) {
     const int first = round * kRoundPixels;
     if (first >= left) break;
-    RoundSums mine;
-    select_round<T>(mine, sums, round);
     uint32_t packed[kElement][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -186,7 +184,7 @@ QK_DEVICE void store_packed(const ConvArgs& a, Encoder encoder, const WarpgroupS
       uint32_t codes[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {  // pixel 2t + e % 2, output g + e / 2 * 8
-        const int32_t sum = mine[j * 4 + e] - zero[e % 2] * weight_sum[e / 2];
+        const int32_t sum = sums[(round * 4 + j) * 4 + e] - zero[e % 2] * weight_sum[e / 2];
         y[e] = std::fma(image_scale[e % 2], static_cast<float>(sum) * scale[e / 2], bias[e / 2]);
         if constexpr (kElement == 1) {
           const float quotient = y[e] * encoder.inverse;

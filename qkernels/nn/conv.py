@@ -290,6 +290,7 @@ class QConvNd(QModule):
             self.scheme.group_size,
             self.scheme.activation_code,
             kernel_dtype_code(dtype),
+            on_hopper(self.packed),
         )
 
     def extra_repr(self) -> str:
