@@ -38,33 +38,7 @@ inline bool has_sm90a() {
 template <class... Params, class... Args>
 void launch_clusters(void (*kernel)(Params...), unsigned grid, unsigned cluster, dim3 block,
                      int64_t shared_bytes, Stream stream, const Args&... args) {
-  if (grid == 0) return;
-#ifdef QKERNELS_HOST
-  static_cast<void>(stream);
-  host::run_clusters(grid, block, shared_bytes, cluster,
-                     [&] { kernel(static_cast<Params>(args)...); });
-#else
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-  }
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("qkernels: a CUDA kernel could not be launched: ") +
-                             cudaGetErrorString(error));
-  }
-#endif
+  launch_with({.cluster = cluster}, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 // ---- Registers ----------------------------------------------------------------------------------

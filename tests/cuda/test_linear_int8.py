@@ -100,6 +100,17 @@ def test_groups(ops: Any, device: Any, kind: Kind, group_size: int) -> None:
             linear(ops, weight(kind, 35, k, group_size), awkward((rows, k)), ASYMMETRIC)
 
 
+@pytest.mark.parametrize("type", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", [INTEGER_KINDS[0], *INTEGER_KINDS[3:]], ids=str)
+def test_rows_of_whole_chunks(ops: Any, device: Any, kind: Kind, type: torch.dtype) -> None:
+    """Their codes are made by a kernel that has a chunk a thread, at most 1024 at once."""
+    device(4)
+    for k, group_size in ((32, -1), (96, 32), (32 * 1025, 64)):
+        w = weight(kind, 17, k, group_size)
+        x = awkward((3, k), type, seed=k)
+        same_bits(linear(ops, w, x, SYMMETRIC), w.integer(x, None, SYMMETRIC))
+
+
 @pytest.mark.parametrize(("multiprocessors", "rows"), [(4, 5), (4, 40), (1, 70)])
 @pytest.mark.parametrize("kind", [INTEGER_KINDS[0], INTEGER_KINDS[4]], ids=str)
 def test_static_scales_factors_and_orders(

@@ -55,6 +55,11 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
 void run_clusters(dim3 grid, dim3 block, int64_t shared_bytes, unsigned cluster,
                   const std::function<void()>& thread);
 
+// Kernels run one after the other here. What can be seen of one that may overlap with the one
+// before it is whether it waits at all.
+void wait_for_previous();
+void check_waited();
+
 // QKERNELS_HOST_MULTIPROCESSORS and QKERNELS_HOST_SM90, which say what device the kernels are
 // chosen for.
 int multiprocessors();

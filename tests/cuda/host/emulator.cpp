@@ -128,6 +128,7 @@ struct Cluster {
 };
 
 std::mutex mutex;
+bool waited = false;  // by the kernel that has run last
 std::exception_ptr failure;
 void* scheduler = nullptr;  // its stack pointer
 Cluster* cluster = nullptr;
@@ -287,6 +288,12 @@ void run_cluster(bool backwards) {
 
 }  // namespace
 
+void wait_for_previous() { waited = true; }
+
+void check_waited() {
+  if (!waited) throw std::runtime_error("emulator: a kernel that overlaps has waited for nothing");
+}
+
 void run(dim3 grid, dim3 size, int64_t shared_bytes, const std::function<void()>& thread) {
   run_clusters(grid, size, shared_bytes, 1, thread);
 }
@@ -294,6 +301,7 @@ void run(dim3 grid, dim3 size, int64_t shared_bytes, const std::function<void()>
 void run_clusters(dim3 grid, dim3 size, int64_t shared_bytes, unsigned together,
                   const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(mutex);
+  waited = false;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
   if (threads == 0 || threads > kThreadLimit || threads % kWarp != 0) {
     throw std::runtime_error("emulator: a block has whole warps and 32 to 1024 threads, got " +
