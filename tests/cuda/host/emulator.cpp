@@ -46,9 +46,9 @@ constexpr int64_t kStack = 128 * 1024, kPage = 4096;
 constexpr int64_t kRedZone = 256;            // bytes around shared memory
 constexpr int64_t kSharedLimit = 99 * 1024;  // of sm_86, sm_89 and sm_120; others have more
 constexpr int64_t kSharedLimit90 = 227 * 1024;
-constexpr unsigned kThreadLimit = 1024;   // of a block
+constexpr unsigned kThreadLimit = 1024;     // of a block
 constexpr unsigned kClusterThreads = 4096;  // of a cluster
-constexpr int kPoison = 0xff;  // NaN as a float of any size, -1 as an integer
+constexpr int kPoison = 0xff;               // NaN as a float of any size, -1 as an integer
 
 struct Copy {
   void* to;

@@ -172,8 +172,7 @@ void ldmatrix(const Tensor& a, const Tensor& to) {
 }
 
 void stmatrix(const Tensor& from, const Tensor& to) {
-  launch(stmatrix_kernel, 1, 32, 512, nullptr,
-         static_cast<const uint32_t*>(from.const_data_ptr()),
+  launch(stmatrix_kernel, 1, 32, 512, nullptr, static_cast<const uint32_t*>(from.const_data_ptr()),
          static_cast<uint32_t*>(to.mutable_data_ptr()));
 }
 
