@@ -102,6 +102,15 @@ QK_DEVICE void barrier_arrive(Barrier* at, int rank) {
 #endif
 }
 
+// The same in this block, and who waits sees what this thread wrote before.
+QK_DEVICE void barrier_arrive(Barrier* at) {
+#ifdef QKERNELS_HOST
+  host::barrier_arrive(at, host::cluster_rank());
+#else
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_address(at)) : "memory");
+#endif
+}
+
 // Arrives and announces `bytes` of copies, for this phase.
 QK_DEVICE void barrier_expect(Barrier* at, int bytes) {
 #ifdef QKERNELS_HOST
@@ -193,6 +202,43 @@ QK_DEVICE void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier
       : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)),
         "h"(static_cast<uint16_t>(blocks))
       : "memory");
+#endif
+}
+
+// Stores 16 bytes in the background to the same place of block `rank` of the cluster; they count on
+// its barrier.
+QK_DEVICE void store_async_128(void* to, uint4 v, Barrier* barrier, int rank) {
+#ifdef QKERNELS_HOST
+  host::store_async(to, v, barrier, rank);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counter;\n"
+      "mapa.shared::cluster.u32 there, %0, %6;\n"
+      "mapa.shared::cluster.u32 counter, %1, %6;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%2, %3, %4, %5}, "
+      "[counter];\n"
+      "}"
+      :
+      : "r"(shared_address(to)), "r"(shared_address(barrier)), "r"(v.x), "r"(v.y), "r"(v.z),
+        "r"(v.w), "r"(rank)
+      : "memory");
+#endif
+}
+
+// ---- Matrices -----------------------------------------------------------------------------------
+
+// Stores four matrices of 8 x 8 16-bit elements transposed, one register each: a thread holds
+// elements 2t and 2t + 1 of row g, which become column g of rows 2t and 2t + 1. Lane i gives the
+// address of row i % 8 of matrix i / 8.
+QK_DEVICE void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+#ifdef QKERNELS_HOST
+  host::stmatrix_x4_trans(row, r);
+#elif QK_SM90A
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
 #endif
 }
 

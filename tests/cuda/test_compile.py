@@ -187,9 +187,15 @@ def test_warpgroups_on_hopper(tmp_path: Path) -> None:
     run(cuda.nvcc(), *cuda.NVCC_FLAGS, "-arch=sm_90a", "-cubin", source, "-o", binary)
     check_local_memory(binary)
     code = run(disassembler(), "--dump-sass", binary)
-    assert "UBLKCP.S.G.MULTICAST" in code
-    first, last = (find(code, "IGMMA.64x256x32.S8.S8") for find in (str.index, str.rindex))
-    assert "MEMBAR" not in code[first:last]  # a thousand cycles, each time
+    kernels = code.split("Function : ")[1:]
+    assert len(kernels) == 3
+    for tokens in (64, 128, 256):
+        product = f"IGMMA.64x{tokens}x32.S8.S8"
+        (kernel,) = (text for text in kernels if product in text)
+        for instruction in ("UBLKCP.S.G.MULTICAST", "STSM.16.MT88.4", "STAS.128", "STG.E.128"):
+            assert instruction in kernel, (tokens, instruction)
+        # A thousand cycles, each time.
+        assert "MEMBAR" not in kernel[kernel.index(product) :], tokens
 
 
 def test_every_kernel_is_there_for_every_architecture_built() -> None:

@@ -20,8 +20,16 @@ SYMMETRIC, ASYMMETRIC = 1, 2
 SKINNY = ((4, 1), (4, 8), (4, 9), (4, 16), (99, 31))
 SMALL = ((4, 33), (1, 17), (64, 70))
 LARGE = ((1, 65), (1, 130))
-# Rows on sm_90a with one multiprocessor, for int8 weights whose rows are one group.
-WARPGROUPS = (257, 129, 200)
+# (multiprocessors, rows, n, k, tokens of a tile) on sm_90a, for int8 weights whose rows are one
+# group: whole k, and k in two and four parts.
+WARPGROUPS = (
+    (1, 257, 257, 130, 256), (1, 129, 100, 1, 256), (1, 200, 136, 520, 256),
+    (4, 520, 600, 128, 256), (1, 65, 40, 100, 128), (1, 128, 264, 1024, 128), (1, 17, 129, 96, 64),
+    (1, 64, 256, 640, 64), (4, 33, 250, 1500, 64), (1, 20, 130, 1024, 64), (1, 300, 72, 1029, 256),
+)  # fmt: skip
+# Two parts of the largest tile take a while in the emulator; and many tiles a block, on a GPU.
+LARGE_WARPGROUPS = (32, 512, 600, 3000, 256)
+MANY_TILES = (132, 2049, 8200, 520, 256)
 
 
 @pytest.fixture
@@ -71,24 +79,24 @@ def test_shapes(ops: Any, device: Any, kind: Kind, activation: int) -> None:
 @pytest.mark.parametrize("activation", [SYMMETRIC, ASYMMETRIC])
 @pytest.mark.parametrize("kind", INTEGER_KINDS[:2], ids=str)
 def test_warpgroups(ops: Any, device: Any, sm90: None, kind: Kind, activation: int) -> None:
-    shapes = ((257, 130), (100, 1), (130, 600), (300, 1024), (128, 128), (250, 1500))
-    device(1)
-    for i, (n, k) in enumerate(shapes):
-        multiprocessors, rows = 1, WARPGROUPS[i % 3]
-        if isinstance(ops, DeviceOps):
-            gpu = torch.cuda.get_device_properties(0)
-            if (gpu.major, gpu.multi_processor_count) != (9, 132):
-                pytest.skip("these shapes are for an H100 or H200")
-            # What makes two full rounds of the other tiles.
-            multiprocessors, rows, n = 132, 1930 + rows % 100, 1930 + n % 100
+    on_device = isinstance(ops, DeviceOps)
+    if on_device and torch.cuda.get_device_properties(0).major != 9:
+        pytest.skip("instructions of sm_90a")
+    shapes = WARPGROUPS
+    if activation == SYMMETRIC:
+        shapes += (LARGE_WARPGROUPS,) if kind is INTEGER_KINDS[0] else ()
+        shapes += (MANY_TILES,) if on_device else ()
+    for i, (multiprocessors, rows, n, k, tokens) in enumerate(shapes):
+        device(multiprocessors)
         w = weight(kind, n, k)
         facts = (kind.cuda_layout, activation, rows, k, n, -1, 0, multiprocessors, True)
-        assert _C.cuda_kernel_name(*facts) == "cuda int8 wgmma 128x256"
-        x = awkward((rows, k), FLOATS[i % 3], seed=i)
+        assert _C.cuda_kernel_name(*facts) == f"cuda int8 wgmma 128x{tokens}"
         bias = floats((n,), FLOATS[i // 2 % 3], seed="bias") if i % 2 else None
-        y = linear(ops, w, x, activation, bias, epilogue=i)
-        if i == 0:
-            same_bits(y, w.integer(x, bias, activation))
+        for epilogue in (0, 1 + i % 6):
+            x = awkward((rows, k), FLOATS[(i + epilogue) % 3], seed=i)
+            y = linear(ops, w, x, activation, bias, epilogue=epilogue)
+            if rows * n * k < 200_000 and epilogue == 0:
+                same_bits(y, w.integer(x, bias, activation))
 
 
 @pytest.mark.parametrize("group_size", [-1, 1, 16, 32, 96, 100, 128])
@@ -214,10 +222,7 @@ def test_int_mm(ops: Any, device: Any) -> None:
 
 def test_int_mm_by_warpgroups(ops: Any, device: Any, sm90: None) -> None:
     device(1)
-    # The second one is large enough for a GPU to take it to them, too.
-    for m, k, n in ((257, 130, 300), (1987, 136, 1930)):
-        if n > 1000 and not isinstance(ops, DeviceOps):
-            continue
+    for m, k, n in ((257, 130, 300), (33, 1000, 70), (100, 64, 5), (20, 0, 4)):
         a, b = (torch.from_numpy(rng(i, m).integers(-128, 128, s, np.int8))
                 for i, s in ((0, (m, k)), (1, (k, n))))  # fmt: skip
         assert torch.equal(ops.int_mm(a, b).long(), a.long() @ b.long())

@@ -102,6 +102,7 @@ int cluster_rank();
 void sync_cluster();
 void sync_some(int number, int count);
 void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint32_t blocks);
+void store_async(void* to, uint4 v, uint64_t* barrier, int rank);
 uint64_t shared_offset(const char* op, const void* at);
 
 // Products are computed when somebody waits for them, which is as late as can be.
@@ -163,6 +164,7 @@ uint32_t reduce(const char* op, uint32_t value, F join) {
 uint32_t ballot(bool predicate);
 void ldmatrix_x4(uint32_t (&r)[4], const void* row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
+void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]);
 
 using Widen = float (*)(uint16_t);
 using Narrow = uint16_t (*)(float);

@@ -102,6 +102,24 @@ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                 [](int i, int half) { return std::pair(i % 4 * 2 + half, i / 4); });
 }
 
+void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+  check_alignment("stmatrix_x4_trans", row, 16);
+  check_shared("stmatrix_x4_trans", row, 16);
+  struct Lane {
+    const uint32_t* r;
+    void* row;
+  } mine{r, row};
+  meet("stmatrix_x4_trans", &mine, [](void* const* lanes) {
+    const auto at = [&](int i) { return static_cast<const Lane*>(lanes[i]); };
+    for (int i = 0; i < kWarp; ++i) {
+      for (int column = 0; column < 8; ++column) {
+        const uint16_t element = half_at(at(column * 4 + i % 8 / 2)->r[i / 8], i % 2);
+        std::memcpy(static_cast<uint8_t*>(at(i)->row) + column * 2, &element, 2);
+      }
+    }
+  });
+}
+
 uint32_t fma_16(uint32_t a, uint32_t b, uint32_t c, Widen widen, Narrow narrow) {
   uint32_t result = 0;
   for (int i = 0; i < 2; ++i) {
