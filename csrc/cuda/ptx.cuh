@@ -264,11 +264,11 @@ QK_DEVICE void cp_async_wait() {
 // ---- Within a warp ------------------------------------------------------------------------------
 // All 32 threads take part in each of these.
 
-// The value of another lane; T has 32 bits.
+// The value of another lane, of whose number the five lowest bits count; T has 32 bits.
 template <class T>
 QK_DEVICE T shuffle(T value, int lane) {
 #ifdef QKERNELS_HOST
-  return host::exchange("shuffle", value, lane % kWarp);
+  return host::exchange("shuffle", value, lane & (kWarp - 1));
 #else
   return __shfl_sync(0xffffffffu, value, lane);
 #endif

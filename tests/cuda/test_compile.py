@@ -54,8 +54,8 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         r"STG\.E\.128",
     ),
     # A packed weight to bfloat16: 16 bytes of codes, and eight numbers at a time.
-    r"\bdequantize_packed_kernel<\(qkernels::Format\)1, \(qkernels::DType\)1, true>": (
-        r"LDG\.E\.128\S*",
+    r"\bdequantize_packed_kernel<\(qkernels::Format\)[012], \(qkernels::DType\)1>": (
+        r"LDG\.E\.\S*128\S*",
         r"STG\.E\.128",
     ),
     r"\bfinish_kernel<\(qkernels::DType\)1, true>": (r"LDG\.E\.128\S*", r"STG\.E\.128"),
