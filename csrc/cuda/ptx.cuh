@@ -196,6 +196,17 @@ QK_DEVICE uint2 load_shared_64(const void* at) {
 #endif
 }
 
+QK_DEVICE uint32_t load_shared_32(const void* at) {
+#ifdef QKERNELS_HOST
+  host::check_shared("load_shared_32", at, 4);
+  return host::aligned<uint32_t>("load_shared_32", at);
+#else
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(at)) : "memory");
+  return v;
+#endif
+}
+
 // *at += value, whoever else adds to it.
 QK_DEVICE void add_shared(int32_t* at, int32_t value) {
 #ifdef QKERNELS_HOST

@@ -27,8 +27,7 @@ pytestmark = [
 
 # Kernels that may keep something in local memory, by what c++filt calls them: why.
 MAY_SPILL: dict[str, str] = {
-    r"\blinear_float_kernel<.*Format\)2, .* 2, 1, 1, true>.*\(sm_120a\)": "8 bytes: nf4's GEMV",
-    r"\blinear_float_kernel<.*Format\)0, .* 2, 8, 8, false>.*\(sm_120a\)": "8 bytes: 64 x 256",
+    r"\blinear_float_kernel<.*Format\)0, .* 2, 8, 8>.*\(sm_120a\)": "8 bytes: 64 x 256",
     r"\bbackward_16_kernel<.*Format\)[01], .* false>.*\(sm_100a\)": "8 bytes: ragged rows",
 }
 
@@ -67,6 +66,11 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         r"HMMA\.16816\.F32\.BF16",
     ),
     r"\blinear_float_kernel<.*\(qkernels::DType\)2,": (r"HMMA\.16816\.F32",),
+    r"\bgemv_kernel<.*\(qkernels::DType\)1,": (
+        r"LDG\.E\S*128\S*",
+        r"LDGSTS\.E\.BYPASS\S*128",
+        r"HMMA\.16816\.F32\.BF16",
+    ),
     # The same with scales that are chosen: groups of up to 256, and longer ones.
     r"\bshort_groups_kernel<.*QuantizeJob<\(qkernels::Format\)0, \(qkernels::DType\)1>": (
         r"LDG\.E\.128\S*",
