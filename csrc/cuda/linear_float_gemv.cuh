@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(T::kMaxThreads, 2) gemv_kernel(const FloatKern
   const bool wide = a.scale_type == DType::f32;
   // Eight lanes to a block, each with 16 bytes: four or two have scales and one has zero points.
   const int piece = lane % 8;
-  const bool copies = lane < kBlocks * 8 && (piece < (wide ? 4 : 2) || (piece == 4 && a.asymmetric));
+  const bool copies =
+      lane < kBlocks * 8 && (piece < (wide ? 4 : 2) || (piece == 4 && a.asymmetric));
   const int copy_step = piece == 4 ? kLanes : wide ? kLanes * 4 : kLanes * 2;  // to the next group
   const uint8_t* copy_from = a.packed + min(block + lane / 8, last_block) * a.row_bytes +
                              (piece == 4 ? a.zeros : a.scales + piece * 16) +
