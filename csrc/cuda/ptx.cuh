@@ -255,6 +255,17 @@ QK_DEVICE uint2 load_shared_64(const void* at) {
 #endif
 }
 
+QK_DEVICE uint32_t load_shared_32(const void* at) {
+#ifdef QKERNELS_HOST
+  host::check_shared("load_shared_32", at, 4);
+  return host::aligned<uint32_t>("load_shared_32", at);
+#else
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(at)) : "memory");
+  return v;
+#endif
+}
+
 // *at += value, whoever else adds to it.
 QK_DEVICE void add_shared(int32_t* at, int32_t value) {
 #ifdef QKERNELS_HOST
@@ -323,11 +334,11 @@ QK_DEVICE void cp_async_wait() {
 // ---- Within a warp ------------------------------------------------------------------------------
 // All 32 threads take part in each of these.
 
-// The value of another lane; T has 32 bits.
+// The value of another lane, of whose number the five lowest bits count; T has 32 bits.
 template <class T>
 QK_DEVICE T shuffle(T value, int lane) {
 #ifdef QKERNELS_HOST
-  return host::exchange("shuffle", value, lane % kWarp);
+  return host::exchange("shuffle", value, lane & (kWarp - 1));
 #else
   return __shfl_sync(0xffffffffu, value, lane);
 #endif

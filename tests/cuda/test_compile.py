@@ -51,8 +51,8 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         r"STG\.E\.128",
     ),
     # A packed weight to bfloat16: 16 bytes of codes, and eight numbers at a time.
-    r"\bdequantize_packed_kernel<\(qkernels::Format\)1, \(qkernels::DType\)1, true>": (
-        r"LDG\.E\.128\S*",
+    r"\bdequantize_packed_kernel<\(qkernels::Format\)[012], \(qkernels::DType\)1>": (
+        r"LDG\.E\.\S*128\S*",
         r"STG\.E\.128",
     ),
     r"\bfinish_kernel<\(qkernels::DType\)1, true>": (r"LDG\.E\.128\S*", r"STG\.E\.128"),
@@ -64,6 +64,11 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         r"HMMA\.16816\.F32\.BF16",
     ),
     r"\blinear_float_kernel<.*\(qkernels::DType\)2,": (r"HMMA\.16816\.F32",),
+    r"\bgemv_kernel<.*\(qkernels::DType\)1,": (
+        r"LDG\.E\S*128\S*",
+        r"LDGSTS\.E\.BYPASS\S*128",
+        r"HMMA\.16816\.F32\.BF16",
+    ),
     # The same with scales that are chosen: groups of up to 256, and longer ones.
     r"\bshort_groups_kernel<.*QuantizeJob<\(qkernels::Format\)0, \(qkernels::DType\)1>": (
         r"LDG\.E\.128\S*",

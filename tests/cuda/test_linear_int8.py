@@ -119,6 +119,15 @@ def test_rows_of_whole_chunks(ops: Any, device: Any, kind: Kind, type: torch.dty
         same_bits(linear(ops, w, x, SYMMETRIC), w.integer(x, None, SYMMETRIC))
 
 
+@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
+def test_few_rows_and_many_groups(ops: Any, device: Any, kind: Kind) -> None:
+    """More groups than the skinny kernel keeps at a time, of one chunk, two and three."""
+    device(4)
+    for rows, k, group_size in ((1, 1200, 32), (9, 1090, 32), (7, 2176, 64), (17, 1700, 96)):
+        w = weight(kind, 18, k, group_size)
+        linear(ops, w, awkward((rows, k), torch.bfloat16), SYMMETRIC)
+
+
 @pytest.mark.parametrize(("multiprocessors", "rows"), [(4, 5), (4, 40), (1, 70)])
 @pytest.mark.parametrize("kind", [INTEGER_KINDS[0], INTEGER_KINDS[4]], ids=str)
 def test_static_scales_factors_and_orders(

@@ -22,8 +22,12 @@ SETTING = "QKERNELS_MATMUL_ROWS"
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/gpu-h200/gpu.json"
 
 # (out_features, in_features, group_size): whole tiles; groups that end inside of a step, with and
-# without eights; a short last group; fewer outputs than a block; two packed rows.
-SHAPES = ((24, 64, 32), (40, 104, 24), (16, 56, 7), (32, 200, 96), (8, 8, -1), (48, 128, -1))
+# without eights; a short last group; fewer outputs than a block; two packed rows; more k than a
+# warp dequantizes.
+SHAPES = (
+    (24, 64, 32), (40, 104, 24), (16, 56, 7), (32, 200, 96), (8, 8, -1), (48, 128, -1),
+    (40, 616, 160),
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
