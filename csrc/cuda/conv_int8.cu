@@ -1,7 +1,9 @@
 // conv with int8 activations as an implicit matrix product: the tokens of linear's tiles are pixels
 // of y, and what a tile needs of them is copied from the image piece by piece.
 #include "cuda/conv_int8.cuh"
+#include "cuda/conv_int8.h"
 #include "cuda/int8_gemm.cuh"
+#include "cuda/ptx_sm90.cuh"
 
 namespace qkernels::cuda {
 namespace {
@@ -187,16 +189,18 @@ void launch_as(const ConvArgs& a, const ConvTables& tables, bool borders, Stream
 // ---- The call -----------------------------------------------------------------------------------
 
 // Whether x is the image that the kernel slides over, and nothing has to be quantized or moved.
-// Zeros around it are not there then, so their code has to be 0 and taps have to fit into 32 bits.
-bool is_image(const ConvArgs& a, int piece, bool borders) {
+// Zeros around it are not there then, so taps have to fit into 32 bits, and the kernel has to know
+// the code of zero if that is not 0.
+bool is_image(const ConvArgs& a, int piece, bool borders, bool knows_zero) {
   if (a.x_type != DType::i8 || !a.x_channels_last || a.channels != a.pixel_codes()) return false;
   if (reinterpret_cast<uintptr_t>(a.x) % piece != 0) return false;
-  if (borders && (a.x_codes.device_zero != nullptr || a.taps() > 32)) return false;
+  if (borders && (a.taps() > 32 || (a.x_codes.device_zero != nullptr && !knows_zero))) return false;
   return a.step[0] == 1 && a.step[1] == 1 && a.step[2] == 1;
 }
 
 struct Call {
   ConvArgs args;
+  bool warpgroups;
   ConvTables tables;
   Range* ranges;
   ImageCodes* codes;
@@ -213,7 +217,10 @@ Call plan_call(const ConvArgs& given, uint8_t* memory) {
   ConvArgs& a = c.args;
   c.piece = a.group_channels % 16 == 0 ? 16 : 4;
   for (int i = 0; i < 3; ++i) c.borders |= a.before[i] != 0 || a.grid[i] > a.in[i];
-  const bool no_copy = is_image(a, c.piece, c.borders);
+  c.warpgroups =
+      conv_takes_warpgroups(a.depthwise, a.groups, a.group_channels, a.taps(), has_sm90a()) &&
+      a.batch * a.image_codes() / kCudaChunk <= INT32_MAX;
+  const bool no_copy = is_image(a, c.piece, c.borders, c.warpgroups);
   c.borders &= no_copy;
   if (no_copy) {
     for (int i = 0; i < 3; ++i) a.grid[i] = a.in[i];
@@ -223,16 +230,18 @@ Call plan_call(const ConvArgs& given, uint8_t* memory) {
     c.bytes += round_up(bytes, 256);
     return at;
   };
+  if (!no_copy) c.image = take(a.batch * a.image_codes());
+  a.image = no_copy ? static_cast<const uint8_t*>(a.x) : c.image;
+  if (c.warpgroups && no_copy) return c;
   c.ranges = reinterpret_cast<Range*>(take(a.batch * kRangeParts * int64_t{sizeof(Range)}));
   c.codes = reinterpret_cast<ImageCodes*>(take(a.batch * int64_t{sizeof(ImageCodes)}));
+  a.codes = c.codes;
+  if (c.warpgroups) return c;
   const int64_t pieces = a.depthwise ? a.taps() : panel_pitch(a.shape) / c.piece;
   c.tables.pieces = reinterpret_cast<ConvPiece*>(take(pieces * int64_t{sizeof(ConvPiece)}));
   if (!a.symmetric && !a.depthwise) {
     c.tables.weight_sums = reinterpret_cast<int32_t*>(take(a.blocks() * kLanes * 4));
   }
-  if (!no_copy) c.image = take(a.batch * a.image_codes());
-  a.codes = c.codes;
-  a.image = no_copy ? static_cast<const uint8_t*>(a.x) : c.image;
   return c;
 }
 
@@ -255,9 +264,12 @@ int64_t conv_int8_workspace(const ConvArgs& args) { return plan_call(args, nullp
 
 void conv_int8(const ConvArgs& args, void* workspace, Stream stream) {
   Call c = plan_call(args, static_cast<uint8_t*>(workspace));
-  conv_prepare(c.args, c.tables, c.ranges, c.codes, c.image, c.piece, stream);
+  if (c.codes != nullptr) {
+    conv_prepare(c.args, c.tables, c.ranges, c.codes, c.image, c.piece, stream);
+  }
   // A copy begins with its border.
   if (c.image != nullptr) c.args.before[0] = c.args.before[1] = c.args.before[2] = 0;
+  if (c.warpgroups) return conv_warpgroups(c.args, c.borders, stream);
   if (c.args.depthwise) return conv_depthwise(c.args, c.tables, c.borders, stream);
   conv_tiles(c.args, c.tables, c.piece, c.borders, stream);
 }

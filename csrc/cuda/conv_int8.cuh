@@ -237,13 +237,16 @@ QK_DEVICE void finish_conv(const ConvArgs& a, const ConvResults& r, const ConvOu
 // Blocks that share the search for an image's range.
 inline constexpr int kRangeParts = 32;
 
-// Fills the tables and `codes`, and the image unless it is null: x itself. `ranges` has room for
-// kRangeParts of each image.
+// Fills `codes`, the tables that there are, and the image unless it is null: x itself. `ranges` has
+// room for kRangeParts of each image.
 void conv_prepare(const ConvArgs& a, const ConvTables& tables, Range* ranges, ImageCodes* codes,
                   uint8_t* image, int piece, Stream stream);
 // `borders`: taps may lie outside of the image, and count as 0 there.
 void conv_tiles(const ConvArgs& a, const ConvTables& tables, int piece, bool borders,
                 Stream stream);
 void conv_depthwise(const ConvArgs& a, const ConvTables& tables, bool borders, Stream stream);
+// Where conv_takes_warpgroups, and the image is less than 2^31 pieces of 32 codes. Without
+// ConvArgs::codes all images have the scale and the zero point of x.
+void conv_warpgroups(const ConvArgs& a, bool borders, Stream stream);
 
 }  // namespace qkernels::cuda

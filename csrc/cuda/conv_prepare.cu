@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(kWarp)
       tables.weight_sums[block * kLanes + lane / 4 + 8] = high;
     }
   }
+  if (tables.pieces == nullptr) return;
   const int64_t count = a.depthwise ? a.taps() : panel_pitch(a.shape) / piece;
   for (int64_t i = block * kWarp + lane; i < count; i += int64_t{kWarp} * gridDim.x) {
     const int64_t tap = a.depthwise ? i : i * piece / a.group_channels;

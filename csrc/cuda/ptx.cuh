@@ -174,7 +174,25 @@ QK_DEVICE uint4 load_128(const void* at) {
 #endif
 }
 
-// The same of bytes that are read once, such as weights: they leave L1 to the others.
+// The same if `there`, or else anything.
+QK_DEVICE uint4 load_128_if(bool there, const void* at) {
+#ifdef QKERNELS_HOST
+  return there ? host::aligned<uint4>("load_128_if", at) : make_uint4(~0u, ~0u, ~0u, ~0u);
+#else
+  uint4 v;
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.b32 there, %5, 0;\n"
+      "@there ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(at), "r"(static_cast<int>(there)));
+  return v;
+#endif
+}
+
+// As load_128, of bytes that are read once, such as weights: they leave L1 to the others.
 QK_DEVICE uint4 load_stream_128(const void* at) {
 #ifdef QKERNELS_HOST
   return host::aligned<uint4>("load_stream_128", at);

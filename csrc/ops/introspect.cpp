@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/conv_int8.h"
 #include "cuda/linear_float.h"
 #include "cuda/linear_int8.h"
 
@@ -163,13 +164,14 @@ std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {
 }
 
 std::string conv_kernel_name(int64_t id, int64_t taps, int64_t group_channels, int64_t groups,
-                             int64_t out_channels, int64_t group_size, int activation, int x_type) {
+                             int64_t out_channels, int64_t group_size, int activation, int x_type,
+                             bool hopper) {
   const Layout layout = decode(id);
   const ConvPacking p =
       conv_packing(layout, taps, group_channels, groups, out_channels, group_size);
   if (layout.device == kDeviceCuda) {
     if (activation == 0) return "dequantize + convolution";
-    return p.depthwise ? "cuda depthwise int8" : "cuda implicit gemm int8 mma";
+    return cuda::conv_int8_name(p.depthwise, groups, p.channels, taps, hopper);
   }
   if (activation != 0) return kernels().conv_name(p.depthwise);
   return p.depthwise ? "conv_depthwise_w8a16"
@@ -232,7 +234,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_kernel_name", &conv_kernel_name, py::arg("layout"), py::arg("taps"),
         py::arg("group_channels"), py::arg("groups"), py::arg("out_channels"),
         py::arg("group_size"), py::arg("activation"), py::arg("x_type") = 0,
-        "The kernel that conv runs for x of such a dtype code.");
+        py::arg("hopper") = false, "The kernel that conv runs for x of such a dtype code.");
   m.def("longest_sum", &longest_sum, py::arg("layout"),
         "Integer products that an int32 sum holds for certain.");
   m.attr("LONGEST_CONV_SUM") = max_accumulation(Format::int8, false);  // of a convolution

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qkernels import _C, functional
 from qkernels.formats import kernel_dtype_code
 from qkernels.nn.carry import carry_over, why_not_quantizable, why_not_replaceable
-from qkernels.nn.module import QModule
+from qkernels.nn.module import QModule, on_hopper
 from qkernels.nn.ranges import add_range_buffers, set_range
 from qkernels.nn.storage import quantize_weight
 from qkernels.schemes import W8A8, Scheme
@@ -290,6 +290,7 @@ class QConvNd(QModule):
             self.scheme.group_size,
             self.scheme.activation_code,
             kernel_dtype_code(dtype),
+            on_hopper(self.packed),
         )
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import _C, functional
-from qkernels.nn.module import QModule
+from qkernels.nn.module import QModule, on_hopper
 from qkernels.schemes import Scheme
 
 _CONV = torch.ops.qkernels.conv.default
@@ -202,7 +202,8 @@ class Int8Conv(QModule):
         taps = math.prod(s["kernel_size"])
         sizes = (taps, s["in_channels"] // s["groups"], s["groups"], s["out_channels"])
         try:
-            return _C.conv_kernel_name(self.layout, *sizes, -1, self.scheme.activation_code)
+            code = self.scheme.activation_code
+            return _C.conv_kernel_name(self.layout, *sizes, -1, code, hopper=on_hopper(self.packed))
         except RuntimeError as error:
             return f"none ({error})"
 

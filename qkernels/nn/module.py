@@ -32,6 +32,13 @@ _saved = SavedWeights()
 PACKED_KEYS = ("packed", "layout")
 
 
+def on_hopper(packed: Tensor) -> bool:
+    """Whether a weight is on a GPU that runs code of sm_90a, which the build has."""
+    if not packed.is_cuda or not _C.build_info()["hopper"]:
+        return False
+    return torch.cuda.get_device_properties(packed.device).major == 9
+
+
 class QModule(nn.Module):
     """A module whose weight is a quantized matrix, kept once, as its device's kernels read it.
 

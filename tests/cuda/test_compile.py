@@ -203,6 +203,28 @@ def test_warpgroups_on_hopper(tmp_path: Path) -> None:
         assert "MEMBAR" not in kernel[kernel.index(product) :], tokens
 
 
+def test_convolution_on_hopper(tmp_path: Path) -> None:
+    source, binary = ROOT / "csrc/cuda/conv_int8_warpgroups.cu", tmp_path / "hopper.cubin"
+    run(cuda.nvcc(), *cuda.NVCC_FLAGS, "-arch=sm_90a", "-cubin", source, "-o", binary)
+    check_local_memory(binary)
+    code = run(disassembler(), "--dump-sass", binary)
+    kernels = code.split("Function : ")[1:]
+    assert len(kernels) == 4
+    for columns, kernel in zip((96, 128, 128, 192), sorted(kernels, key=columns_of), strict=True):
+        assert columns_of(kernel) == columns
+        # All pixels of a thread are loaded at once, and with results of a byte or two it stores 16.
+        assert len(re.findall(r"@P\d LDG\.E\.128\.CONSTANT", kernel)) >= 6
+        assert "STSM.16.MT88.4" in kernel
+        assert "STG.E.128" in kernel
+        first, last = (find(kernel, "IGMMA.64x") for find in (str.index, str.rindex))
+        assert "MEMBAR" not in kernel[first:last]
+
+
+def columns_of(kernel: str) -> int:
+    """Pixels of a product."""
+    return int(re.search(r"IGMMA\.64x(\d+)x32\.S8\.S8", kernel)[1])
+
+
 def test_every_kernel_is_there_for_every_architecture_built() -> None:
     """A kernel that is built for some architectures only would fail to launch on the others."""
     archs: dict[str, set[str]] = {}

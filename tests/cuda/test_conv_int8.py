@@ -35,6 +35,34 @@ IN_PLACE = {
     "more taps than bits": Geometry((7, 8), (6, 6), (1, 1), (2, 2), (2, 3), (1, 1), 1, 16, 8),
     "depthwise": Geometry((8, 7), (3, 3), (2, 1), (1, 1), (1, 1), (1, 2), 16, 1, 1),
 }
+# Channels that come in pieces of 32, for products of warpgroups: how many multiprocessors have the
+# tile of outputs x pixels that is named.
+WARPGROUPS = {
+    "64x256": (1, Geometry((9, 8), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 1, 32, 40, 5)),
+    "64x256, two taps a stage": (
+        2,
+        Geometry((17, 19), (3, 3), (2, 1), (1, 1), (1, 1), (1, 1), 1, 64, 64, 3),
+    ),
+    "128x96": (3, Geometry((7, 7), (1, 1), (1, 1), (0, 0), (0, 0), (1, 1), 1, 96, 128, 5)),
+    "128x128": (2, Geometry((8, 8), (2, 2), (1, 1), (1, 0), (0, 1), (1, 1), 1, 128, 70, 4)),
+    "128x128, channels first": (
+        1,
+        Geometry((7, 9), (2, 3), (1, 1), (2, 1), (1, 2), (2, 1), 1, 256, 200, 3),
+    ),
+    "128x192": (1, Geometry((10, 19), (1, 2), (1, 1), (0, 1), (0, 0), (1, 1), 1, 160, 72, 1)),
+    "a line": (1, Geometry((40,), (5,), (3,), (2,), (1,), (2,), 1, 32, 17, 3)),
+    "a volume": (
+        4,
+        Geometry((3, 4, 5), (2, 2, 3), (1, 2, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1), 1, 32, 65),
+    ),
+    "transposed": (2, Geometry((4, 5), (3, 3), (2, 2), (1, 1), (1, 0), (1, 1), 1, 64, 96, 2, True)),
+    "more taps than bits": (
+        1,
+        Geometry((7, 8), (6, 6), (1, 1), (2, 2), (2, 3), (1, 1), 1, 32, 1),
+    ),
+    "cut off": (1, Geometry((8, 9), (2, 3), (1, 1), (-1, 1), (1, -2), (1, 1), 1, 32, 8)),
+    "one pixel": (1, Geometry((1, 1), (1, 1), (1, 1), (0, 0), (0, 0), (1, 1), 1, 32, 2, 1)),
+}
 
 
 @pytest.fixture(params=[1, 64])
@@ -110,6 +138,48 @@ def test_codes_in_place(ops: Any, name: str) -> None:
     coded = {"residual": residual, "r_scale": 0.1, "r_zero": 4}
     conv(ops, w, x, **given, **coded, y_scale=0.5, y_zero=-3)
     conv(ops, w, x, **{**given, "activation": ASYMMETRIC}, x_zero=7, y_scale=0.5)
+
+
+@pytest.fixture
+def warpgroups(monkeypatch: pytest.MonkeyPatch, request: Any) -> Geometry:
+    """A geometry, on a device of sm_90 whose size makes it take a certain tile."""
+    multiprocessors, geometry = WARPGROUPS[request.param]
+    monkeypatch.setenv("QKERNELS_HOST_SM90", "1")
+    monkeypatch.setenv("QKERNELS_HOST_MULTIPROCESSORS", str(multiprocessors))
+    return geometry
+
+
+@pytest.mark.parametrize("warpgroups", WARPGROUPS, indirect=True)
+def test_warpgroups(ops: Any, warpgroups: Geometry) -> None:
+    g = warpgroups
+    w, bias = conv_weight(g, KIND), floats((g.outputs,), seed="bias")
+    for activation in (SYMMETRIC, ASYMMETRIC):
+        x = g.input()
+        same_bits(conv(ops, w, x, bias=bias, activation=activation), w.integer(x, bias, activation))
+    conv(ops, w, g.input(torch.bfloat16), x_scale=0.1, x_zero=3, activation=ASYMMETRIC)
+
+
+def formats(x: Tensor) -> list[Tensor]:
+    """x as it is and with channels last, where torch has that."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return [x] if last is None else [x, x.contiguous(memory_format=last)]
+
+
+@pytest.mark.parametrize("warpgroups", WARPGROUPS, indirect=True)
+def test_codes_by_warpgroups(ops: Any, warpgroups: Geometry) -> None:
+    g = warpgroups
+    w, shape = conv_weight(g, KIND), (g.batch, g.outputs, *g.out)
+    codes = rng("codes").integers(-128, 128, (g.batch, g.channels, *g.size), np.int8)
+    residual = torch.from_numpy(rng("residual").integers(-128, 128, shape, np.int8))
+    given = {"x_scale": 0.02, "bias": floats((g.outputs,), seed="bias")}
+    for x in formats(torch.from_numpy(codes)):
+        conv(ops, w, x, **given, activation=SYMMETRIC, y_scale=0.5, epilogue=1)
+        conv(ops, w, x, torch.bfloat16, **given, activation=SYMMETRIC)
+        conv(ops, w, x, **given, activation=ASYMMETRIC, x_zero=-7, y_scale=0.5, y_zero=9)
+        conv(
+            ops, w, x, torch.float16, **given, activation=ASYMMETRIC, x_zero=100,
+            residual=residual, r_scale=0.1, r_zero=4, epilogue=6,
+        )  # fmt: skip
 
 
 def test_a_bad_image_touches_no_other(ops: Any) -> None:

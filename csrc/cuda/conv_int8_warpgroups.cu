@@ -1,0 +1,295 @@
+// conv with int8 activations on sm_90a as an implicit matrix product: products of warpgroups,
+// weights from registers, pixels from shared memory.
+//
+// A block takes tiles of outputs x pixels, one after the other. Two of its warpgroups multiply; the
+// others gather pixels, one stage each in turn. They read the image by plain loads, so that the taps
+// of a kernel find a pixel in L1 again, and a thread has 32 channels at a time, so that it can bring
+// them into the order of k that the packed weight has without more instructions.
+#include "cuda/conv_int8_warpgroups.cuh"
+
+namespace qkernels::cuda {
+namespace {
+
+// One stage after the other, over all tiles of a block. A barrier's phase has the parity of
+// `round`.
+template <class T>
+struct Turn {
+  int stage = 0;
+  uint32_t round = 0;
+
+  QK_DEVICE void next() {
+    if (++stage == T::kStages) stage = 0, round ^= 1;
+  }
+};
+
+struct Tiles {
+  uint32_t features, pixels;  // their numbers
+  int stages;                 // of a tile
+  // Of all taps, the first 128 channels come first, so that little has to stay in L1 between the
+  // taps of a pixel. 1 if stages do not consist of channels of one tap.
+  int taps;
+};
+
+// Calls body(first packed row, first pixel) for each tile of the block. Blocks that run at the same
+// time share pixels.
+template <class T, class Body>
+QK_DEVICE void each_tile(const Tiles& tiles, const Body& body) {
+  for (uint32_t tile = blockIdx.x; tile < tiles.features * tiles.pixels; tile += gridDim.x) {
+    const uint32_t pixels = tile / tiles.features, features = tile - pixels * tiles.features;
+    body(int64_t{features} * (T::kFeatures / kLanes), int64_t{pixels} * T::kPixels);
+  }
+}
+
+// Which piece of 128 k of the weight a stage multiplies.
+QK_DEVICE int piece_of(const Tiles& tiles, int stage) {
+  const int channels = stage / tiles.taps, tap = stage - channels * tiles.taps;
+  return tap * (tiles.stages / tiles.taps) + channels;
+}
+
+QK_DEVICE void fill_chunks(const ConvArgs& a, const Tiles& tiles, ConvChunk* chunks, int* pieces) {
+  const int per_tap = static_cast<int>(a.group_channels) / kCudaChunk;
+  for (int i = threadIdx.x; i < tiles.stages * kStageChunks; i += blockDim.x) {
+    const int piece = piece_of(tiles, i / kStageChunks);
+    if (i % kStageChunks == 0) pieces[i / kStageChunks] = piece;
+    const int chunk = piece * kStageChunks + i % kStageChunks;
+    const int tap = chunk / per_tap;
+    chunks[i] = {0, 0};
+    if (tap < a.taps()) {
+      chunks[i] = {static_cast<int32_t>(tap_offset(a, tap) / kCudaChunk) + chunk - tap * per_tap,
+                   1u << tap % 32};
+    }
+  }
+}
+
+// ---- Copies -------------------------------------------------------------------------------------
+
+// The codes of 32 channels of kCount pixels that are 32 apart in the tile.
+template <int kCount>
+struct Codes {
+  uint4 low[kCount], high[kCount];  // anything where a tap is outside of the image
+  bool inside[kCount];
+
+  QK_DEVICE void load(const uint8_t* image, const ConvCorner (&corners)[kCount], ConvChunk chunk) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      inside[i] = (corners[i].taps & chunk.tap) != 0;
+      const uint8_t* const from =
+          image + int64_t{corners[i].at + chunk.offset} * int64_t{kCudaChunk};
+      low[i] = load_128_if(inside[i], from);
+      high[i] = load_128_if(inside[i], from + 16);
+    }
+  }
+
+  // As panel.cuh says: the first four codes of each eight, and the others.
+  QK_DEVICE void store(uint8_t* firsts, uint8_t* others, uint32_t border) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const auto code = [&](uint32_t loaded) { return inside[i] ? loaded : border; };
+      store_shared_128(firsts + i * 32 * kPieceK, make_uint4(code(low[i].x), code(low[i].z),
+                                                             code(high[i].x), code(high[i].z)));
+      store_shared_128(others + i * 32 * kPieceK, make_uint4(code(low[i].y), code(low[i].w),
+                                                             code(high[i].y), code(high[i].w)));
+    }
+  }
+};
+
+// Copies weights of the packed rows from `row` on, one row for each call.
+struct WeightCopies {
+  const uint8_t* from;
+  int64_t pitch;
+  int rows;
+
+  QK_DEVICE void copy(uint8_t* to, int64_t offset, int bytes, Barrier* filled) const {
+    for (int i = 0; i < rows; ++i) {
+      copy_bulk(to + i * kRowPieceBytes, from + i * pitch + offset, bytes, filled);
+    }
+  }
+};
+
+template <class T>
+QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMemory<T>& shared,
+                            bool borders) {
+  constexpr int kEach = T::kOwnPixels / 32, kWarps = T::kStageProducers * (kWarpgroup / kWarp);
+  // Packed rows of the tile, and how many of them a warp copies.
+  constexpr int kAllRows = T::kFeatures / kLanes, kRows = (kAllRows + kWarps - 1) / kWarps;
+  static_assert(T::kStages % T::kProducers == 0);
+  const int producer = threadIdx.x / kWarpgroup - T::kConsumers;
+  const int thread = threadIdx.x % kWarpgroup, place = thread % 4;
+  const int share = producer % T::kStageProducers;  // which pixels of a stage
+  const int weight_row = (share * (kWarpgroup / kWarp) + thread / kWarp) * kRows;
+  const int row = share * T::kOwnPixels + thread / 4;
+  const int firsts = row * kPieceK + ((place * 2) ^ (row & 7)) * 16, others = firsts ^ 16;
+  const uint32_t border = static_cast<uint8_t>(border_code(a)) * 0x01010101u;
+  const uint8_t* const image = a.image;
+  const int64_t pixels = a.batch * a.pixels(), blocks = a.blocks();
+  const int64_t codes = a.shape.k_padded * kLanes;
+  ConvCorner* const known = shared.corners() + producer * T::kOwnPixels;
+  Turn<T> turn;
+  each_tile<T>(tiles, [&](int64_t first_row, int64_t first) {
+    sync_some(4 + producer, kWarpgroup);
+    if (thread < T::kOwnPixels) {
+      const int64_t pixel = first + share * T::kOwnPixels + thread;
+      const ConvWindow window = window_of(a, min(pixel, pixels - 1), borders);
+      known[thread] = {static_cast<int32_t>(window.corner / kCudaChunk),
+                       pixel < pixels ? window.taps : 0};
+    }
+    sync_some(4 + producer, kWarpgroup);
+    ConvCorner corners[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) corners[i] = known[thread / 4 + i * 32];
+    const int64_t weights = first_row + weight_row;
+    const int64_t left = min(blocks, first_row + kAllRows) - weights;
+    const WeightCopies copies{a.packed + weights * a.shape.bytes, a.shape.bytes,
+                              static_cast<int>(max(min(left, int64_t{kRows}), int64_t{0}))};
+#pragma unroll 1
+    for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
+      if (T::kStageProducers == 1 && turn.stage % T::kProducers != producer) continue;
+      // What is loaded waits in registers until the stage is free.
+      const ConvChunk chunk = shared.chunks()[stage * kStageChunks + place];
+      Codes<kEach> pixel_codes;
+      pixel_codes.load(image, corners, chunk);
+      const int64_t begin = int64_t{shared.weight_pieces()[stage]} * kRowPieceBytes;
+      const int bytes = static_cast<int>(min(codes - begin, int64_t{kRowPieceBytes}));
+      barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
+      Barrier* const filled = shared.filled(turn.stage);
+      if (thread % kWarp == 0) {
+        copies.copy(shared.weights(turn.stage) + weight_row * kRowPieceBytes, begin, bytes, filled);
+      }
+      uint8_t* const to = shared.pixels(turn.stage);
+      pixel_codes.store(to + firsts, to + others, chunk.tap == 0 ? 0 : border);
+      shared_fence();
+      __syncwarp();
+      if (thread % kWarp == 0) barrier_expect(filled, copies.rows * bytes);
+    }
+  });
+}
+
+// ---- Products -----------------------------------------------------------------------------------
+
+// The sums of a tile; of outputs beyond the weight's last ones they are anything. `count`: adds up
+// weights too, what the thread has of outputs g and g + 8 of its warp, in `weight_sums`. A
+// warpgroup waits for its products after each stage; meanwhile those of the other one run.
+template <class T>
+QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], int chunks,
+                             bool count, const Tiles& tiles, const ConvMemory<T>& shared,
+                             Turn<T>& turn) {
+  const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % kWarp;
+  const int row = warpgroup % T::kAcross * 4 + threadIdx.x % kWarpgroup / kWarp;
+  const int weight_offset = row * kRowPieceBytes + lane * 16;
+  const int pixel_offset = warpgroup / T::kAcross * T::kColumns * kPieceK;
+#pragma unroll 1
+  for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
+    barrier_wait(shared.filled(turn.stage), turn.round);
+    const uint8_t* const weights = shared.weights(turn.stage) + weight_offset;
+    uint32_t a[kStageChunks][4];
+#pragma unroll
+    for (int chunk = 0; chunk < kStageChunks; ++chunk) {
+      const uint4 v = load_shared_128(weights + chunk * kCudaUnit);
+      a[chunk][0] = v.x, a[chunk][1] = v.z, a[chunk][2] = v.y, a[chunk][3] = v.w;
+    }
+    const uint64_t pixels = matrix_in_shared(shared.pixels(turn.stage) + pixel_offset);
+    warpgroup_keep(sums);
+    warpgroup_fence();
+#pragma unroll
+    for (int chunk = 0; chunk < kStageChunks; ++chunk) {
+      warpgroup_mma<T::kColumns>(sums, a[chunk], pixels + chunk * (kCudaChunk / 16),
+                                 stage > 0 || chunk > 0);
+    }
+    warpgroup_commit();
+    if (count) {
+#pragma unroll
+      for (int chunk = 0; chunk < kStageChunks; ++chunk) {
+        if (stage * kStageChunks + chunk >= chunks) continue;  // padding, which is not copied
+        const uint32_t (&w)[4] = a[chunk];
+        weight_sums[0] = dp4a(w[0], 0x01010101u, dp4a(w[2], 0x01010101u, weight_sums[0]));
+        weight_sums[1] = dp4a(w[1], 0x01010101u, dp4a(w[3], 0x01010101u, weight_sums[1]));
+      }
+    }
+    warpgroup_wait<0>();
+    warpgroup_keep(sums);
+#pragma unroll
+    for (int chunk = 0; chunk < kStageChunks; ++chunk) warpgroup_keep(a[chunk]);
+    if (lane == 0) barrier_arrive(shared.emptied(turn.stage));
+  }
+}
+
+template <class T>
+QK_DEVICE void multiply_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMemory<T>& shared) {
+  constexpr int kThreads = T::kConsumers * kWarpgroup;
+  const int chunks = static_cast<int>(a.shape.k_padded / kCudaChunk);
+  const int row = threadIdx.x / kWarpgroup % T::kAcross * 64 +
+                  threadIdx.x % kWarpgroup / kWarp * kLanes + threadIdx.x % kWarp / 4;
+  Turn<T> turn;
+  each_tile<T>(tiles, [&](int64_t first_row, int64_t pixel) {
+    fill_tables(a, shared, first_row * kLanes, pixel, !a.symmetric);
+    WarpgroupSums<T> sums;
+    int32_t weight_sums[2] = {};
+    multiply_tile<T>(sums, weight_sums, chunks, !a.symmetric, tiles, shared, turn);
+    if (!a.symmetric) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        for (int mask = 1; mask < 4; mask *= 2) weight_sums[i] += shuffle_xor(weight_sums[i], mask);
+        if (threadIdx.x % 4 == 0) shared.weight_sums()[row + i * 8] = weight_sums[i];
+      }
+    }
+    sync_some(3, kThreads);
+    store_tile<T>(a, *shared.results(), sums, shared, first_row * kLanes, pixel);
+    sync_some(3, kThreads);  // before the next tile's tables
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    conv_warpgroups_kernel(const ConvArgs a, const Tiles tiles, bool borders) {
+  if constexpr (QK_SM90A) {
+    const ConvMemory<T> shared{shared_memory<uint8_t>()};
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < T::kStages; ++i) {
+        barrier_init(shared.filled(i), T::kStageProducers * (kWarpgroup / kWarp));
+        barrier_init(shared.emptied(i), T::kConsumers * (kWarpgroup / kWarp));
+      }
+      barrier_init_fence();
+    }
+    if (threadIdx.x == kWarp) *shared.results() = load_conv_results(a);
+    fill_chunks(a, tiles, shared.chunks(), shared.weight_pieces());
+    __syncthreads();
+    if (threadIdx.x < T::kConsumers * kWarpgroup) {
+      take_registers<168>();
+      multiply_tiles<T>(a, tiles, shared);
+    } else {
+      give_registers<88>();
+      gather_tiles<T>(a, tiles, shared, borders);
+    }
+  }
+}
+
+template <class T>
+void launch_as(const ConvArgs& a, bool borders, Stream stream) {
+  const int stages = static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK);
+  const Tiles tiles{blocks_for(a.out_channels, T::kFeatures),
+                    blocks_for(a.batch * a.pixels(), T::kPixels), stages,
+                    a.group_channels % kPieceK == 0 ? static_cast<int>(a.taps()) : 1};
+  const unsigned blocks =
+      min(tiles.features * tiles.pixels, static_cast<unsigned>(multiprocessors()));
+  launch(conv_warpgroups_kernel<T>, blocks, T::kThreads, ConvMemory<T>::kBytes, stream, a, tiles,
+         borders);
+}
+
+}  // namespace
+
+void conv_warpgroups(const ConvArgs& a, bool borders, Stream stream) {
+  const auto cycles = [&](auto tile) {
+    return conv_cycles<decltype(tile)>(a.out_channels, a.batch * a.pixels(), a.shape.k_padded,
+                                       multiprocessors());
+  };
+  using Tiles = ConvTiles;
+  const int64_t narrow = cycles(Tiles::Narrow{}), small = cycles(Tiles::Short{});
+  const int64_t middle = cycles(Tiles::Middle{}), large = cycles(Tiles::Long{});
+  const int64_t least = min(min(narrow, small), min(middle, large));
+  if (narrow == least) return launch_as<Tiles::Narrow>(a, borders, stream);
+  if (middle == least) return launch_as<Tiles::Middle>(a, borders, stream);
+  if (large == least) return launch_as<Tiles::Long>(a, borders, stream);
+  launch_as<Tiles::Short>(a, borders, stream);
+}
+
+}  // namespace qkernels::cuda
