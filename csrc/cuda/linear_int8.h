@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cuda/linear_int8_grouped.h"
 #include "cuda/tile.h"
 
 namespace qkernels::cuda {
@@ -21,9 +22,11 @@ struct Gpu {
 };
 
 struct Int8Plan {
-  enum Kind { skinny, small, large, warpgroups } kind;
+  enum Kind { skinny, small, large, warpgroups, grouped_small, grouped_large } kind;
   int parts;   // blocks that share a tile's sums, of rows that are one group
   int stages;  // of such a part
+
+  bool tiled() const { return kind >= warpgroups; }  // the panel's order, see panel.cuh
 };
 
 // 64 x 64 a warp: each operand that comes from shared memory meets as many of the other as
@@ -62,7 +65,10 @@ inline Int8Plan int8_plan(const LinearArgs& a, const Gpu& gpu) {
   const int64_t tiles = round_up(a.n, Small::kFeatures) / Small::kFeatures *
                         (round_up(a.rows, Small::kTokens) / Small::kTokens);
   Int8Plan plan{Int8Plan::small, 1, stages};
-  if (a.rows <= kSkinny || (a.rows <= kMostSkinny && tiles < multiprocessors)) {
+  if (takes_grouped_warpgroups(a, gpu.sm90a)) {
+    plan.kind = takes_large_warpgroups(a, multiprocessors) ? Int8Plan::grouped_large
+                                                           : Int8Plan::grouped_small;
+  } else if (a.rows <= kSkinny || (a.rows <= kMostSkinny && tiles < multiprocessors)) {
     plan.kind = Int8Plan::skinny;
   } else if (takes_warpgroups(a, gpu)) {
     plan.kind = Int8Plan::warpgroups;
@@ -89,6 +95,10 @@ inline std::string linear_int8_name(const LinearArgs& a, const Gpu& gpu) {
       return "cuda int8 mma 64x64";
     case Int8Plan::warpgroups:
       return "cuda int8 wgmma 128x256";
+    case Int8Plan::grouped_small:
+      return "cuda int8 wgmma grouped 64x64";
+    case Int8Plan::grouped_large:
+      return "cuda int8 wgmma grouped 128x128";
     default:
       return "cuda int8 mma 128x128";
   }
