@@ -19,13 +19,13 @@ struct Workspace {
 };
 
 int32_t* place(LinearArgs& a, const Int8Plan& plan, Workspace& workspace) {
-  a.panel = workspace.take<uint8_t>(plan.tiled()
-                                        ? round_up(a.rows, WarpgroupTile::kTokens) / kPanelRows *
-                                              tiled_pitch(a.shape)
-                                        : a.rows * panel_pitch(a.shape));
+  a.panel = workspace.take<uint8_t>(plan.tiled() ? round_up(a.rows, WarpgroupTile::kTokens) /
+                                                       kPanelRows * tiled_pitch(a.shape)
+                                                 : a.rows * panel_pitch(a.shape));
   a.row_scale = workspace.take<float>(a.rows);
   a.row_zero = workspace.take<float>(a.rows);
-  a.group_sums = workspace.take<int32_t>(a.layout.symmetric ? 0 : code_sum_pitch(a.rows) * a.shape.groups);
+  a.group_sums =
+      workspace.take<int32_t>(a.layout.symmetric ? 0 : code_sum_pitch(a.rows) * a.shape.groups);
   return workspace.take<int32_t>(plan.parts > 1 ? plan.parts * a.rows * round_up(a.n, 4) : 0);
 }
 

@@ -42,8 +42,8 @@ int64_t clusters_at_once(int64_t multiprocessors) {
 
 template <class T>
 int64_t grouped_warpgroup_cycles(const LinearArgs& a, int64_t multiprocessors) {
-  const int64_t tiles = round_up(a.n, T::kFeatures) / T::kFeatures *
-                        (round_up(a.rows, T::kTokens) / T::kTokens);
+  const int64_t tiles =
+      round_up(a.n, T::kFeatures) / T::kFeatures * (round_up(a.rows, T::kTokens) / T::kTokens);
   const int64_t clusters = clusters_at_once<T>(multiprocessors);
   return round_up(tiles, clusters) / clusters * T::kCycles;
 }
