@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cuda/linear_int8_grouped.h"
 #include "cuda/tile.h"
 
 namespace qkernels::cuda {
@@ -21,10 +22,12 @@ struct Gpu {
 };
 
 struct Int8Plan {
-  enum Kind { skinny, small, large, warpgroups } kind;
+  enum Kind { skinny, small, large, warpgroups, grouped_small, grouped_large } kind;
   int parts;       // blocks that share a tile's sums, of rows that are one group
   int stages;      // of such a part, by mma.sync
   int tokens = 0;  // of a tile of warpgroups
+
+  bool tiled() const { return kind >= warpgroups; }  // the panel's order, see panel.cuh
 };
 
 // 64 x 64 a warp: each operand that comes from shared memory meets as many of the other as
@@ -64,7 +67,10 @@ inline Int8Plan int8_plan(const LinearArgs& a, const Gpu& gpu) {
     const WarpgroupPlan best = warpgroup_plan(a.shape, a.n, a.rows, multiprocessors);
     return {Int8Plan::warpgroups, best.parts, 0, best.tokens};
   }
-  if (a.rows <= kSkinny || (a.rows <= kMostSkinny && tiles < multiprocessors)) {
+  if (takes_grouped_warpgroups(a, gpu.sm90a)) {
+    plan.kind = takes_large_warpgroups(a, multiprocessors) ? Int8Plan::grouped_large
+                                                           : Int8Plan::grouped_small;
+  } else if (a.rows <= kSkinny || (a.rows <= kMostSkinny && tiles < multiprocessors)) {
     plan.kind = Int8Plan::skinny;
   } else if (a.shape.groups == 1 ? takes_large<RowTiles>(a, multiprocessors)
                                  : takes_large<GroupedTiles>(a, multiprocessors)) {
@@ -90,6 +96,10 @@ inline std::string linear_int8_name(const LinearArgs& a, const Gpu& gpu) {
       return "cuda int8 mma 64x64";
     case Int8Plan::warpgroups:
       return "cuda int8 wgmma 128x" + std::to_string(plan.tokens);
+    case Int8Plan::grouped_small:
+      return "cuda int8 wgmma grouped 64x64";
+    case Int8Plan::grouped_large:
+      return "cuda int8 wgmma grouped 128x128";
     default:
       return "cuda int8 mma 128x128";
   }

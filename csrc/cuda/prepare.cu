@@ -3,7 +3,8 @@
 // once.
 //
 //   panel       codes in the order of the weight's padded k, 0 in the padding; see panel.cuh
-//   group_sums  [groups][rows]: sums of the codes, where the weight has zero points
+//   group_sums  [groups][rows]: sums of the codes, where the weight has zero points; for a tiled
+//               panel code_sum_pitch(rows) apart
 #include "cuda/dispatch.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/int8.cuh"
@@ -152,7 +153,8 @@ QK_DEVICE void sum_groups(const LinearArgs& a, int64_t row, const Panel& panel) 
       }
     }
     sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) a.group_sums[g * a.rows + row] = sum;
+    const int64_t pitch = panel.tiled ? code_sum_pitch(a.rows) : a.rows;
+    if (threadIdx.x % kWarp == 0) a.group_sums[g * pitch + row] = sum;
   }
 }
 

@@ -225,6 +225,22 @@ def columns_of(kernel: str) -> int:
     return int(re.search(r"IGMMA\.64x(\d+)x32\.S8\.S8", kernel)[1])
 
 
+def test_groups_by_warpgroups_on_hopper(tmp_path: Path) -> None:
+    source = ROOT / "csrc/cuda/linear_int8_grouped_warpgroups.cu"
+    binary = tmp_path / "hopper.cubin"
+    command = [cuda.nvcc(), *cuda.NVCC_FLAGS, "-arch=sm_90a", "-Xptxas", "-v", "-cubin"]
+    done = subprocess.run([*command, source, "-o", binary], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    # While floats take up one product's sums, the next one's are under way.
+    assert "wgmma.mma_async instructions are serialized" not in done.stderr
+    check_local_memory(binary)
+    code = run(disassembler(), "--dump-sass", binary)
+    assert "UBLKCP.S.G.MULTICAST" in code
+    assert "IGMMA.64x32x32.S8.S8" in code
+    assert "IGMMA.64x64x32.S8.S8" in code
+    assert "MEMBAR" not in code
+
+
 def test_every_kernel_is_there_for_every_architecture_built() -> None:
     """A kernel that is built for some architectures only would fail to launch on the others."""
     archs: dict[str, set[str]] = {}

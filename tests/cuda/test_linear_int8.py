@@ -99,6 +99,71 @@ def test_warpgroups(ops: Any, device: Any, sm90: None, kind: Kind, activation: i
                 same_bits(y, w.integer(x, bias, activation))
 
 
+# (group_size, k): a group is one, two or four chunks of 32 k, three, or several stages of 128; the
+# last one is ragged; more groups than a page holds; runs that are no multiple of what is unrolled.
+GROUPED = (
+    (128, 700),
+    (128, 2400),
+    (64, 330),
+    (32, 999),
+    (96, 700),
+    (256, 1300),
+    (100, 250),
+    (1, 3),
+)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
+def test_groups_by_warpgroups(
+    ops: Any, device: Any, sm90: None, kind: Kind, multiprocessors: int
+) -> None:
+    device(multiprocessors)
+    shapes = ((65, 70), (9, 17), (33, 300), (131, 257), (64, 64), (257, 513), (100, 1), (128, 256))
+    seen = set()
+    for i, (group_size, k) in enumerate(GROUPED):
+        rows, n = shapes[(i + INTEGER_KINDS.index(kind)) % len(shapes)]
+        w = weight(kind, n, k, group_size)
+        facts = (kind.cuda_layout, 1, rows, k, n, group_size, 0, multiprocessors, True)
+        seen.add(_C.cuda_kernel_name(*facts))
+        x = awkward((rows, k), FLOATS[i % 3], seed=i)
+        bias = floats((n,), FLOATS[i // 2 % 3], seed="bias") if i % 2 else None
+        linear(ops, w, x, SYMMETRIC + i // 2 % 2, bias, epilogue=i % 7)
+    # By these numbers of multiprocessors, the tiles that a GPU takes are both seen.
+    large = {"cuda int8 wgmma grouped 128x128"} if multiprocessors > 1 else set()
+    assert seen == {"cuda int8 wgmma grouped 64x64"} | large
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+@pytest.mark.parametrize("kind", INTEGER_KINDS[3:5], ids=str)
+def test_rows_of_int4_by_warpgroups(
+    ops: Any, device: Any, sm90: None, kind: Kind, multiprocessors: int
+) -> None:
+    device(multiprocessors)
+    for rows, n, k in ((65, 130, 1000), (200, 257, 64), (70, 3, 1), (64, 64, 512), (40, 5, 0)):
+        linear(ops, weight(kind, n, k), awkward((rows, k)), ASYMMETRIC)
+    low, high = (0, 15)
+    for code in (low, high):  # the longest sums of both signs
+        for group_size in (-1, 500, 128):
+            w = weight(kind, 17, 1000, group_size, codes=np.full((17, 1000), code))
+            linear(ops, w, -torch.ones(66, 1000), ASYMMETRIC)
+            linear(ops, w, torch.ones(66, 1000), SYMMETRIC)
+
+
+def test_factors_and_bad_rows_by_warpgroups(ops: Any, device: Any, sm90: None) -> None:
+    device(4)
+    w = weight(INTEGER_KINDS[4], 33, 320, 64)
+    x, premul = floats((70, 320)), floats((320,), seed="premul")
+    perm = torch.from_numpy(rng("perm").permutation(320))
+    scale, zero = torch.tensor(0.02), torch.tensor(-7, dtype=torch.int8)
+    linear(ops, w, x, ASYMMETRIC, extra=(scale, zero, premul, None))
+    linear(ops, w, x, SYMMETRIC, extra=(None, None, premul, perm))
+    x[2, 3], x[69, 0] = float("nan"), float("inf")
+    y = linear(ops, w, x, ASYMMETRIC)
+    assert y[[2, 69]].isnan().all()
+    assert y[[1, 3, 68]].isfinite().all()
+
+
 @pytest.mark.parametrize("group_size", [-1, 1, 16, 32, 96, 100, 128])
 @pytest.mark.parametrize("kind", [INTEGER_KINDS[1], INTEGER_KINDS[4]], ids=str)
 def test_groups(ops: Any, device: Any, kind: Kind, group_size: int) -> None:
