@@ -128,6 +128,15 @@ QK_DEVICE void barrier_arrive(Barrier* at, int rank) {
 #endif
 }
 
+// The same at a barrier of this block, whose threads then see what this one wrote.
+QK_DEVICE void barrier_arrive(Barrier* at) {
+#ifdef QKERNELS_HOST
+  host::barrier_arrive(at, host::cluster_rank());
+#else
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_address(at)) : "memory");
+#endif
+}
+
 // Arrives and announces `bytes` of copies, for this phase.
 QK_DEVICE void barrier_expect(Barrier* at, int bytes) {
 #ifdef QKERNELS_HOST
@@ -222,6 +231,35 @@ QK_DEVICE void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier
 #endif
 }
 
+// From this block's shared memory to the same place of block `rank`'s as `to` is of this one's,
+// counting on its barrier.
+QK_DEVICE void copy_to_block(void* to, const void* from, int bytes, Barrier* barrier, int rank) {
+#ifdef QKERNELS_HOST
+  host::copy_to_block(to, from, bytes, barrier, rank);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counts;\n"
+      "mapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 counts, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, "
+      "[counts];\n"
+      "}"
+      :
+      : "r"(shared_address(to)), "r"(shared_address(from)), "r"(bytes),
+        "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+#endif
+}
+
+// What this thread wrote to shared memory is there for copies and products of a warpgroup that
+// follow; for those of other threads, once a barrier has told them.
+QK_DEVICE void copies_fence() {
+#ifndef QKERNELS_HOST
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+#endif
+}
+
 // ---- Products of a warpgroup --------------------------------------------------------------------
 
 // A matrix [n][128 bytes of k] in shared memory from a multiple of 1024 bytes on, for
@@ -272,6 +310,16 @@ QK_DEVICE void warpgroup_keep(T (&registers)[kCount]) {
 #else
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i]) : : "memory");
+#endif
+}
+
+template <int kCount>
+QK_DEVICE void warpgroup_keep(float (&registers)[kCount]) {
+#ifdef QKERNELS_HOST
+  static_cast<void>(registers);
+#else
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i]) : : "memory");
 #endif
 }
 

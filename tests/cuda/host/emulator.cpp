@@ -502,13 +502,30 @@ void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint32_
   }
 }
 
+void copy_to_block(void* to, const void* from, int bytes, uint64_t* barrier, int rank) {
+  check_shared("copy_to_block", to, bytes);
+  check_shared("copy_to_block", from, bytes);
+  check_alignment("copy_to_block", to, 16);
+  check_alignment("copy_to_block", from, 16);
+  if (bytes <= 0 || bytes % 16 != 0) fault("copy_to_block of " + std::to_string(bytes) + " bytes");
+  const int64_t offset = static_cast<uint8_t*>(to) - block->shared;
+  uint8_t* const there = cluster->blocks.at(static_cast<size_t>(rank)).shared + offset;
+  std::memset(there, kPoison, static_cast<size_t>(bytes));
+  cluster->copies.push_back({there, from, bytes, &phases_at("copy_to_block", barrier, rank)});
+}
+
 uint64_t shared_offset(const char* op, const void* at) {
   check_shared(op, at, 1);
   return static_cast<uint64_t>(static_cast<const uint8_t*>(at) - block->shared);
 }
 
 void warpgroup_mma(int32_t* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add) {
-  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add});
+  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add, nullptr});
+}
+
+void warpgroup_mma_16(float* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add,
+                      Widen widen) {
+  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add, widen});
 }
 
 void warpgroup_commit() {
