@@ -20,9 +20,10 @@
 
 namespace qkernels::cuda {
 
-template <Format kFormat_, DType kType_, int kTokens_>
+template <Format kFormat_, bool kAsymmetric_, DType kType_, int kTokens_>
 struct FloatWarpgroups {
   static constexpr Format kFormat = kFormat_;
+  static constexpr bool kAsymmetric = kAsymmetric_;
   static constexpr DType kType = kType_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kConsumers = FloatWarpgroupTile::kConsumers;
@@ -38,24 +39,31 @@ struct FloatWarpgroups {
   static constexpr int kMatrixBytes = kTokens * 128;
   static constexpr int kTokenBytes = kMatrices * kMatrixBytes;
   static constexpr int kStageBytes = kTokenBytes + kWarps * kRowBytes;
-  static constexpr int kStages = std::min(8, 200 * 1024 / kStageBytes);
   // A thread loads so many 16 bytes of x for a stage, for so many stages ahead.
   static constexpr int kLoads = kTokens * kStageK / 8 / kWarpgroup;
   static constexpr int kAhead = 8 / kLoads;
 
-  // A stage has at most so many groups. Their scales and zero points go to a ring of each warp.
+  // A stage has at most so many groups. Of each packed row it has their scales, then their zero
+  // points.
   static constexpr int kGroups = kChunks;
-  static constexpr int kGroupBytes = kGroups * (kLanes * 4 + kLanes);
-  static constexpr int kGroupStages = 4;
+  static constexpr int kZeros = kGroups * kLanes * 4;
+  static constexpr int kGroupBytes = kZeros + kGroups * kLanes;
+
+  static constexpr int kSharedBytes = 227 * 1024;  // that a block may have
+  static constexpr int kStages =
+      std::min(8, (kSharedBytes - 256) / (kStageBytes + kWarps * kGroupBytes));
+
+  // The table of nf4 leaves no registers for the operands of two products with many rows.
+  static constexpr int kLefts = kFormat == Format::nf4 && kTokens == 64 ? 1 : 2;
 
   // Words from a row of x to the next in the sums: what a warp writes at once, 8 outputs of every
   // second row, lies in different banks.
   static constexpr int kPitch = kOutputs + 4;
 
   static constexpr int kBarriers = kStages * kStageBytes;
-  static constexpr int kGroupRings = kBarriers + 8 * (2 * kStages + 2);
-  static constexpr int kBytes = kGroupRings + kWarps * kGroupStages * kGroupBytes;
-  static_assert(kGroupRings % 16 == 0 && kBytes <= 227 * 1024);
+  static constexpr int kGroupsAt = kBarriers + 8 * (2 * kStages + 2);
+  static constexpr int kBytes = kGroupsAt + kStages * kWarps * kGroupBytes;
+  static_assert(kGroupsAt % 16 == 0 && kBytes <= kSharedBytes);
   // All sums of the block, and a share of those of up to seven others.
   static_assert(2 * kTokens * kPitch * 4 <= kBarriers);
 
@@ -68,8 +76,8 @@ struct FloatWarpgroups {
     }
     QK_DEVICE Barrier* emptied(int stage) const { return filled(kStages + stage); }
     QK_DEVICE Barrier* received() const { return filled(2 * kStages); }
-    QK_DEVICE uint8_t* groups(int warp, int stage) const {
-      return at + kGroupRings + (warp * kGroupStages + stage) * kGroupBytes;
+    QK_DEVICE uint8_t* groups(int stage, int row) const {
+      return at + kGroupsAt + (stage * kWarps + row) * kGroupBytes;
     }
     // The sums of this block, and those that another one sent.
     QK_DEVICE float* sums() const { return reinterpret_cast<float*>(at); }
@@ -95,6 +103,11 @@ struct WarpgroupPart {
   int tokens;          // rows of x that there are
   int begin, stages;   // of k
 };
+
+// The chunk where the group that chunk `at` is in begins.
+QK_DEVICE int first_group_of(const FloatKernelArgs& a, int at) {
+  return min(at, a.group_end - 1) / a.group_chunks * a.group_chunks;
+}
 
 // ---- Copies -------------------------------------------------------------------------------------
 
@@ -128,13 +141,14 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
     from[i] = a.x + (part.token + min(row + i * 16, part.tokens - 1)) * a.ld +
               int64_t{part.begin} * T::kStageK + piece * 8;
   }
-  const int steps = a.steps - part.begin * T::kMatrices;  // that x has from here on
+  // Steps that there are from here on.
+  const int steps = min(a.steps - part.begin * T::kMatrices, part.stages * T::kMatrices);
   const auto load = [&](uint4(&x)[T::kLoads], int stage) {
 #pragma unroll
     for (int i = 0; i < T::kLoads; ++i) {
       const int step = stage * T::kMatrices + i / kRows;
-      x[i] = stage < part.stages && step < steps ? load_128(from[i % kRows] + step * kStep)
-                                                 : make_uint4(0, 0, 0, 0);
+      x[i] = step < steps ? load_128(from[i % kRows] + step * static_cast<int>(kStep))
+                          : make_uint4(0, 0, 0, 0);
     }
   };
   const int to = row * 128 + (piece / 4 * 4 ^ row % 8) * 16 + piece % 4 * 4;
@@ -148,6 +162,30 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
         *reinterpret_cast<uint32_t*>(tokens + (to ^ j * 16) + i / kRows * T::kMatrixBytes +
                                      i % kRows * (16 * 128)) = pairs[j];
       }
+    }
+  };
+
+  // ---- Scales and zero points ---- Eight threads for each packed row.
+  const uint8_t* const meta = a.packed + (part.row + row) * a.row_bytes;
+  const int scale_bytes = a.scale_type == DType::f32 ? kLanes * 4 : kLanes * 2;
+  int chunk = part.begin * T::kChunks;
+  int group_at = first_group_of(a, chunk), group = group_at / a.group_chunks;
+  const auto copy_groups = [&](int to) {
+    while (group_at + a.group_chunks <= min(chunk, a.group_end - 1)) {
+      ++group, group_at += a.group_chunks;
+    }
+    const int last = min(chunk + T::kChunks, a.group_end);
+    int groups = 1;
+    for (int at = group_at + a.group_chunks; at < last; at += a.group_chunks) ++groups;
+    chunk += T::kChunks;
+    if (row >= packed_rows) return;
+    uint8_t* const at = shared.groups(to, row) + piece * 16;
+    const uint8_t* const scales = meta + a.scales + int64_t{group} * scale_bytes + piece * 16;
+    for (int i = piece; i < groups * scale_bytes / 16; i += 8) {
+      cp_async<16>(at + (i - piece) * 16, scales + (i - piece) * 16);
+    }
+    if (T::kAsymmetric && piece < groups) {
+      cp_async<16>(at + T::kZeros, meta + a.zeros + int64_t{group} * kLanes + piece * 16);
     }
   };
 
@@ -166,6 +204,8 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
         barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
         copy_weights(stage, turn.stage);
       }
+      copy_groups(turn.stage);
+      barrier_arrive_copied(shared.filled(turn.stage));
       store(x[i], turn.stage);
       load(x[i], stage + T::kAhead);
       copies_fence();
@@ -177,40 +217,22 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
 
 // ---- Products -----------------------------------------------------------------------------------
 
-// Keeps scales and zero points of a warp's packed row on their way, a stage after the other.
-template <class T>
-struct GroupRing {
-  const FloatKernelArgs& a;
-  const typename T::Shared& shared;
-  const uint8_t* row;
-  int warp, lane;
-  int end;                // of the slice, in chunks
-  int chunk;              // the first one of the next stage
-  int group, group_from;  // that it is in, and the chunk where that begins
-  int to = 0;
+// Scales of a group as they lie in shared memory: what a thread reads.
+struct ScaleReader {
+  int word, pick;  // its place; which bytes make a float of it
+  bool half;       // float16
 
-  QK_DEVICE void next() {
-    if (chunk < end) {
-      while (group_from + a.group_chunks <= chunk && group_from + a.group_chunks < a.group_end) {
-        ++group, group_from += a.group_chunks;
-      }
-      const int last = min(min(chunk + T::kChunks, end), a.group_end);
-      int groups = 1;
-      while (group_from + groups * a.group_chunks < last) ++groups;
-      const int group_bytes = a.scale_type == DType::f32 ? kLanes * 4 : kLanes * 2;
-      uint8_t* const at = shared.groups(warp, to);
-      if (lane * 16 < groups * group_bytes) {
-        cp_async<16>(at + lane * 16,
-                     row + a.scales + static_cast<int64_t>(group) * group_bytes + lane * 16);
-      }
-      if (a.asymmetric && lane < groups) {
-        cp_async<16>(at + T::kGroups * kLanes * 4 + lane * kLanes,
-                     row + a.zeros + static_cast<int64_t>(group + lane) * kLanes);
-      }
-      chunk += T::kChunks;
-      to = (to + 1) % T::kGroupStages;
-    }
-    cp_async_commit();
+  QK_DEVICE ScaleReader(DType type, int lane)
+      : word(type == DType::f32 ? lane * 4 : lane / 2 * 4),
+        pick(type == DType::f32 ? 0x3210
+             : lane % 2 == 0    ? 0x1044
+                                : 0x3244),
+        half(type == DType::f16) {}
+
+  QK_DEVICE float operator()(const uint8_t* scales) const {
+    const uint32_t bits =
+        prmt(*reinterpret_cast<const uint32_t*>(scales + word), 0, static_cast<uint32_t>(pick));
+    return half ? f16_to_float(static_cast<uint16_t>(bits >> 16)) : bit_cast<float>(bits);
   }
 };
 
@@ -222,28 +244,15 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int g = lane / 4;
-  const int64_t last_row = (a.n + kLanes - 1) / kLanes - 1;
-
-  const int begin = part.begin * T::kChunks;
-  GroupRing<T> ring{a,
-                    shared,
-                    a.packed + min(part.row + warp, last_row) * a.row_bytes,
-                    warp,
-                    lane,
-                    min(begin + part.stages * T::kChunks, a.chunks),
-                    begin,
-                    min(begin, a.group_end - 1) / a.group_chunks,
-                    min(begin, a.group_end - 1) / a.group_chunks * a.group_chunks};
-  const int first_end = min(ring.group_from + a.group_chunks, a.group_end);
-#pragma unroll
-  for (int i = 0; i < T::kGroupStages - 1; ++i) ring.next();
+  const ScaleReader read_scale[2] = {{a.scale_type, g}, {a.scale_type, g + 8}};
+  const int scales_bytes = a.scale_type == DType::f32 ? kLanes * 4 : kLanes * 2;
 
   float products[T::kTokens / 2];
-  uint32_t left[2][2][4];  // of this chunk and of the one before, still in use
+  uint32_t left[T::kLefts][2][4];  // of this chunk and of the one before, still in use
   float scale[2] = {};
   typename C::Zero zero[2] = {C::zero(a.zero), C::zero(a.zero)};
 #pragma unroll
-  for (int i = 0; i < T::kTokens / 2; ++i) sums[i] = 0.0f;
+  for (int i = 0; i < T::kTokens / 2; ++i) products[i] = sums[i] = 0.0f;
   const auto fold = [&] {
     warpgroup_wait<0>();
     warpgroup_keep(products);
@@ -253,35 +262,32 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
     }
   };
 
-  int chunk = begin, group_at = begin;  // where the next group begins
-  int before = 0, slot = 0;
+  // Where the next group begins, and the one after it.
+  int chunk = part.begin * T::kChunks, group_at = chunk;
+  int group_after = first_group_of(a, chunk) + a.group_chunks;
+  int before = 0;
   typename T::Turn turn;
 #pragma unroll 1
   for (int stage = 0; stage < part.stages; ++stage, turn.next()) {
-    ring.next();
-    cp_async_wait<T::kGroupStages - 1>();
-    __syncwarp();
-    const uint8_t* const groups = shared.groups(warp, slot);
-    slot = (slot + 1) % T::kGroupStages;
-    int group = chunk == group_at ? -1 : 0;
+    // Of the group that this stage begins in, or of the first that begins in it.
+    const uint8_t* scales = shared.groups(turn.stage, warp);
+    const uint8_t* zeros = scales + T::kZeros;
+    if (chunk != group_at) scales += scales_bytes, zeros += kLanes;
     barrier_wait(shared.filled(turn.stage), turn.round);
     const uint8_t* const weights = shared.weights(turn.stage) + warp * T::kRowBytes + lane * 16;
     uint4 words = {};
 #pragma unroll
     for (int i = 0; i < T::kChunks; ++i, ++chunk) {
       const bool begins = chunk == group_at;
-      if (begins) {
-        ++group;
-        if (a.asymmetric) {
-          const uint8_t* const zeros = groups + T::kGroups * kLanes * 4 + group * kLanes;
+      if (T::kAsymmetric && begins) {
 #pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const uint8_t byte = zeros[g + 8 * r];
-            zero[r] = C::zero(T::kFormat == Format::int8 ? static_cast<int8_t>(byte) : byte & 15);
-          }
+        for (int r = 0; r < 2; ++r) {
+          const uint8_t byte = zeros[g + 8 * r];
+          zero[r] = C::zero(T::kFormat == Format::int8 ? static_cast<int8_t>(byte) : byte & 15);
         }
+        zeros += kLanes;
       }
-      uint32_t (&mine)[2][4] = left[i % 2];
+      uint32_t (&mine)[2][4] = left[i % T::kLefts];
       if (T::kChunks == 2 || i % 2 == 0) {
         words = load_shared_128(weights + (T::kChunks == 2 ? i : i / 2) * kCudaUnit);
       }
@@ -298,13 +304,12 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
 #pragma unroll
       for (int j = 0; j < 8; ++j) mine[j / 4][j % 4] = pairs[j % 2][j / 2];
       if (begins) {
-        if (chunk > begin) fold();
-        const uint8_t* const scales =
-            groups + group * (a.scale_type == DType::f32 ? kLanes * 4 : kLanes * 2);
-        scale[0] = scale_at(scales, a.scale_type, g);
-        scale[1] = scale_at(scales, a.scale_type, g + 8);
-        group_at = chunk == begin ? first_end : group_at + a.group_chunks;
-        if (group_at >= a.group_end) group_at = INT32_MAX;
+        fold();  // the first time nothing, with a scale of 0
+        scale[0] = read_scale[0](scales);
+        scale[1] = read_scale[1](scales);
+        scales += scales_bytes;
+        group_at = group_after >= a.group_end ? INT32_MAX : group_after;
+        group_after += a.group_chunks;
       }
       const uint64_t x =
           matrix_in_shared(shared.tokens(turn.stage) + i / 2 * T::kMatrixBytes) + i % 2 * 4;
@@ -313,15 +318,14 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
       warpgroup_mma<T::kType, T::kTokens>(products, mine[0], x, !begins);
       warpgroup_mma<T::kType, T::kTokens>(products, mine[1], x + 2, true);
       warpgroup_commit();
-      warpgroup_wait<1>();
-      warpgroup_keep(left[(i + 1) % 2][0]);
-      warpgroup_keep(left[(i + 1) % 2][1]);
+      warpgroup_wait<T::kLefts - 1>();
+      warpgroup_keep(left[(i + 1) % T::kLefts][0]);
+      warpgroup_keep(left[(i + 1) % T::kLefts][1]);
       if (i == 0 && stage > 0 && lane == 0) barrier_arrive(shared.emptied(before));
     }
     before = turn.stage;
   }
-  cp_async_wait<0>();
-  if (part.stages > 0) fold();
+  fold();
 }
 
 // ---- Results ------------------------------------------------------------------------------------
@@ -376,7 +380,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) float_warpgroups_kernel(const 
     const int share = T::kTokens / a.slices * T::kPitch;  // words
     if (thread == 0) {
       for (int i = 0; i < T::kStages; ++i) {
-        barrier_init(shared.filled(i), kWarpgroup + 1);
+        barrier_init(shared.filled(i), 2 * kWarpgroup + 1);
         barrier_init(shared.emptied(i), T::kWarps);
       }
       barrier_init(shared.received(), 1);
@@ -415,7 +419,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) float_warpgroups_kernel(const 
   }
 }
 
-template <Format kFormat, DType kType>
+template <Format kFormat, bool kAsymmetric, DType kType>
 void launch_warpgroups(const FloatPlan& plan, const FloatKernelArgs& a, Stream stream) {
   const auto run = [&](auto tile) {
     using T = decltype(tile);
@@ -424,18 +428,22 @@ void launch_warpgroups(const FloatPlan& plan, const FloatKernelArgs& a, Stream s
     launch_clusters(float_warpgroups_kernel<T>, clusters * together, together, T::kThreads,
                     T::kBytes, stream, a);
   };
-  if (plan.tiles == 2) return run(FloatWarpgroups<kFormat, kType, 16>{});
-  if (plan.tiles == 4) return run(FloatWarpgroups<kFormat, kType, 32>{});
-  run(FloatWarpgroups<kFormat, kType, 64>{});
+  if (plan.tiles == 2) return run(FloatWarpgroups<kFormat, kAsymmetric, kType, 16>{});
+  if (plan.tiles == 4) return run(FloatWarpgroups<kFormat, kAsymmetric, kType, 32>{});
+  run(FloatWarpgroups<kFormat, kAsymmetric, kType, 64>{});
 }
 
-// One source file for each type of x and width of codes, to be compiled beside each other.
+// One source file for each type of x, to be compiled beside each other.
 template <DType kType>
 void launch_warpgroups_format(Format format, const FloatPlan& plan, const FloatKernelArgs& a,
                               Stream stream) {
-  if (format == Format::int8) return launch_warpgroups<Format::int8, kType>(plan, a, stream);
-  if (format == Format::int4) return launch_warpgroups<Format::int4, kType>(plan, a, stream);
-  launch_warpgroups<Format::nf4, kType>(plan, a, stream);
+  if (format == Format::nf4) return launch_warpgroups<Format::nf4, false, kType>(plan, a, stream);
+  const auto run = [&]<Format kFormat>() {
+    a.asymmetric ? launch_warpgroups<kFormat, true, kType>(plan, a, stream)
+                 : launch_warpgroups<kFormat, false, kType>(plan, a, stream);
+  };
+  format == Format::int8 ? run.template operator()<Format::int8>()
+                         : run.template operator()<Format::int4>();
 }
 
 void linear_warpgroups_bf16(Format format, const FloatPlan& plan, const FloatKernelArgs& a,

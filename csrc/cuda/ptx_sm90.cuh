@@ -137,6 +137,20 @@ QK_DEVICE void barrier_arrive(Barrier* at) {
 #endif
 }
 
+// Arrives when all that this thread has copied by cp_async has landed.
+QK_DEVICE void barrier_arrive_copied(Barrier* at) {
+#ifdef QKERNELS_HOST
+  host::commit_async();
+  host::wait_async(0);
+  host::barrier_arrive(at, host::cluster_rank());
+#else
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
+               :
+               : "r"(shared_address(at))
+               : "memory");
+#endif
+}
+
 // Arrives and announces `bytes` of copies, for this phase.
 QK_DEVICE void barrier_expect(Barrier* at, int bytes) {
 #ifdef QKERNELS_HOST

@@ -46,7 +46,7 @@ constexpr int64_t kStack = 128 * 1024, kPage = 4096;
 constexpr int64_t kRedZone = 256;            // bytes around shared memory
 constexpr int64_t kSharedLimit = 99 * 1024;  // of sm_86, sm_89 and sm_120; others have more
 constexpr int64_t kSharedLimit90 = 227 * 1024;
-constexpr unsigned kThreadLimit = 1024;
+constexpr unsigned kThreadLimit = 1024, kClusterLimit = 8;  // threads, blocks
 constexpr int kPoison = 0xff;  // NaN as a float of any size, -1 as an integer
 
 struct Copy {
@@ -134,14 +134,14 @@ Cluster* cluster = nullptr;
 Block* block = nullptr;
 Fiber* self = nullptr;
 
-// One stack for every thread of a block, each above a page that may not be touched.
+// One stack for every thread of a cluster, each above a page that may not be touched.
 uint8_t* stack_of(int id) {
   static uint8_t* stacks = [] {
-    const size_t bytes = kThreadLimit * kStack;
+    const size_t bytes = kClusterLimit * kThreadLimit * kStack;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    for (unsigned i = 0; i < kThreadLimit; ++i) {
+    for (unsigned i = 0; i < kClusterLimit * kThreadLimit; ++i) {
       mprotect(static_cast<uint8_t*>(memory) + i * kStack, kPage, PROT_NONE);
     }
     return static_cast<uint8_t*>(memory);
@@ -306,7 +306,7 @@ void run_clusters(dim3 grid, dim3 size, int64_t shared_bytes, unsigned together,
     throw std::runtime_error("emulator: some GPUs have 99 KiB of shared memory, got " +
                              std::to_string(shared_bytes) + " bytes");
   }
-  if (together < 1 || grid.x % together != 0 || threads * together > kThreadLimit) {
+  if (together < 1 || grid.x % together != 0 || together > kClusterLimit) {
     throw std::runtime_error("emulator: a grid of " + text(grid) + " has no clusters of " +
                              std::to_string(together) + " blocks of " + text(size));
   }
