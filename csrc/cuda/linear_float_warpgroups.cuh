@@ -53,8 +53,8 @@ struct FloatWarpgroups {
   static constexpr int kStages =
       std::min(8, (kSharedBytes - 256) / (kStageBytes + kWarps * kGroupBytes));
 
-  // The table of nf4 leaves no registers for the operands of two products with many rows.
-  static constexpr int kLefts = kFormat == Format::nf4 && kTokens == 64 ? 1 : 2;
+  // Operands of two products, where registers allow: the other warpgroups compute meanwhile.
+  static constexpr int kLefts = kTokens == 64 && (kFormat != Format::int4 || kAsymmetric) ? 1 : 2;
 
   // Words from a row of x to the next in the sums: what a warp writes at once, 8 outputs of every
   // second row, lies in different banks.
@@ -116,25 +116,46 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
                              const typename T::Shared& shared) {
   constexpr int kRows = T::kTokens / 16;  // of a thread
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  const int piece = thread % 8, row = thread / 8;
 
-  // ---- Weights ----
+  // ---- Weights ---- One of eight threads for each packed row, with its scales and zero points all.
   const int packed_rows = static_cast<int>(
       max(int64_t{0}, min((a.n + kLanes - 1) / kLanes - part.row, int64_t{T::kWarps})));
-  const uint8_t* const packed = a.packed + (part.row + thread) * a.row_bytes;
+  const uint8_t* const packed = a.packed + (part.row + row) * a.row_bytes;
   const int row_codes = a.chunks * (T::kRowBytes / T::kChunks);
   const auto copy_weights = [&](int stage, int to) {
     const int from = (part.begin + stage) * T::kRowBytes;
     const int bytes = min(row_codes - from, T::kRowBytes);
     if (thread == 0) barrier_expect(shared.filled(to), packed_rows * bytes);
-    if (thread < packed_rows) {
-      copy_bulk(shared.weights(to) + thread * T::kRowBytes, packed + from, bytes,
-                shared.filled(to));
+    if (piece == 0 && row < packed_rows) {
+      copy_bulk(shared.weights(to) + row * T::kRowBytes, packed + from, bytes, shared.filled(to));
+    }
+  };
+  const int scale_bytes = a.scale_type == DType::f32 ? kLanes * 4 : kLanes * 2;
+  int chunk = part.begin * T::kChunks;
+  int group_at = first_group_of(a, chunk), group = group_at / a.group_chunks;
+  const auto copy_groups = [&](int to) {
+    while (group_at + a.group_chunks <= min(chunk, a.group_end - 1)) {
+      ++group, group_at += a.group_chunks;
+    }
+    const int last = min(chunk + T::kChunks, a.group_end);
+    int groups = 1;
+    for (int at = group_at + a.group_chunks; at < last; at += a.group_chunks) ++groups;
+    chunk += T::kChunks;
+    if (row >= packed_rows) return;
+    uint8_t* const at = shared.groups(to, row) + piece * 16;
+    const uint8_t* const scales = packed + a.scales + int64_t{group} * scale_bytes + piece * 16;
+#pragma unroll
+    for (int i = 0; i < T::kZeros; i += 8 * 16) {
+      if (i + piece * 16 < groups * scale_bytes) cp_async<16>(at + i, scales + i);
+    }
+    if (T::kAsymmetric && piece < groups) {
+      cp_async<16>(at + T::kZeros, packed + a.zeros + int64_t{group} * kLanes + piece * 16);
     }
   };
 
   // ---- x ---- Eight threads read 128 consecutive bytes of a row. What a warp writes at once, four
   // rows of eight threads, lies in different banks.
-  const int piece = thread % 8, row = thread / 8;
   const uint16_t* from[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
@@ -162,30 +183,6 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
         *reinterpret_cast<uint32_t*>(tokens + (to ^ j * 16) + i / kRows * T::kMatrixBytes +
                                      i % kRows * (16 * 128)) = pairs[j];
       }
-    }
-  };
-
-  // ---- Scales and zero points ---- Eight threads for each packed row.
-  const uint8_t* const meta = a.packed + (part.row + row) * a.row_bytes;
-  const int scale_bytes = a.scale_type == DType::f32 ? kLanes * 4 : kLanes * 2;
-  int chunk = part.begin * T::kChunks;
-  int group_at = first_group_of(a, chunk), group = group_at / a.group_chunks;
-  const auto copy_groups = [&](int to) {
-    while (group_at + a.group_chunks <= min(chunk, a.group_end - 1)) {
-      ++group, group_at += a.group_chunks;
-    }
-    const int last = min(chunk + T::kChunks, a.group_end);
-    int groups = 1;
-    for (int at = group_at + a.group_chunks; at < last; at += a.group_chunks) ++groups;
-    chunk += T::kChunks;
-    if (row >= packed_rows) return;
-    uint8_t* const at = shared.groups(to, row) + piece * 16;
-    const uint8_t* const scales = meta + a.scales + int64_t{group} * scale_bytes + piece * 16;
-    for (int i = piece; i < groups * scale_bytes / 16; i += 8) {
-      cp_async<16>(at + (i - piece) * 16, scales + (i - piece) * 16);
-    }
-    if (T::kAsymmetric && piece < groups) {
-      cp_async<16>(at + T::kZeros, meta + a.zeros + int64_t{group} * kLanes + piece * 16);
     }
   };
 
@@ -397,7 +394,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) float_warpgroups_kernel(const 
     part.stages = max(0, min(a.slice_steps, a.steps - rank * a.slice_steps) + T::kMatrices - 1) /
                   T::kMatrices;
     if (thread < T::kConsumers * kWarpgroup) {
-      take_registers<T::kTokens == 64 ? 104 : 104>();
+      take_registers<104>();
       {
         float sums[T::kTokens / 2];
         multiply_slice<T>(a, part, shared, sums);
