@@ -111,6 +111,20 @@ QK_DEVICE void barrier_arrive(Barrier* at) {
 #endif
 }
 
+// Arrives when all that this thread has copied by cp_async has landed.
+QK_DEVICE void barrier_arrive_copied(Barrier* at) {
+#ifdef QKERNELS_HOST
+  host::commit_async();
+  host::wait_async(0);
+  host::barrier_arrive(at, host::cluster_rank());
+#else
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
+               :
+               : "r"(shared_address(at))
+               : "memory");
+#endif
+}
+
 // Arrives and announces `bytes` of copies, for this phase.
 QK_DEVICE void barrier_expect(Barrier* at, int bytes) {
 #ifdef QKERNELS_HOST
@@ -226,6 +240,27 @@ QK_DEVICE void store_async_128(void* to, uint4 v, Barrier* barrier, int rank) {
 #endif
 }
 
+// From this block's shared memory to the same place of block `rank`'s as `to` is of this one's,
+// counting on its barrier.
+QK_DEVICE void copy_to_block(void* to, const void* from, int bytes, Barrier* barrier, int rank) {
+#ifdef QKERNELS_HOST
+  host::copy_to_block(to, from, bytes, barrier, rank);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counts;\n"
+      "mapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 counts, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, "
+      "[counts];\n"
+      "}"
+      :
+      : "r"(shared_address(to)), "r"(shared_address(from)), "r"(bytes),
+        "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+#endif
+}
+
 // ---- Matrices -----------------------------------------------------------------------------------
 
 // Stores four matrices of 8 x 8 16-bit elements transposed, one register each: a thread holds
@@ -300,6 +335,16 @@ QK_DEVICE void warpgroup_keep(T (&registers)[kCount]) {
 #else
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i]) : : "memory");
+#endif
+}
+
+template <int kCount>
+QK_DEVICE void warpgroup_keep(float (&registers)[kCount]) {
+#ifdef QKERNELS_HOST
+  static_cast<void>(registers);
+#else
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i]) : : "memory");
 #endif
 }
 

@@ -46,9 +46,8 @@ constexpr int64_t kStack = 128 * 1024, kPage = 4096;
 constexpr int64_t kRedZone = 256;            // bytes around shared memory
 constexpr int64_t kSharedLimit = 99 * 1024;  // of sm_86, sm_89 and sm_120; others have more
 constexpr int64_t kSharedLimit90 = 227 * 1024;
-constexpr unsigned kThreadLimit = 1024;     // of a block
-constexpr unsigned kClusterThreads = 4096;  // of a cluster
-constexpr int kPoison = 0xff;               // NaN as a float of any size, -1 as an integer
+constexpr unsigned kThreadLimit = 1024, kClusterLimit = 8;  // threads, blocks
+constexpr int kPoison = 0xff;  // NaN as a float of any size, -1 as an integer
 
 struct Copy {
   void* to;
@@ -140,11 +139,11 @@ Fiber* self = nullptr;
 // One stack for every thread of a cluster, each above a page that may not be touched.
 uint8_t* stack_of(int id) {
   static uint8_t* stacks = [] {
-    const size_t bytes = kClusterThreads * kStack;
+    const size_t bytes = kClusterLimit * kThreadLimit * kStack;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    for (unsigned i = 0; i < kClusterThreads; ++i) {
+    for (unsigned i = 0; i < kClusterLimit * kThreadLimit; ++i) {
       mprotect(static_cast<uint8_t*>(memory) + i * kStack, kPage, PROT_NONE);
     }
     return static_cast<uint8_t*>(memory);
@@ -316,7 +315,7 @@ void run_clusters(dim3 grid, dim3 size, int64_t shared_bytes, unsigned together,
     throw std::runtime_error("emulator: some GPUs have 99 KiB of shared memory, got " +
                              std::to_string(shared_bytes) + " bytes");
   }
-  if (together < 1 || grid.x % together != 0 || threads * together > kClusterThreads) {
+  if (together < 1 || grid.x % together != 0 || together > kClusterLimit) {
     throw std::runtime_error("emulator: a grid of " + text(grid) + " has no clusters of " +
                              std::to_string(together) + " blocks of " + text(size));
   }
@@ -523,13 +522,30 @@ void store_async(void* to, uint4 v, uint64_t* barrier, int rank) {
   cluster->copies.push_back({there, nullptr, 16, phases, v});
 }
 
+void copy_to_block(void* to, const void* from, int bytes, uint64_t* barrier, int rank) {
+  check_shared("copy_to_block", to, bytes);
+  check_shared("copy_to_block", from, bytes);
+  check_alignment("copy_to_block", to, 16);
+  check_alignment("copy_to_block", from, 16);
+  if (bytes <= 0 || bytes % 16 != 0) fault("copy_to_block of " + std::to_string(bytes) + " bytes");
+  const int64_t offset = static_cast<uint8_t*>(to) - block->shared;
+  uint8_t* const there = cluster->blocks.at(static_cast<size_t>(rank)).shared + offset;
+  std::memset(there, kPoison, static_cast<size_t>(bytes));
+  cluster->copies.push_back({there, from, bytes, &phases_at("copy_to_block", barrier, rank), {}});
+}
+
 uint64_t shared_offset(const char* op, const void* at) {
   check_shared(op, at, 1);
   return static_cast<uint64_t>(static_cast<const uint8_t*>(at) - block->shared);
 }
 
 void warpgroup_mma(int32_t* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add) {
-  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add});
+  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add, nullptr});
+}
+
+void warpgroup_mma_16(float* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add,
+                      Widen widen) {
+  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add, widen});
 }
 
 void warpgroup_commit() {
