@@ -1,12 +1,12 @@
-// linear with 16-bit x on sm_90a, for more rows than the GEMV takes: products of warpgroups, weights
-// from registers, x from shared memory.
+// linear with 16-bit x on sm_90a, for more rows than the GEMV takes: products of warpgroups,
+// weights from registers, x from shared memory.
 //
 // The blocks of a cluster have the same 256 outputs and rows of x, and a slice of k each. Four
-// warpgroups of a block multiply 64 outputs each, a packed row for each warp. The fifth keeps stages
-// of k in shared memory: it has weights copied in the background, as they are packed, and copies x
-// by its registers, because threads own k as the packed weight has it: eight consecutive k of a
-// chunk of 32 are pairs 0 to 3 of slots in two products of 16 k. So the 16 bytes that hold pair j of
-// four threads are written by four threads, 4 bytes each.
+// warpgroups of a block multiply 64 outputs each, a packed row for each warp. The fifth keeps
+// stages of k in shared memory: it has weights copied in the background, as they are packed, and
+// copies x by its registers, because threads own k as the packed weight has it: eight consecutive k
+// of a chunk of 32 are pairs 0 to 3 of slots in two products of 16 k. So the 16 bytes that hold
+// pair j of four threads are written by four threads, 4 bytes each.
 //
 // Products of a group are summed up by the tensor cores; the group's scale is applied to the sums.
 // At the end each block of the cluster gets the sums of a share of the rows of x from all others,
@@ -118,7 +118,7 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   const int piece = thread % 8, row = thread / 8;
 
-  // ---- Weights ---- One of eight threads for each packed row, with its scales and zero points all.
+  // ---- Weights ---- Eight threads have a packed row, one of them its codes.
   const int packed_rows = static_cast<int>(
       max(int64_t{0}, min((a.n + kLanes - 1) / kLanes - part.row, int64_t{T::kWarps})));
   const uint8_t* const packed = a.packed + (part.row + row) * a.row_bytes;

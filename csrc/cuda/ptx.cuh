@@ -1,5 +1,5 @@
 // The instructions that kernels name, one function each, and `launch`. Nothing else in csrc/cuda
-// but ptx_sm90.cuh holds inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels
+// but ptx_sm90*.cuh holds inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels
 // are compiled as C++ and run on the emulator of tests/cuda/host, so each function has a second
 // half that says what the instruction does.
 #pragma once

@@ -9,8 +9,7 @@ namespace qkernels::cuda {
 #define QK_SUMS(i)                                                                           \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), \
       "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
-// The instruction for `count` sums, which are operands 0 to count - 1: A's registers a0 to a3, B and
-// `add` follow.
+// The instruction. Sums are the first operands; A's registers, B and `add` follow.
 #define QK_WARPGROUP_MMA(type, n, list, a_list, b, add, ...)                                 \
   asm volatile(                                                                              \
       "{\n"                                                                                  \

@@ -241,6 +241,22 @@ def test_groups_by_warpgroups_on_hopper(tmp_path: Path) -> None:
     assert "MEMBAR" not in code
 
 
+@pytest.mark.parametrize(("dtype", "name"), [("bf16", "F32.BF16"), ("f16", "F32")])
+def test_float_warpgroups_on_hopper(tmp_path: Path, dtype: str, name: str) -> None:
+    source = ROOT / f"csrc/cuda/linear_float_warpgroups_{dtype}.cu"
+    binary = tmp_path / "hopper.cubin"
+    run(cuda.nvcc(), *cuda.NVCC_FLAGS, "-arch=sm_90a", "-cubin", source, "-o", binary)
+    check_local_memory(binary)
+    kernels = re.split(r"\n\s*Function : ", run(disassembler(), "--dump-sass", binary))[1:]
+    # int8 and int4, symmetric or not, and nf4; for 16, 32 and 64 rows.
+    assert len(kernels) == 15
+    for code in kernels:
+        products = list(re.finditer(rf"HGMMA\.64x(16|32|64)x16\.{name} ", code))
+        assert products
+        assert "UBLKCP" in code
+        assert "MEMBAR" not in code[products[0].start() : products[-1].start()]
+
+
 def test_every_kernel_is_there_for_every_architecture_built() -> None:
     """A kernel that is built for some architectures only would fail to launch on the others."""
     archs: dict[str, set[str]] = {}
