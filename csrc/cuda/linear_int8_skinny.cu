@@ -18,7 +18,7 @@ constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 // Four blocks fit on a multiprocessor, two of those with the most tokens.
 template <Format kFormat, int kTiles_>
 struct Skinny {
-  static constexpr int kTiles = kTiles_, kTokens = 8 * kTiles;
+  static constexpr int kTiles = kTiles_;
   static constexpr int kBlocks = kTiles == 4 ? 2 : 4;
   static constexpr int kChunks = kFormat == Format::int8 ? 1 : 2;  // of 32 k, in a unit
   static constexpr int kRing = kTiles == 1 ? 8 : 4;                // units of a warp under way
