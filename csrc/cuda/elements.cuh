@@ -88,11 +88,21 @@ QK_DEVICE void store_eight(void* data, int64_t at, const float (&y)[kEight]) {
   }
 }
 
+// encode_nf4 of a quotient that is a number. 15 comparisons would take longer than memory does; the
+// guess, 0 to 14, and what it is good for are those of csrc/cpu/codes.inl. Here it is the whole part
+// of a number whose last bit is 2^-8, since 1.5 * 2^15 is added. Lanes may ask for different middles
+// at once, since the table is in global memory and on one line of the L1 cache.
+QK_DEVICE int encode_level(float quotient) {
+  alignas(64) static constexpr Nf4Table middles = kNf4Middles;
+  const float value = std::fmin(std::fmax(quotient, -1.0f), 1.0f);
+  const float slope = std::fma(value * value, -4.347f, 11.318f);
+  const float guess = std::fma(value, slope, 0x1.8p15f + 6.772f + 0.5f);
+  const uint32_t code = bit_cast<uint32_t>(guess) >> 8 & 15;
+  return static_cast<int>(code + (value > middles.at[code]));
+}
+
 // encode() of core/codec.h. Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low
-// bits: a conversion would take as long as four additions. The 15 comparisons for nf4 would take
-// longer than memory does; the guess, 0 to 14, and what it is good for are those of
-// csrc/cpu/codes.inl. Lanes may ask for different middles at once, since the table is in global
-// memory and on one or two lines of the L1 cache.
+// bits: a conversion would take as long as four additions.
 template <Format kFormat>
 QK_DEVICE int encode_element(float x, const Affine& affine, bool symmetric) {
   constexpr float kRound = 0x1.8p23f;
@@ -106,11 +116,7 @@ QK_DEVICE int encode_element(float x, const Affine& affine, bool symmetric) {
     const float value = std::fmin(std::fmax(quotient, low), high);
     return number ? bit_cast<int>(value + kRound) + (zero - kRoundBits) : zero;
   } else {
-    static constexpr Nf4Table middles = kNf4Middles;
-    const float value = std::fmin(std::fmax(quotient, -1.0f), 1.0f);
-    const float slope = std::fma(value * value, -4.347f, 11.318f);
-    const int guess = bit_cast<int>(std::fma(value, slope, 6.772f) + kRound) - kRoundBits;
-    return number ? guess + (value > middles.at[guess]) : 7;
+    return number ? encode_level(quotient) : 7;
   }
 }
 

@@ -152,4 +152,60 @@ struct Codes<Format::nf4, kType> {
   }
 };
 
+// The same in a loop without products enough to hide instructions behind. Of nf4 a table in shared
+// memory has the two levels of each byte, 32 times, once for each bank, so that the lanes of a warp
+// never wait for each other. All threads of the block construct it together.
+template <Format kFormat, DType kType>
+struct CodePairs {
+  using C = Codes<kFormat, kType>;
+  static constexpr int kTableBytes = 0;
+
+  QK_DEVICE CodePairs(uint8_t*, const LevelBytes&) {}
+  QK_DEVICE void operator()(uint32_t (&p)[4], const uint32_t (&words)[C::kWords],
+                            const typename C::Zero& zero) const {
+    C::pairs(p, words, zero, {});
+  }
+};
+
+template <DType kType>
+struct CodePairs<Format::nf4, kType> {
+  using C = Codes<Format::nf4, kType>;
+  static constexpr int kLineBytes = kWarp * 4, kTableBytes = 256 * kLineBytes;
+  const uint8_t* table;
+  uint32_t bank;
+
+  QK_DEVICE CodePairs(uint8_t* shared, const LevelBytes& levels)
+      : table(shared), bank(threadIdx.x % kWarp * 4) {
+    const auto level = [&](int i) {
+      const int shift = i % 4 * 8;
+      return (levels.low[i / 4] >> shift & 0xff) | (levels.high[i / 4] >> shift & 0xff) << 8;
+    };
+    const int step = static_cast<int>(blockDim.x) / 8;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) / 8; i < 256; i += step) {
+      const uint32_t pair = level(i % 16) | level(i / 16) << 16;
+      store_shared_128(shared + i * kLineBytes + threadIdx.x % 8 * 16,
+                       make_uint4(pair, pair, pair, pair));
+    }
+    __syncthreads();
+  }
+
+  // The bytes of a word are e0 and e2, e4 and e6, e1 and e3, e5 and e7.
+  QK_DEVICE void operator()(uint32_t (&p)[4], const uint32_t (&words)[1],
+                            const typename C::Zero&) const {
+    constexpr uint32_t kMask = 255 * kLineBytes;
+    const uint32_t w = words[0];
+    const uint32_t at[4] = {w << 7, w >> 1, w >> 9, w >> 17};
+    uint32_t found[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      found[i] = load_shared_32(table + lop3<kAndOr>(at[i], kMask, bank));
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      p[j] = prmt(found[j / 2], found[j / 2 + 2], j % 2 == 0 ? 0x5410 : 0x7632);
+    }
+  }
+};
+
 }  // namespace qkernels::cuda

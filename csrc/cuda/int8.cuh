@@ -149,6 +149,17 @@ QK_DEVICE void apply_epilogue(float (&y)[kCount], Epilogue epilogue) {
   for (int i = 0; i < kCount; ++i) y[i] = qkernels::apply_epilogue(y[i], epilogue);
 }
 
+// From the exact sum of a group to its share of a result, and from all groups' to a result without
+// activation function. `zeros`: codes of x have a zero point.
+QK_DEVICE float scaled_sum(int32_t sum, float scale) {
+  return std::fma(static_cast<float>(sum), scale, 0.0f);
+}
+
+QK_DEVICE float result(float sum, const TokenCodes& codes, bool zeros, float weight_sum,
+                       float bias) {
+  return std::fma(codes.scale, zeros ? std::fma(-codes.zero, weight_sum, sum) : sum, bias);
+}
+
 // From the sums over all groups, times the weight's scales, to y.
 template <int kCount>
 QK_DEVICE void finish(const LinearArgs& a, int64_t token, const TokenCodes& codes,
@@ -157,8 +168,7 @@ QK_DEVICE void finish(const LinearArgs& a, int64_t token, const TokenCodes& code
   float y[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const float sum = zeros ? std::fma(-codes.zero, o.weight_sum[i], sums[i]) : sums[i];
-    y[i] = std::fma(codes.scale, sum, o.bias[i]);
+    y[i] = result(sums[i], codes, zeros, o.weight_sum[i], o.bias[i]);
   }
   apply_epilogue(y, a.epilogue);
   uint32_t values[kCount];
@@ -198,7 +208,7 @@ QK_DEVICE void finish_exact(const LinearArgs& a, int64_t token, const TokenCodes
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int32_t sum = static_cast<int32_t>(exact[i]) >> kSumShift<kFormat>;
-    sums[i] = std::fma(static_cast<float>(sum + o.zero[i] * codes.sum), o.scale[i], 0.0f);
+    sums[i] = scaled_sum(sum + o.zero[i] * codes.sum, o.scale[i]);
   }
   finish<kCount>(a, token, codes, o.all, sums);
 }

@@ -10,6 +10,9 @@ namespace qkernels::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// Whether the current device runs code of sm_90a, and the library has it.
+bool is_hopper();
+
 // `workspace` of quantize_workspace bytes.
 void quantize(const QuantizeArgs& args, int64_t rows, void* workspace, Stream stream);
 int64_t quantize_workspace(const QuantizeArgs& args, int64_t rows);

@@ -1,5 +1,5 @@
-// The kernels of linear_float.cuh for x in float16.
-#include "cuda/linear_float.cuh"
+// The kernels of linear_float.cuh and linear_float_gemv.cuh for x in float16.
+#include "cuda/linear_float_gemv.cuh"
 
 namespace qkernels::cuda {
 

@@ -1,6 +1,6 @@
 // linear with float activations: what goes before and behind the product, and the launches.
 #include "cuda/dispatch.cuh"
-#include "cuda/linear_float.cuh"
+#include "cuda/linear_float_warpgroups.cuh"
 
 namespace qkernels::cuda {
 namespace {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // All rows of `a` at once.
 void linear_rows(const LinearArgs& a, float* sums, Stream stream) {
-  const FloatPlan plan = float_plan(a);
+  const FloatPlan plan = float_plan(a, has_sm90a());
   const BlockShape& s = a.shape;
   FloatKernelArgs k{};
   k.rows = a.rows * plan.parts;
@@ -115,10 +115,10 @@ void linear_rows(const LinearArgs& a, float* sums, Stream stream) {
     if (plan.partial()) k.sums = sums + part * plan.cuts * k.rows * k.n;
     if (a.x_type == DType::f16) {
       k.levels = level_bytes<DType::f16>(part);
-      linear_f16(a.layout.format, plan, k, stream);
+      (plan.warpgroups ? linear_warpgroups_f16 : linear_f16)(a.layout.format, plan, k, stream);
     } else {
       k.levels = level_bytes<DType::bf16>(part);
-      linear_bf16(a.layout.format, plan, k, stream);
+      (plan.warpgroups ? linear_warpgroups_bf16 : linear_bf16)(a.layout.format, plan, k, stream);
     }
   }
   if (!plan.partial()) return;
@@ -130,6 +130,8 @@ void linear_rows(const LinearArgs& a, float* sums, Stream stream) {
 
 }  // namespace
 
+bool is_hopper() { return has_sm90a(); }
+
 void gather_rows(const LinearArgs& a, void* to, Stream stream) {
   for_float(a.x_type, [&](auto type) {
     launch(gather_kernel<decltype(type)::value>, blocks_for(a.rows * a.shape.k, kThreads), kThreads,
@@ -138,7 +140,7 @@ void gather_rows(const LinearArgs& a, void* to, Stream stream) {
 }
 
 void linear_float(const LinearArgs& whole, float* sums, Stream stream) {
-  const int64_t turn = float_plan(whole).rows;
+  const int64_t turn = float_plan(whole, has_sm90a()).rows;
   LinearArgs a = whole;
   for (int64_t begin = 0; begin < whole.rows; begin += turn) {
     a.x = static_cast<const uint8_t*>(whole.x) + begin * whole.shape.k * bytes_of(whole.x_type);

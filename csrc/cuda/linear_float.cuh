@@ -1,14 +1,11 @@
 // y = x . W with 16-bit x, by mma.m16n8k16: outputs are the 16 rows of a tensor core's tile and
-// rows of x its 8 columns, so few rows waste little.
+// rows of x its 8 columns, so few rows waste little. linear_float_gemv.cuh has those up to eight.
 //
-// A team goes along k in steps of 64. Of x, scales and zero points it keeps kStages steps in a ring
-// in shared memory, filled in the background; of the weight each warp keeps kDepth steps in
-// registers, since no other warp wants them. Products of a group are summed up by the tensor cores;
-// the group's scale is applied once, to the sums. See linear_float.h for the order of sums.
-//
-//   GEMV: a team is a warp, and the warps of a thread block have a slice of k each.
-//   GEMM: a team is a thread block, whose warps have outputs of their own. It does all slices, or
-//         (cuts > 1) one.
+// A thread block goes along k in steps of 64. Of x, scales and zero points it keeps kStages steps
+// in a ring in shared memory, filled in the background; of the weight each warp, which has outputs
+// of its own, keeps kDepth steps in registers, since no other warp wants them. Products of a group
+// are summed up by the tensor cores; the group's scale is applied once, to the sums. See
+// linear_float.h for the order of sums. A thread block does all slices, or (cuts > 1) one.
 #pragma once
 
 #include "cuda/fragments.cuh"
@@ -35,28 +32,21 @@ struct FloatKernelArgs {
   void* y;  // [rows, n], of x's type
 };
 
-template <Format kFormat_, DType kType_, int kBlocks_, int kTiles_, int kWarps_, bool kGemv_>
+template <Format kFormat_, DType kType_, int kBlocks_, int kTiles_, int kWarps_>
 struct FloatTile {
   static constexpr Format kFormat = kFormat_;
   static constexpr DType kType = kType_;
   static constexpr int kBlocks = kBlocks_, kTiles = kTiles_;  // of a warp
-  static constexpr bool kGemv = kGemv_;
   static constexpr int kTeamBlocks = kBlocks * kWarps_;
   static constexpr int kTeam = kWarp * kWarps_;  // threads
   static constexpr int kRows = 8 * kTiles;
-  // A GEMV's block has a warp for each slice, and less where it has many outputs.
-  static constexpr int kMaxThreads = !kGemv ? kTeam : (kBlocks == 4 ? 4 : kMostSlices) * kWarp;
   // The largest tile needs all registers, the others have two blocks on a multiprocessor.
   static constexpr int kMinBlocks = kTiles == 8 ? 1 : 2;
 
   static constexpr int kUnits = info(kFormat).bits == 8 ? 2 : 1;  // 16-byte loads in a step
   static constexpr int kStages = kTiles == 8 ? 3 : 4;
-  // Steps of the largest tile are so long that one ahead is enough, and there are so many warps of
-  // the GEMV with two blocks that two are.
-  static constexpr int kDepth = kTiles == 8             ? (kFormat == Format::int4 ? 2 : 1)
-                                : kBlocks == 1          ? 4
-                                : kGemv && kBlocks == 2 ? 2
-                                                        : 4 / kUnits;
+  // Steps of the largest tile are so long that one ahead is enough.
+  static constexpr int kDepth = kTiles == 8 ? (kFormat == Format::int4 ? 2 : 1) : 4 / kUnits;
   static_assert(kTurn % kDepth == 0);
 
   // Of a step: x, then for each block two groups' scales and two groups' zero points.
@@ -68,7 +58,7 @@ struct FloatTile {
   // On its way out a tile lies in shared memory, rows of x and outputs as in y. Words from a row to
   // the next: the lanes of a warp, 8 outputs of every second row, meet in no bank.
   static constexpr int kOutPitch = kTeamBlocks * kLanes + 4;
-  static constexpr int kOutBytes = kGemv ? 0 : kRows * kOutPitch * 4;
+  static constexpr int kOutBytes = kRows * kOutPitch * 4;
 };
 
 // The chunk at which the group after the one that ends at `end` does; none after the last.
@@ -96,28 +86,27 @@ QK_DEVICE void finish(const FloatKernelArgs& a, int64_t row, int64_t output, flo
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
+__global__ void __launch_bounds__(T::kTeam, T::kMinBlocks)
     linear_float_kernel(const FloatKernelArgs a) {
   using C = Codes<T::kFormat, T::kType>;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int g = lane / 4, t = lane % 4;
-  const int member = T::kGemv ? lane : static_cast<int>(threadIdx.x);
+  const int member = static_cast<int>(threadIdx.x);
 
   const int row_tile = static_cast<int>(blockIdx.x) % a.row_tiles;
   const int64_t team_block =
       static_cast<int64_t>(static_cast<int>(blockIdx.x) / a.row_tiles) * T::kTeamBlocks;
   const int64_t last_block = (a.n + kLanes - 1) / kLanes - 1;
-  const int64_t block = team_block + (T::kGemv ? 0 : warp * T::kBlocks);
+  const int64_t block = team_block + warp * T::kBlocks;
   const int64_t first_row = static_cast<int64_t>(row_tile) * T::kRows;
   const int rows = static_cast<int>(min(a.rows - first_row, static_cast<int64_t>(T::kRows)));
 
-  const int cut = T::kGemv ? warp : static_cast<int>(blockIdx.y);
+  const int cut = static_cast<int>(blockIdx.y);
   const int begin = cut * a.slice_steps;
-  const int end = !T::kGemv && a.cuts == 1 ? a.steps : min(a.steps, begin + a.slice_steps);
+  const int end = a.cuts == 1 ? a.steps : min(a.steps, begin + a.slice_steps);
 
   uint8_t* shared = shared_memory<uint8_t>();
-  uint8_t* ring = shared + (T::kGemv ? warp * T::kRingBytes : 0);
 
   // ---- Into the ring ---- A row of a step is a line of eight 16-byte pieces. Odd rows have the
   // halves of their line swapped: the eight threads that read together want the same half of an
@@ -147,14 +136,11 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   const bool fetches = member < T::kTeamBlocks * 4;
   auto fill = [&](int step, int stage) {
     if (step < end) {
-      uint8_t* to = ring + stage * T::kStageBytes;
+      uint8_t* to = shared + stage * T::kStageBytes;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        // Few rows are not worth filling a tile up; many read a row twice.
-        if (T::kTiles > 1 || member / 8 + i * (T::kTeam / 8) < rows) {
-          cp_async<16>(to + copy_to + i * (T::kTeam / 8) * 128,
-                       source[i] + static_cast<int64_t>(step) * kStep);
-        }
+        cp_async<16>(to + copy_to + i * (T::kTeam / 8) * 128,
+                     source[i] + static_cast<int64_t>(step) * kStep);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -206,10 +192,8 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
   typename C::Zero zero[T::kBlocks][2];
 #pragma unroll
   for (int r = 0; r < T::kBlocks; ++r) zero[r][0] = zero[r][1] = C::zero(a.zero);
-  // With one tile, columns without a row of x read the last row's; the results go nowhere.
-  const int x_from = (T::kTiles == 1 ? min(g, rows - 1) : g) * 128;
-  const int x_swap = (T::kTiles == 1 ? min(g, rows - 1) : g) % 2 * 4;
-  const int my_meta = T::kRows * 128 + (T::kGemv ? 0 : warp * T::kBlocks) * T::kBlockBytes;
+  const int x_from = g * 128, x_swap = g % 2 * 4;
+  const int my_meta = T::kRows * 128 + warp * T::kBlocks * T::kBlockBytes;
 
   auto fold = [&](const uint8_t* scales) {
 #pragma unroll
@@ -305,13 +289,9 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
         if (step >= last) break;
         cp_async_wait<T::kStages - 2>();
         // What others copied is here, and what was read in the last step may be written.
-        if constexpr (T::kGemv) {
-          __syncwarp();
-        } else {
-          __syncthreads();
-        }
+        __syncthreads();
         fill(step + T::kStages - 1, freed);
-        const uint8_t* at = ring + stage * T::kStageBytes;
+        const uint8_t* at = shared + stage * T::kStageBytes;
 #pragma unroll(T::kTiles == 8 ? 1 : 2)
         for (int half = 0; half < 2; ++half) {
           scales = at + my_meta + half * T::kScaleBytes;
@@ -331,60 +311,36 @@ __global__ void __launch_bounds__(T::kMaxThreads, T::kMinBlocks)
     }
     // A slice that ends inside of a group.
     if (2 * last < a.group_end && 2 * last % a.group_chunks != 0) fold(scales);
-    if (!T::kGemv && (first > begin || last < end)) end_slice(first == begin, last == end);
+    if (first > begin || last < end) end_slice(first == begin, last == end);
   }
   cp_async_wait<0>();
 
   // ---- Out ----
   // By shared memory, so that what makes y of a sum is there once. Unrolled for the sums of a
   // thread it was most of the machine code, and took longer to fetch than to run.
-  if constexpr (!T::kGemv) {
-    static_assert(T::kTeam == T::kTeamBlocks * kLanes);
-    float* tile = shared_memory<float>();
-    __syncthreads();
+  static_assert(T::kTeam == T::kTeamBlocks * kLanes);
+  float* tile = shared_memory<float>();
+  __syncthreads();
 #pragma unroll
-    for (int i = 0; i < T::kBlocks * T::kTiles * 4; ++i) {
-      const int r = i / (T::kTiles * 4), j = i / 4 % T::kTiles;
-      const int column = (warp * T::kBlocks + r) * kLanes + g + i % 4 / 2 * 8;
-      tile[(j * 8 + t * 2 + i % 2) * T::kOutPitch + column] = sums[r][j][i % 4];
-    }
-    __syncthreads();
-    const int64_t output = team_block * kLanes + threadIdx.x;
-    if (output >= a.n) return;
-    const float* from = tile + threadIdx.x;
-    if (a.sums != nullptr) {
-      float* to = a.sums + (cut * a.rows + first_row) * a.n + output;
+  for (int i = 0; i < T::kBlocks * T::kTiles * 4; ++i) {
+    const int r = i / (T::kTiles * 4), j = i / 4 % T::kTiles;
+    const int column = (warp * T::kBlocks + r) * kLanes + g + i % 4 / 2 * 8;
+    tile[(j * 8 + t * 2 + i % 2) * T::kOutPitch + column] = sums[r][j][i % 4];
+  }
+  __syncthreads();
+  const int64_t output = team_block * kLanes + threadIdx.x;
+  if (output >= a.n) return;
+  const float* from = tile + threadIdx.x;
+  if (a.sums != nullptr) {
+    float* to = a.sums + (cut * a.rows + first_row) * a.n + output;
 #pragma unroll 4
-      for (int row = 0; row < rows; ++row) to[row * a.n] = from[row * T::kOutPitch];
-      return;
-    }
-    const float bias = bias_at(a, output);
+    for (int row = 0; row < rows; ++row) to[row * a.n] = from[row * T::kOutPitch];
+    return;
+  }
+  const float bias = bias_at(a, output);
 #pragma unroll 1
-    for (int row = 0; row < rows; ++row) {
-      finish<T::kType>(a, first_row + row, output, from[row * T::kOutPitch], bias);
-    }
-  } else {
-    float* slices = shared_memory<float>();
-    constexpr int kSums = T::kBlocks * 4 * kWarp;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < T::kBlocks * 4; ++i) {
-      slices[warp * kSums + i * kWarp + lane] = sums[i / 4][0][i % 4];
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kSums; i += static_cast<int>(blockDim.x)) {
-      const int row = lane % 4 * 2 + i / kWarp % 2;
-      const int64_t output = (block + i / (4 * kWarp)) * kLanes + lane / 4 + i / kWarp % 4 / 2 * 8;
-      if (row >= rows || output >= a.n) continue;
-      float sum = slices[i];
-      for (int slice = 1; slice < a.slices; ++slice) sum = sum + slices[slice * kSums + i];
-      if (a.sums != nullptr) {
-        a.sums[row * a.n + output] = sum;
-      } else {
-        finish<T::kType>(a, row, output, sum, bias_at(a, output));
-      }
-    }
+  for (int row = 0; row < rows; ++row) {
+    finish<T::kType>(a, first_row + row, output, from[row * T::kOutPitch], bias);
   }
 }
 
@@ -392,27 +348,26 @@ template <class T>
 void launch_tile(const FloatKernelArgs& a, Stream stream) {
   const int64_t blocks = (a.n + kLanes - 1) / kLanes;
   const int64_t columns = (blocks + T::kTeamBlocks - 1) / T::kTeamBlocks;
-  const unsigned warps = T::kGemv ? static_cast<unsigned>(a.slices) : T::kTeam / kWarp;
   int64_t bytes = T::kRingBytes;
-  if (T::kGemv) bytes = warps * max(bytes, static_cast<int64_t>(T::kBlocks * 4 * kWarp * 4));
-  if (!T::kGemv && a.cuts == 1 && a.slices > 1) bytes += T::kTeam * T::kSumBytes;
+  if (a.cuts == 1 && a.slices > 1) bytes += T::kTeam * T::kSumBytes;
   bytes = max(bytes, static_cast<int64_t>(T::kOutBytes));
   const dim3 grid(static_cast<unsigned>(columns * a.row_tiles), static_cast<unsigned>(a.cuts));
-  launch(linear_float_kernel<T>, grid, warps * kWarp, bytes, stream, a);
+  launch(linear_float_kernel<T>, grid, T::kTeam, bytes, stream, a);
 }
+
+template <Format kFormat, DType kType>
+void launch_gemv(const FloatPlan& plan, const FloatKernelArgs& a, Stream stream);
 
 template <Format kFormat, DType kType>
 void launch_plan(const FloatPlan& plan, const FloatKernelArgs& a, Stream stream) {
   if (plan.gemv) {
-    plan.blocks == 4   ? launch_tile<FloatTile<kFormat, kType, 4, 1, 1, true>>(a, stream)
-    : plan.blocks == 2 ? launch_tile<FloatTile<kFormat, kType, 2, 1, 1, true>>(a, stream)
-                       : launch_tile<FloatTile<kFormat, kType, 1, 1, 1, true>>(a, stream);
+    launch_gemv<kFormat, kType>(plan, a, stream);
   } else if (plan.tiles == 2) {
-    launch_tile<FloatTile<kFormat, kType, 2, 2, 4, false>>(a, stream);
+    launch_tile<FloatTile<kFormat, kType, 2, 2, 4>>(a, stream);
   } else if (plan.tiles == 4) {
-    launch_tile<FloatTile<kFormat, kType, 2, 4, 4, false>>(a, stream);
+    launch_tile<FloatTile<kFormat, kType, 2, 4, 4>>(a, stream);
   } else {
-    launch_tile<FloatTile<kFormat, kType, 2, 8, 8, false>>(a, stream);
+    launch_tile<FloatTile<kFormat, kType, 2, 8, 8>>(a, stream);
   }
 }
 

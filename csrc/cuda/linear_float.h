@@ -27,8 +27,9 @@ inline constexpr int64_t kMultiprocessors = 128, kLeastSteps = 8;
 inline constexpr int64_t kMostSlices = 8;
 
 // K is cut into slices of consecutive steps. Each is summed up from 0, in order, and then their
-// sums are added in order. That is what a result's bits depend on, and so the cut may depend on N
-// and K alone: never on the number of rows, the kernel, or the GPU.
+// sums are added in order. That is what a result's bits depend on, and so the cut depends on N and
+// K alone, but for one thing: on Hopper more than kGemvRows rows of 16-bit x have a kernel with a
+// cut of its own, which again follows from N and K alone.
 struct Slices {
   int64_t count;
   int64_t steps;  // of each but the last; whole turns
@@ -49,6 +50,34 @@ inline Slices slices_of(int64_t n, const BlockShape& shape) {
   return {steps == 0 ? 1 : (steps + each - 1) / each, each};
 }
 
+// ---- Hopper's kernel (linear_float_warpgroups.cuh) ----
+
+struct FloatWarpgroupTile {
+  static constexpr int kConsumers = 4;  // warpgroups that multiply
+  static constexpr int kOutputs = 64 * kConsumers;
+};
+
+// Cycles until the first products and until the sums of a cluster are added up, and of two steps
+// with 64 rows: 32 KiB from the L2 cache. Guesses; not yet measured.
+inline constexpr int64_t kClusterStart = 3000, kClusterEnd = 1500, kTwoSteps = 1150;
+
+// The blocks of a cluster have a slice each, so there are 1, 2, 4 or 8: those that take the least
+// time with one block on a multiprocessor. Slices are pairs of steps, which are stages of 4 bits.
+inline Slices cluster_slices_of(int64_t n, const BlockShape& shape) {
+  const int64_t steps = (shape.k_padded + kStep - 1) / kStep, pairs = (steps + 1) / 2;
+  const int64_t tiles = (n + FloatWarpgroupTile::kOutputs - 1) / FloatWarpgroupTile::kOutputs;
+  int64_t count = 1, least = INT64_MAX;
+  for (int64_t c = 1; c <= kMostSlices; c *= 2) {
+    const int64_t rounds = (tiles * c + kMultiprocessors - 1) / kMultiprocessors;
+    const int64_t cycles =
+        rounds * (kClusterStart + (pairs + c - 1) / c * kTwoSteps) + (c > 1 ? kClusterEnd : 0);
+    if (c > pairs || cycles >= least) continue;
+    least = cycles;
+    count = c;
+  }
+  return {count, 2 * ((pairs + count - 1) / count)};
+}
+
 // Products with float32 x have 24-bit significands, a tensor core's have 8 with bfloat16. So x is
 // split into three bfloat16 that add up to it, without error, and each makes a row of its own; so
 // are the levels of nf4. Codes less their zero point fit as they are.
@@ -61,12 +90,13 @@ struct FloatPlan {
   int64_t rows;    // of x at a time; more are done in turns
   bool panel;      // x must be copied to be read: permuted, padded, split, or not on a line
   bool gemv;
-  int blocks;    // of 16 outputs, of a warp
-  int tiles;     // of 8 rows, of a warp
-  int warps;     // that share the rows of x, with outputs of their own
-  int64_t cuts;  // blocks of threads that share out the slices of an output
+  bool warpgroups;  // a cluster of as many blocks as there are slices; tiles is all that counts
+  int blocks;       // of 16 outputs, of a warp
+  int tiles;        // of 8 rows, of a warp
+  int warps;        // that share the rows of x, with outputs of their own
+  int64_t cuts;     // blocks of threads that share out the slices of an output
   // Slice sums go to memory and are added up by a second kernel.
-  bool partial() const { return cuts > 1 || parts > 1; }
+  bool partial() const { return !warpgroups && (cuts > 1 || parts > 1); }
 };
 
 // A tile of rows of x: thread blocks that a multiprocessor holds at a time, and cycles in which
@@ -83,7 +113,8 @@ inline constexpr int64_t kStartCycles = 3000, kAddCycles = 4000, kSumsInCycle = 
 // Sums that wait in memory for the second kernel, at most.
 inline constexpr int64_t kMostSums = int64_t{1} << 26;
 
-inline FloatPlan float_plan(const LinearArgs& a) {
+// `hopper`: a GPU that runs code of sm_90a.
+inline FloatPlan float_plan(const LinearArgs& a, bool hopper) {
   FloatPlan p{};
   const bool wide = a.x_type == DType::f32;
   const BlockShape& s = a.shape;
@@ -102,6 +133,12 @@ inline FloatPlan float_plan(const LinearArgs& a) {
   const int64_t rows = p.rows * p.parts;
   p.gemv = rows <= kGemvRows;
   p.cuts = 1;
+  p.warpgroups = hopper && !wide && !p.gemv;
+  if (p.warpgroups) {
+    p.slices = cluster_slices_of(a.n, s);
+    p.tiles = rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+    return p;
+  }
   if (p.gemv) {
     // A warp with more blocks of outputs needs less of x from the cache and less instructions
     // around a product, but there must be warps enough. Four blocks leave registers for four warps
@@ -143,16 +180,17 @@ inline FloatPlan float_plan(const LinearArgs& a) {
 // two together take as long, in the mean of the shapes that benchmarks/results/gpu-h200/gpu.json
 // has (tests/cuda/test_matmul.py computes it). float32 x: int4 stays with the kernels in all that
 // was measured; nf4 loses from 16 rows on, and up to 5 its rows of three parts are one tile of 16.
-constexpr int64_t matmul_rows(Format format, DType x_type) {
+// On Hopper 16-bit x has a faster kernel: guesses, not yet measured.
+constexpr int64_t matmul_rows(Format format, DType x_type, bool hopper) {
   constexpr int64_t kNever = INT64_MAX;
   if (x_type == DType::f32) return format == Format::nf4 ? 6 : kNever;
   switch (format) {
     case Format::int8:
-      return 88;
+      return hopper ? 768 : 88;
     case Format::int4:
-      return 112;
+      return hopper ? 1024 : 112;
     default:
-      return 64;
+      return hopper ? 512 : 64;
   }
 }
 
@@ -172,18 +210,22 @@ inline bool suits_matmul(int64_t rows, int64_t from, int64_t n, const BlockShape
          rows >= rows_or_environment(from);
 }
 
-inline bool by_matmul(const LinearArgs& a) {
-  return suits_matmul(a.rows, matmul_rows(a.layout.format, a.x_type), a.n, a.shape);
+inline bool by_matmul(const LinearArgs& a, bool hopper) {
+  return suits_matmul(a.rows, matmul_rows(a.layout.format, a.x_type, hopper), a.n, a.shape);
 }
 inline bool by_matmul(const BackwardArgs& a) {
   return suits_matmul(a.rows, backward_matmul_rows(a.type), a.n, a.shape);
 }
 
 // What `explain` calls it.
-inline std::string linear_float_name(const LinearArgs& a) {
-  if (by_matmul(a)) return "dequantize + matmul";
-  const FloatPlan p = float_plan(a);
+inline std::string linear_float_name(const LinearArgs& a, bool hopper) {
+  if (by_matmul(a, hopper)) return "dequantize + matmul";
+  const FloatPlan p = float_plan(a, hopper);
   if (p.gemv) return "cuda gemv";
+  if (p.warpgroups) {
+    return "cuda wgmma " + std::to_string(8 * p.tiles) + "x" +
+           std::to_string(FloatWarpgroupTile::kOutputs);
+  }
   return "cuda mma " + std::to_string(8 * p.tiles) + "x" +
          std::to_string(kLanes * p.blocks * p.warps);
 }
@@ -199,8 +241,8 @@ struct FloatWorkspace {
   int64_t sums;         // floats
 };
 
-inline FloatWorkspace linear_float_workspace(const LinearArgs& a) {
-  const FloatPlan p = float_plan(a);
+inline FloatWorkspace linear_float_workspace(const LinearArgs& a, bool hopper) {
+  const FloatPlan p = float_plan(a, hopper);
   const int64_t rows = p.rows * p.parts;
   // Of float32 x the last turn may have less rows, and so more cuts.
   const int64_t sums = p.levels * (p.parts > 1 ? p.slices.count : p.cuts);

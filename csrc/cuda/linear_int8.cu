@@ -19,14 +19,15 @@ struct Workspace {
 };
 
 int32_t* place(LinearArgs& a, const Int8Plan& plan, Workspace& workspace) {
-  a.panel = workspace.take<uint8_t>(plan.kind == Int8Plan::warpgroups
-                                        ? round_up(a.rows, WarpgroupTile::kTokens) / kPanelRows *
-                                              tiled_pitch(a.shape)
-                                        : a.rows * panel_pitch(a.shape));
+  const int64_t whole_rows = round_up(a.rows, max(plan.tokens, kPanelRows));
+  a.panel = workspace.take<uint8_t>(plan.tiled() ? whole_rows / kPanelRows * tiled_pitch(a.shape)
+                                                 : a.rows * panel_pitch(a.shape));
   a.row_scale = workspace.take<float>(a.rows);
   a.row_zero = workspace.take<float>(a.rows);
-  a.group_sums = workspace.take<int32_t>(a.layout.symmetric ? 0 : a.rows * a.shape.groups);
-  return workspace.take<int32_t>(plan.parts > 1 ? plan.parts * a.rows * round_up(a.n, 4) : 0);
+  a.group_sums =
+      workspace.take<int32_t>(a.layout.symmetric ? 0 : code_sum_pitch(a.rows) * a.shape.groups);
+  const bool partial = !plan.tiled() && plan.parts > 1;
+  return workspace.take<int32_t>(partial ? plan.parts * a.rows * round_up(a.n, 4) : 0);
 }
 
 }  // namespace
@@ -43,8 +44,11 @@ void linear_int8(const LinearArgs& args, void* memory, Stream stream) {
   const Int8Plan plan = int8_plan(a, {multiprocessors(), has_sm90a()});
   Workspace workspace{static_cast<uint8_t*>(memory)};
   int32_t* const partial = place(a, plan, workspace);
-  prepare_int8(a, plan.kind == Int8Plan::warpgroups, stream);
-  if (plan.kind == Int8Plan::warpgroups) return linear_int8_warpgroups(a, stream);
+  prepare_int8(a, plan.tiled(), stream);
+  if (plan.kind == Int8Plan::warpgroups) return linear_int8_warpgroups(a, plan, stream);
+  if (plan.tiled()) {
+    return linear_int8_grouped_warpgroups(a, plan.kind == Int8Plan::grouped_large, stream);
+  }
   if (plan.kind == Int8Plan::skinny) return linear_int8_skinny(a, stream);
   if (a.shape.groups == 1) return linear_int8_row(a, plan, partial, stream);
   linear_int8_grouped(a, plan.kind == Int8Plan::large, stream);

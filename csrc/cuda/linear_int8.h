@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cuda/linear_int8_grouped.h"
 #include "cuda/tile.h"
 
 namespace qkernels::cuda {
@@ -21,9 +22,12 @@ struct Gpu {
 };
 
 struct Int8Plan {
-  enum Kind { skinny, small, large, warpgroups } kind;
-  int parts;   // blocks that share a tile's sums, of rows that are one group
-  int stages;  // of such a part
+  enum Kind { skinny, small, large, warpgroups, grouped_small, grouped_large } kind;
+  int parts;       // blocks that share a tile's sums, of rows that are one group
+  int stages;      // of such a part, by mma.sync
+  int tokens = 0;  // of a tile of warpgroups
+
+  bool tiled() const { return kind >= warpgroups; }  // the panel's order, see panel.cuh
 };
 
 // 64 x 64 a warp: each operand that comes from shared memory meets as many of the other as
@@ -46,13 +50,10 @@ bool takes_large(const LinearArgs& a, int64_t multiprocessors) {
              product_cycles<typename Tiles::Small>(a.n, a.rows, 1, multiprocessors);
 }
 
-// Of int8 weights whose rows are one group each.
+// Of int8 weights whose rows are one group each. 2048 rows of 8192 x 8192 took 219 us on an H200,
+// by mma.sync 380.
 inline bool takes_warpgroups(const LinearArgs& a, const Gpu& gpu) {
-  if (!gpu.sm90a || a.layout.format != Format::int8 || a.shape.groups != 1) return false;
-  const int64_t clusters = std::max(gpu.multiprocessors / WarpgroupTile::kTogether, int64_t{1});
-  return product_cycles<WarpgroupTile>(a.n, a.rows, 1, clusters) <
-         std::min(product_cycles<RowTiles::Large>(a.n, a.rows, 1, gpu.multiprocessors),
-                  product_cycles<RowTiles::Small>(a.n, a.rows, 1, gpu.multiprocessors));
+  return gpu.sm90a && a.layout.format == Format::int8 && a.shape.groups == 1 && a.shape.k > 0;
 }
 
 inline Int8Plan int8_plan(const LinearArgs& a, const Gpu& gpu) {
@@ -62,10 +63,15 @@ inline Int8Plan int8_plan(const LinearArgs& a, const Gpu& gpu) {
   const int64_t tiles = round_up(a.n, Small::kFeatures) / Small::kFeatures *
                         (round_up(a.rows, Small::kTokens) / Small::kTokens);
   Int8Plan plan{Int8Plan::small, 1, stages};
-  if (a.rows <= kSkinny || (a.rows <= kMostSkinny && tiles < multiprocessors)) {
+  if (a.rows > kSkinny && takes_warpgroups(a, gpu)) {
+    const WarpgroupPlan best = warpgroup_plan(a.shape, a.n, a.rows, multiprocessors);
+    return {Int8Plan::warpgroups, best.parts, 0, best.tokens};
+  }
+  if (takes_grouped_warpgroups(a, gpu.sm90a)) {
+    plan.kind = takes_large_warpgroups(a, multiprocessors) ? Int8Plan::grouped_large
+                                                           : Int8Plan::grouped_small;
+  } else if (a.rows <= kSkinny || (a.rows <= kMostSkinny && tiles < multiprocessors)) {
     plan.kind = Int8Plan::skinny;
-  } else if (takes_warpgroups(a, gpu)) {
-    plan.kind = Int8Plan::warpgroups;
   } else if (a.shape.groups == 1 ? takes_large<RowTiles>(a, multiprocessors)
                                  : takes_large<GroupedTiles>(a, multiprocessors)) {
     plan.kind = Int8Plan::large;
@@ -82,13 +88,18 @@ inline Int8Plan int8_plan(const LinearArgs& a, const Gpu& gpu) {
 
 // What `explain` calls it.
 inline std::string linear_int8_name(const LinearArgs& a, const Gpu& gpu) {
-  switch (int8_plan(a, gpu).kind) {
+  const Int8Plan plan = int8_plan(a, gpu);
+  switch (plan.kind) {
     case Int8Plan::skinny:
       return "cuda skinny int8 mma";
     case Int8Plan::small:
       return "cuda int8 mma 64x64";
     case Int8Plan::warpgroups:
-      return "cuda int8 wgmma 128x256";
+      return "cuda int8 wgmma 128x" + std::to_string(plan.tokens);
+    case Int8Plan::grouped_small:
+      return "cuda int8 wgmma grouped 64x64";
+    case Int8Plan::grouped_large:
+      return "cuda int8 wgmma grouped 128x128";
     default:
       return "cuda int8 mma 128x128";
   }

@@ -2,53 +2,24 @@
 // of warpgroups, weights from registers, tokens from shared memory.
 //
 // A block takes tiles of 128 outputs, one after the other. Of its three warpgroups two multiply 64
-// outputs each, and a thread of the third keeps copies under way. Two blocks of a cluster work on
-// the same tokens and copy half of them each, to both: tokens cross the L2 cache once for 256
-// outputs.
+// outputs each. Of the third a warp keeps copies under way, and the others fetch what the results
+// of a tile need while it is multiplied.
 //
-// Shared memory: stages of [tokens | weights], the tokens as `matrix_in_shared` wants them, the
-// weights as they are packed; then barriers, what the results need of each token, and for each
-// warpgroup sums on their way to other threads.
-#include "cuda/int8.cuh"
+// A cluster has two blocks that work on the same tokens and copy half of them each, to both: tokens
+// cross the L2 cache once for 256 outputs. Where tiles are too few for a device, a cluster has
+// several such pairs, each with a part of k. They give their sums, which are exact, to each other:
+// each finishes its share of the tokens.
+#include "cuda/linear_int8_warpgroups.cuh"
+
 #include "cuda/linear_int8.cuh"
 #include "cuda/ptx_sm90.cuh"
 
 namespace qkernels::cuda {
 namespace {
 
-using T = WarpgroupTile;
-
-constexpr int kConsumers = 2;  // warpgroups
-// Results leave so many tokens at a time, whose words are kRoundPitch apart: the four tokens that a
-// warp writes at once, eight words each, lie in different banks.
-constexpr int kRoundTokens = 32, kRoundPitch = 64 + 4;
-
-struct SharedMemory {
-  static constexpr int kStage = T::kTokenBytes + T::kWeightBytes;
-  static constexpr int kBarriers = T::kStages * kStage;
-  static constexpr int kTokenCodes = kBarriers + 2 * 8 * T::kStages;
-  static constexpr int kOutputs = kTokenCodes + T::kTokens * static_cast<int>(sizeof(TokenCodes));
-  static constexpr int kOutputBytes = kRoundTokens * kRoundPitch * 4;
-  static_assert(kOutputs % 16 == 0);
-  static constexpr int kBytes = kOutputs + kConsumers * kOutputBytes;
-
-  uint8_t* at;
-  QK_DEVICE uint8_t* tokens(int stage) const { return at + stage * kStage; }
-  QK_DEVICE uint8_t* weights(int stage) const { return tokens(stage) + T::kTokenBytes; }
-  QK_DEVICE Barrier* filled(int stage) const {
-    return reinterpret_cast<Barrier*>(at + kBarriers) + stage;
-  }
-  QK_DEVICE Barrier* emptied(int stage) const { return filled(T::kStages + stage); }
-  QK_DEVICE TokenCodes* token_codes() const {
-    return reinterpret_cast<TokenCodes*>(at + kTokenCodes);
-  }
-  QK_DEVICE uint32_t* outputs(int warpgroup) const {
-    return reinterpret_cast<uint32_t*>(at + kOutputs + warpgroup * kOutputBytes);
-  }
-};
-
 // One stage after the other, over all tiles of a block. A barrier's phase has the parity of
 // `round`.
+template <class T>
 struct Turn {
   int stage = 0;
   uint32_t round = 0;
@@ -61,69 +32,114 @@ struct Turn {
 struct Tiles {
   uint32_t features, tokens;  // pairs of tiles side by side, tiles of tokens
   int stages;                 // of a tile
+  int parts;                  // of them; then a cluster takes one tile
+  int share;                  // of the tokens, for each part to finish
 };
+
+// A block of a cluster.
+struct Place {
+  int side, part;
+  int begin, end;  // stages
+};
+
+QK_DEVICE Place place_in(const Tiles& tiles) {
+  const int rank = cluster_rank(), part = rank / kTogether;
+  return {rank % kTogether, part, tiles.stages * part / tiles.parts,
+          tiles.stages * (part + 1) / tiles.parts};
+}
 
 // Calls body(first packed row of the block, first token) for each of its tiles. The blocks that run
 // at the same time take 16 tiles of tokens and then the next features, so that they share both
 // operands in the L2 cache.
-template <class Body>
-QK_DEVICE void each_tile(const Tiles& tiles, int rank, const Body& body) {
+template <class T, class Body>
+QK_DEVICE void each_tile(const Tiles& tiles, const Place& place, const Body& body) {
   constexpr uint32_t kBand = 16;
-  const uint32_t per_band = kBand * tiles.features;
-  for (uint32_t tile = blockIdx.x / T::kTogether; tile < tiles.features * tiles.tokens;
-       tile += gridDim.x / T::kTogether) {
+  const uint32_t per_band = kBand * tiles.features, blocks = kTogether * tiles.parts;
+  for (uint32_t tile = blockIdx.x / blocks; tile < tiles.features * tiles.tokens;
+       tile += gridDim.x / blocks) {
     const uint32_t band = tile / per_band, first = band * kBand;
     const uint32_t width = min(tiles.tokens - first, kBand), left = tile - band * per_band;
     const int64_t pair = left / width;
-    body((pair * T::kTogether + rank) * (T::kBlockFeatures / kLanes),
+    body((pair * kTogether + place.side) * (kFeatures / kLanes),
          int64_t{first + left % width} * T::kTokens);
   }
 }
 
-// ---- Copies -------------------------------------------------------------------------------------
+// ---- The third warpgroup ------------------------------------------------------------------------
 
-QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedMemory& shared,
-                          int rank) {
-  constexpr int kShare = T::kTokenBytes / T::kTogether;  // of the tokens, for both blocks
-  static_assert(kShare <= kPieceBytes);
+// By a warp. A lane copies 16 outputs, or the block's half of the tokens.
+template <class T>
+QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedMemory<T>& shared,
+                          const Place& place) {
+  constexpr int kHalf = T::kTokenBytes / kTogether, kTokenLane = kFeatures / kLanes;
+  static_assert(kHalf <= kPieceBytes);
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t pair = ((1u << kTogether) - 1) << place.part * kTogether;
   const int64_t blocks = (a.n + kLanes - 1) / kLanes, row_codes = a.shape.k_padded * kLanes;
-  Turn turn;
-  each_tile(tiles, rank, [&](int64_t row, int64_t token) {
-    const int rows =
-        static_cast<int>(max(int64_t{0}, min(blocks - row, int64_t{T::kBlockFeatures / kLanes})));
-    const uint8_t* weights = a.packed + row * a.shape.bytes;
-    const int64_t mine = token + rank * (T::kTokens / T::kTogether);
+  Turn<T> turn;
+  each_tile<T>(tiles, place, [&](int64_t row, int64_t token) {
+    const int rows = static_cast<int>(max(int64_t{0}, min(blocks - row, int64_t{kTokenLane})));
+    const uint8_t* weights = a.packed + (row + lane) * a.shape.bytes;
+    const int64_t mine = token + place.side * (T::kTokens / kTogether);
     const uint8_t* tokens =
         a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
-    for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
+#pragma unroll 1
+    for (int stage = place.begin; stage < place.end; ++stage, turn.next()) {
       barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
       Barrier* const filled = shared.filled(turn.stage);
       const int64_t begin = int64_t{stage} * kRowPieceBytes;
       const int bytes = static_cast<int>(min(row_codes - begin, int64_t{kRowPieceBytes}));
-      barrier_expect(filled, T::kTokenBytes + rows * bytes);
-      copy_bulk(shared.tokens(turn.stage) + rank * kShare, tokens + int64_t{stage} * kPieceBytes,
-                kShare, filled, (1u << T::kTogether) - 1);
-      for (int i = 0; i < rows; ++i) {
-        copy_bulk(shared.weights(turn.stage) + i * kRowPieceBytes,
-                  weights + i * a.shape.bytes + begin, bytes, filled);
+      if (lane == 0) barrier_expect(filled, T::kTokenBytes + rows * bytes);
+      __syncwarp();
+      if (lane == kTokenLane) {
+        copy_bulk(shared.tokens(turn.stage) + place.side * kHalf,
+                  tokens + int64_t{stage} * kPieceBytes, kHalf, filled, pair);
+      }
+      if (lane < rows) {
+        copy_bulk(shared.weights(turn.stage) + lane * kRowPieceBytes, weights + begin, bytes,
+                  filled);
       }
     }
   });
 }
 
+// By the other warps.
+template <class T>
+QK_DEVICE void fetch_terms(const LinearArgs& a, const Tiles& tiles, const SharedMemory<T>& shared,
+                           const Place& place) {
+  const int thread = threadIdx.x - (kThreads - kFetching);
+  uint32_t round = 0;
+  each_tile<T>(tiles, place, [&](int64_t row, int64_t token) {
+    barrier_wait(shared.terms_emptied(), round ^ 1);
+#pragma unroll 1
+    for (int i = thread; i < T::kTokens; i += kFetching) {
+      const TokenCodes codes = load_token(a, min(token + i, a.rows - 1), !a.layout.symmetric);
+      shared.scales()[i] = codes.scale;
+      shared.zeros()[i] = codes.zero;
+      shared.code_sums()[i] = codes.sum;
+    }
+#pragma unroll 1
+    for (int i = thread; i < kFeatures; i += kFetching) {
+      const RowOutputs<1> o = load_row_outputs<Format::int8, 1>(a, row * kLanes + i);
+      shared.outputs()[i] = {o.scale[0], o.all.weight_sum[0], o.all.bias[0], o.zero[0]};
+    }
+    barrier_arrive(shared.terms_filled());
+    round ^= 1;
+  });
+}
+
 // ---- Products -----------------------------------------------------------------------------------
 
-using WarpgroupSums = int32_t[T::kTokens / 2];
-
 // The sums of a tile; of outputs beyond the weight's last ones they are anything.
-QK_DEVICE void multiply_tile(WarpgroupSums& sums, const Tiles& tiles, const SharedMemory& shared,
-                             Turn& turn) {
+template <class T>
+QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const SharedMemory<T>& shared,
+                             const Place& place, Turn<T>& turn) {
   const int lane = threadIdx.x % kWarp;
   const int offset = threadIdx.x / kWarp * kRowPieceBytes + lane * 16;
   uint32_t a[2][kPieceK / kCudaChunk][4];  // of this stage and of the one before, still in use
   int before = 0;
   const auto release = [&](int stage) {
-    if (lane < T::kTogether) barrier_arrive(shared.emptied(stage), lane);
+    if (lane < kTogether) barrier_arrive(shared.emptied(stage), place.part * kTogether + lane);
   };
   const auto multiply = [&](uint32_t (&mine)[kPieceK / kCudaChunk][4],
                             uint32_t (&others)[kPieceK / kCudaChunk][4], bool first) {
@@ -149,114 +165,162 @@ QK_DEVICE void multiply_tile(WarpgroupSums& sums, const Tiles& tiles, const Shar
     before = turn.stage;
     turn.next();
   };
+  const int stages = place.end - place.begin;
   warpgroup_keep(sums);
   multiply(a[0], a[1], true);
   int stage = 1;
 #pragma unroll 1
-  for (; stage + 1 < tiles.stages; stage += 2) {
+  for (; stage + 1 < stages; stage += 2) {
     multiply(a[1], a[0], false);
     multiply(a[0], a[1], false);
   }
-  if (stage < tiles.stages) multiply(a[1], a[0], false);
+  if (stage < stages) multiply(a[1], a[0], false);
   warpgroup_wait<0>();
   warpgroup_keep(sums);
   release(before);
 }
 
-// ---- Results ------------------------------------------------------------------------------------
-
-// Hands the sums to the warpgroup by way of shared memory, kRoundTokens at a time, so that a thread
-// finishes four consecutive outputs of a token, the same ones each time.
-QK_DEVICE void store_tile(const LinearArgs& a, const WarpgroupSums& sums,
-                          const SharedMemory& shared, const RowOutputs<4>& outputs, int64_t token) {
-  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
-  const int warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
-  uint32_t* const piece = shared.outputs(warpgroup);
+// The sums over all parts, of the block's share of the tokens: threads in the same place of other
+// blocks have the other parts. Stages are free then, since a cluster has one tile.
+template <class T>
+QK_DEVICE void add_parts(WarpgroupSums<T>& sums, const Tiles& tiles, const SharedMemory<T>& shared,
+                         const Place& place) {
+  // Eights of tokens, so many of one owner. An eight of a part's sums takes kEightBytes.
+  constexpr int kEights = T::kTokens / 8 / kMostParts, kEightBytes = kMultiplying * 16;
+  const auto owner_of = [&](int quarter) { return quarter * tiles.parts / kMostParts; };
+  const auto at = [&](int part, int quarter) {
+    const int in_share = quarter * kEights - owner_of(quarter) * tiles.share / 8;
+    return shared.at + threadIdx.x * 16 + (part * tiles.share / 8 + in_share) * kEightBytes;
+  };
+#pragma unroll
+  for (int quarter = 0; quarter < kMostParts; ++quarter) {
+    const int owner = owner_of(quarter);
+    if (owner == place.part) continue;
+    uint8_t* const to = at(place.part, quarter);
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) {
+      uint32_t v[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        v[e] = static_cast<uint32_t>(sums[(quarter * kEights + i) * 4 + e]);
+      }
+      store_async_128(to + i * kEightBytes, make_uint4(v[0], v[1], v[2], v[3]),
+                      shared.parts_filled(), owner * kTogether + place.side);
+    }
+  }
+  barrier_wait(shared.parts_filled(), 0);
+#pragma unroll
+  for (int quarter = 0; quarter < kMostParts; ++quarter) {
+    if (owner_of(quarter) != place.part) continue;
 #pragma unroll 1
-  for (int round = 0; round < T::kTokens / kRoundTokens; ++round) {
-    const int first = round * kRoundTokens;
-    if (token + first >= a.rows) break;
-    // Registers have no index: each round has its own stores.
+    for (int part = 0; part < tiles.parts; ++part) {
+      if (part == place.part) continue;
+      const uint8_t* const from = at(part, quarter);
 #pragma unroll
-    for (int r = 0; r < T::kTokens / kRoundTokens; ++r) {
-      if (r != round) continue;
-#pragma unroll
-      for (int j = 0; j < kRoundTokens / 8; ++j) {
+      for (int i = 0; i < kEights; ++i) {
+        const uint4 v = load_shared_128(from + i * kEightBytes);
+        const uint32_t others[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int at = j * 8 + 2 * t + e % 2, feature = warp * 16 + g + e / 2 * 8;
-          piece[at * kRoundPitch + feature] =
-              static_cast<uint32_t>(sums[(r * kRoundTokens / 8 + j) * 4 + e]);
+          sums[(quarter * kEights + i) * 4 + e] += static_cast<int32_t>(others[e]);
         }
       }
     }
-    sync_some(1 + warpgroup, kWarpgroup);
-#pragma unroll
-    for (int at = thread / 16; at < kRoundTokens; at += kWarpgroup / 16) {
-      if (token + first + at >= a.rows) break;
-      const uint4 v = load_shared_128(piece + at * kRoundPitch + thread % 16 * 4);
-      const uint32_t exact[4] = {v.x, v.y, v.z, v.w};
-      finish_exact<Format::int8, 4>(a, token + first + at, shared.token_codes()[first + at],
-                                    outputs, exact);
-    }
-    sync_some(1 + warpgroup, kWarpgroup);
   }
 }
 
-QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles, const SharedMemory& shared,
-                              int rank) {
-  const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
-  Turn turn;
-  each_tile(tiles, rank, [&](int64_t row, int64_t token) {
-    // What the results need is asked for before the products.
-    const RowOutputs<4> outputs =
-        load_row_outputs<Format::int8, 4>(a, row * kLanes + warpgroup * 64 + thread % 16 * 4);
-    for (int i = threadIdx.x; i < T::kTokens; i += kConsumers * kWarpgroup) {
-      shared.token_codes()[i] = load_token(a, min(token + i, a.rows - 1), !a.layout.symmetric);
+// ---- The kernel ---------------------------------------------------------------------------------
+
+template <class T>
+QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
+                              const SharedMemory<T>& shared, const Place& place) {
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  const bool pairs = (a.y_type == DType::bf16 || a.y_type == DType::f16) &&
+                     (a.epilogue == Epilogue::none || a.epilogue == Epilogue::relu);
+  const bool plain = a.layout.symmetric && a.activation == Activation::int8_symmetric;
+  Turn<T> turn;
+  uint32_t round = 0;
+  each_tile<T>(tiles, place, [&](int64_t row, int64_t token) {
+    WarpgroupSums<T> sums;
+    multiply_tile<T>(sums, shared, place, turn);
+    if (tiles.parts > 1) {
+      cluster_sync();
+      add_parts<T>(sums, tiles, shared, place);
     }
-    WarpgroupSums sums;
-    multiply_tile(sums, tiles, shared, turn);
-    sync_some(kConsumers + 1, kConsumers * kWarpgroup);
-    store_tile(a, sums, shared, outputs, token);
-    sync_some(kConsumers + 1, kConsumers * kWarpgroup);  // before the next tile's token codes
+    const int rows = static_cast<int>(min(a.rows - token, int64_t{T::kTokens}));
+    const int begin = place.part * tiles.share;
+    const Stored stored{row * kLanes + warpgroup * 64, token, begin,
+                        min(begin + tiles.share, rows)};
+    barrier_wait(shared.terms_filled(), round);
+    if (!pairs) {
+      store_words<T>(a, sums, shared, stored);
+    } else if (plain) {
+      store_pairs<T, true>(a, sums, shared, stored);
+    } else {
+      store_pairs<T, false>(a, sums, shared, stored);
+    }
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) barrier_arrive(shared.terms_emptied());
+    round ^= 1;
   });
 }
 
-__global__ void __launch_bounds__(T::kThreads, 1)
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
     warpgroups_kernel(const LinearArgs a, const Tiles tiles) {
   if constexpr (QK_SM90A) {
-    const SharedMemory shared{shared_memory<uint8_t>()};
-    const int rank = cluster_rank();
+    const SharedMemory<T> shared{shared_memory<uint8_t>()};
+    const Place place = place_in(tiles);
     if (threadIdx.x == 0) {
       for (int i = 0; i < T::kStages; ++i) {
         barrier_init(shared.filled(i), 1);
-        barrier_init(shared.emptied(i), kConsumers * (kWarpgroup / kWarp) * T::kTogether);
+        barrier_init(shared.emptied(i), kMultiplying / kWarp * kTogether);
       }
+      barrier_init(shared.terms_filled(), kFetching);
+      barrier_init(shared.terms_emptied(), kMultiplying / kWarp);
+      barrier_init(shared.parts_filled(), 1);
       barrier_init_fence();
+      barrier_expect(shared.parts_filled(), (tiles.parts - 1) * tiles.share * kFeatures * 4);
     }
     cluster_sync();
-    if (threadIdx.x < kConsumers * kWarpgroup) {
+    if (threadIdx.x < kMultiplying) {
       take_registers<232>();
-      multiply_tiles(a, tiles, shared, rank);
+      multiply_tiles<T>(a, tiles, shared, place);
     } else {
       give_registers<40>();
-      if (threadIdx.x == kConsumers * kWarpgroup) copy_tiles(a, tiles, shared, rank);
+      threadIdx.x < kMultiplying + kWarp ? copy_tiles<T>(a, tiles, shared, place)
+                                         : fetch_terms<T>(a, tiles, shared, place);
       __syncwarp();
+      if (tiles.parts > 1) cluster_sync();
     }
-    // A block must not end while the other one copies to it or arrives at its barriers.
+    // A block must not end while another one copies to it or arrives at its barriers.
     cluster_sync();
   }
+}
+
+template <class T>
+void launch_tile(const LinearArgs& a, int parts, Stream stream) {
+  const Tiles tiles{blocks_for(a.n, kTogether * kFeatures), blocks_for(a.rows, T::kTokens),
+                    static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK), parts,
+                    T::kTokens / parts};
+  const unsigned all = tiles.features * tiles.tokens;
+  const unsigned at_once = static_cast<unsigned>(clusters_at_once(multiprocessors(), kTogether));
+  const unsigned blocks = static_cast<unsigned>(kTogether * parts);
+  launch_clusters(warpgroups_kernel<T>, (parts > 1 ? all : min(all, at_once)) * blocks, blocks,
+                  kThreads, SharedMemory<T>::kBytes, stream, a, tiles);
 }
 
 }  // namespace
 
-void linear_int8_warpgroups(const LinearArgs& a, Stream stream) {
-  const Tiles tiles{blocks_for(a.n, T::kFeatures), blocks_for(a.rows, T::kTokens),
-                    static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK)};
-  const unsigned clusters =
-      min(tiles.features * tiles.tokens, static_cast<unsigned>(multiprocessors() / T::kTogether));
-  launch_clusters(warpgroups_kernel, max(clusters, 1u) * T::kTogether, T::kTogether, T::kThreads,
-                  SharedMemory::kBytes, stream, a, tiles);
+void linear_int8_warpgroups(const LinearArgs& a, const Int8Plan& plan, Stream stream) {
+  switch (plan.tokens) {
+    case WarpgroupTiles::Small::kTokens:
+      return launch_tile<WarpgroupTiles::Small>(a, plan.parts, stream);
+    case WarpgroupTiles::Medium::kTokens:
+      return launch_tile<WarpgroupTiles::Medium>(a, plan.parts, stream);
+    default:
+      return launch_tile<WarpgroupTiles::Large>(a, plan.parts, stream);
+  }
 }
 
 }  // namespace qkernels::cuda

@@ -31,6 +31,18 @@ struct Panel {
     *reinterpret_cast<uint32_t*>(word(row, eight, 0)) = codes.x;
     *reinterpret_cast<uint32_t*>(word(row, eight, 1)) = codes.y;
   }
+
+  // The four eights of a chunk.
+  QK_DEVICE void store_chunk(int64_t row, uint32_t chunk, const uint2 (&e)[4]) const {
+    if (!tiled) {
+      uint8_t* const to = at + row * pitch + int64_t{chunk} * kCudaChunk;
+      store_128(to, make_uint4(e[0].x, e[0].y, e[1].x, e[1].y));
+      store_128(to + 16, make_uint4(e[2].x, e[2].y, e[3].x, e[3].y));
+      return;
+    }
+    store_128(word(row, chunk * 4, 0), make_uint4(e[0].x, e[1].x, e[2].x, e[3].x));
+    store_128(word(row, chunk * 4, 1), make_uint4(e[0].y, e[1].y, e[2].y, e[3].y));
+  }
 };
 
 inline Panel panel_of(const LinearArgs& a, bool tiled) {

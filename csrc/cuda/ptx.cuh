@@ -1,5 +1,5 @@
 // The instructions that kernels name, one function each, and `launch`. Nothing else in csrc/cuda
-// but ptx_sm90.cuh holds inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels
+// but ptx_sm90*.cuh holds inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels
 // are compiled as C++ and run on the emulator of tests/cuda/host, so each function has a second
 // half that says what the instruction does.
 #pragma once
@@ -24,14 +24,34 @@ namespace qkernels::cuda {
 
 // ---- Launch -------------------------------------------------------------------------------------
 
+// How a kernel is launched beside its grid.
+struct LaunchOptions {
+  unsigned cluster = 1;  // blocks along x that run together, from sm_90 on
+  // The kernel may begin while the one before it in the stream still runs, and calls
+  // wait_for_previous() in each thread before it reads or writes what that one writes or reads.
+  bool overlaps = false;
+};
+
+#ifndef QKERNELS_HOST
+// Whether kernels of the current device can begin before others have ended.
+inline bool device_overlaps() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+#endif
+
 // Runs kernel(args...) with `shared_bytes` of shared memory. An empty grid is nothing to do.
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_bytes, Stream stream,
-            const Args&... args) {
+void launch_with(LaunchOptions options, void (*kernel)(Params...), dim3 grid, dim3 block,
+                 int64_t shared_bytes, Stream stream, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef QKERNELS_HOST
   static_cast<void>(stream);
-  host::run(grid, block, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+  host::run_clusters(grid, block, shared_bytes, options.cluster,
+                     [&] { kernel(static_cast<Params>(args)...); });
+  if (options.overlaps) host::check_waited();
 #else
   cudaError_t error = cudaSuccess;
   // More than what every kernel may have must be asked for, on each device.
@@ -40,17 +60,56 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_byt
                                  static_cast<int>(shared_bytes));
   }
   if (error == cudaSuccess) {
+    cudaLaunchAttribute attributes[2]{};
+    unsigned count = 0;
+    if (options.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim.x = options.cluster;
+      attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+      ++count;
+    }
+    if (options.overlaps && device_overlaps()) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count].val.programmaticStreamSerializationAllowed = 1;
+      ++count;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = attributes;
+    config.numAttrs = count;
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   }
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("qkernels: a CUDA kernel could not be launched: ") +
                              cudaGetErrorString(error));
   }
+#endif
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_bytes, Stream stream,
+            const Args&... args) {
+  launch_with({}, kernel, grid, block, shared_bytes, stream, args...);
+}
+
+// ---- Kernels that overlap -----------------------------------------------------------------------
+
+// All that the kernels before this one have written can be read, and what they read be overwritten.
+QK_DEVICE void wait_for_previous() {
+#if defined(QKERNELS_HOST)
+  host::wait_for_previous();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
+// The next kernel may begin, if it overlaps, as soon as all blocks have come this far or ended.
+QK_DEVICE void let_next_begin() {
+#if !defined(QKERNELS_HOST) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
@@ -214,6 +273,17 @@ QK_DEVICE uint2 load_shared_64(const void* at) {
 #endif
 }
 
+QK_DEVICE uint32_t load_shared_32(const void* at) {
+#ifdef QKERNELS_HOST
+  host::check_shared("load_shared_32", at, 4);
+  return host::aligned<uint32_t>("load_shared_32", at);
+#else
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(at)) : "memory");
+  return v;
+#endif
+}
+
 // *at += value, whoever else adds to it.
 QK_DEVICE void add_shared(int32_t* at, int32_t value) {
 #ifdef QKERNELS_HOST
@@ -282,11 +352,11 @@ QK_DEVICE void cp_async_wait() {
 // ---- Within a warp ------------------------------------------------------------------------------
 // All 32 threads take part in each of these.
 
-// The value of another lane; T has 32 bits.
+// The value of another lane, of whose number the five lowest bits count; T has 32 bits.
 template <class T>
 QK_DEVICE T shuffle(T value, int lane) {
 #ifdef QKERNELS_HOST
-  return host::exchange("shuffle", value, lane % kWarp);
+  return host::exchange("shuffle", value, lane & (kWarp - 1));
 #else
   return __shfl_sync(0xffffffffu, value, lane);
 #endif
@@ -326,6 +396,16 @@ QK_DEVICE uint32_t warp_max(uint32_t value) {
   return host::reduce("warp_max", value, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
 #else
   return __reduce_max_sync(0xffffffffu, value);
+#endif
+}
+
+// Of both halves.
+QK_DEVICE uint32_t max_u16x2(uint32_t a, uint32_t b) {
+#ifdef QKERNELS_HOST
+  const uint32_t low = (a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff;
+  return low | ((a >> 16) > (b >> 16) ? a : b) >> 16 << 16;
+#else
+  return __vmaxu2(a, b);
 #endif
 }
 

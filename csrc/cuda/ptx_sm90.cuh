@@ -38,33 +38,7 @@ inline bool has_sm90a() {
 template <class... Params, class... Args>
 void launch_clusters(void (*kernel)(Params...), unsigned grid, unsigned cluster, dim3 block,
                      int64_t shared_bytes, Stream stream, const Args&... args) {
-  if (grid == 0) return;
-#ifdef QKERNELS_HOST
-  static_cast<void>(stream);
-  host::run_clusters(grid, block, shared_bytes, cluster,
-                     [&] { kernel(static_cast<Params>(args)...); });
-#else
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-  }
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("qkernels: a CUDA kernel could not be launched: ") +
-                             cudaGetErrorString(error));
-  }
-#endif
+  launch_with({.cluster = cluster}, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 // ---- Registers ----------------------------------------------------------------------------------
@@ -128,12 +102,26 @@ QK_DEVICE void barrier_arrive(Barrier* at, int rank) {
 #endif
 }
 
-// Of this block: what the thread wrote before is there for those who wait.
+// The same in this block, and who waits sees what this thread wrote before.
 QK_DEVICE void barrier_arrive(Barrier* at) {
 #ifdef QKERNELS_HOST
   host::barrier_arrive(at, host::cluster_rank());
 #else
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_address(at)) : "memory");
+#endif
+}
+
+// Arrives when all that this thread has copied by cp_async has landed.
+QK_DEVICE void barrier_arrive_copied(Barrier* at) {
+#ifdef QKERNELS_HOST
+  host::commit_async();
+  host::wait_async(0);
+  host::barrier_arrive(at, host::cluster_rank());
+#else
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
+               :
+               : "r"(shared_address(at))
+               : "memory");
 #endif
 }
 
@@ -231,10 +219,55 @@ QK_DEVICE void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier
 #endif
 }
 
-// The other way round than ldmatrix_x4_trans: r[j] becomes column g, rows 2t and 2t + 1, of matrix j.
+// Stores 16 bytes in the background to the same place of block `rank` of the cluster; they count on
+// its barrier.
+QK_DEVICE void store_async_128(void* to, uint4 v, Barrier* barrier, int rank) {
+#ifdef QKERNELS_HOST
+  host::store_async(to, v, barrier, rank);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counter;\n"
+      "mapa.shared::cluster.u32 there, %0, %6;\n"
+      "mapa.shared::cluster.u32 counter, %1, %6;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%2, %3, %4, %5}, "
+      "[counter];\n"
+      "}"
+      :
+      : "r"(shared_address(to)), "r"(shared_address(barrier)), "r"(v.x), "r"(v.y), "r"(v.z),
+        "r"(v.w), "r"(rank)
+      : "memory");
+#endif
+}
+
+// From this block's shared memory to the same place of block `rank`'s as `to` is of this one's,
+// counting on its barrier.
+QK_DEVICE void copy_to_block(void* to, const void* from, int bytes, Barrier* barrier, int rank) {
+#ifdef QKERNELS_HOST
+  host::copy_to_block(to, from, bytes, barrier, rank);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, counts;\n"
+      "mapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 counts, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, "
+      "[counts];\n"
+      "}"
+      :
+      : "r"(shared_address(to)), "r"(shared_address(from)), "r"(bytes),
+        "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+#endif
+}
+
+// ---- Matrices -----------------------------------------------------------------------------------
+
+// Stores four matrices of 8 x 8 16-bit elements transposed, one register each: a thread holds
+// elements 2t and 2t + 1 of row g, which become column g of rows 2t and 2t + 1. Lane i gives the
+// address of row i % 8 of matrix i / 8.
 QK_DEVICE void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
 #ifdef QKERNELS_HOST
-  host::check_shared("stmatrix_x4_trans", row, 16);
   host::stmatrix_x4_trans(row, r);
 #elif QK_SM90A
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -305,6 +338,16 @@ QK_DEVICE void warpgroup_keep(T (&registers)[kCount]) {
 #endif
 }
 
+template <int kCount>
+QK_DEVICE void warpgroup_keep(float (&registers)[kCount]) {
+#ifdef QKERNELS_HOST
+  static_cast<void>(registers);
+#else
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i]) : : "memory");
+#endif
+}
+
 // sums (+)= A . B in the background: A[64][32] is int8 in registers, 16 rows of each warp as for
 // mma_s8; B[kN][32] is int8 in shared memory. sums[4 * j + e] is element e of mma_s8's D for
 // columns 8j to 8j + 7. Without `add` the sums begin at 0.
@@ -314,7 +357,20 @@ QK_DEVICE void warpgroup_mma(int32_t (&sums)[kN / 2], const uint32_t (&a)[4], ui
 #ifdef QKERNELS_HOST
   host::warpgroup_mma(sums, kN, a, b, add);
 #elif QK_SM90A
-  if constexpr (kN == 64) {
+  if constexpr (kN == 32) {
+    asm volatile(
+        "{\n"
+        ".reg .pred add;\n"
+        "setp.ne.b32 add, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, add;\n"
+        "}"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3]), "+r"(sums[4]), "+r"(sums[5]),
+          "+r"(sums[6]), "+r"(sums[7]), "+r"(sums[8]), "+r"(sums[9]), "+r"(sums[10]),
+          "+r"(sums[11]), "+r"(sums[12]), "+r"(sums[13]), "+r"(sums[14]), "+r"(sums[15])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+  } else if constexpr (kN == 64) {
     asm volatile(
         "{\n"
         ".reg .pred add;\n"
@@ -460,7 +516,7 @@ QK_DEVICE void warpgroup_mma(int32_t (&sums)[kN / 2], const uint32_t (&a)[4], ui
           "+r"(sums[126]), "+r"(sums[127])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
   } else {
-    static_assert(kN == 64, "no such instruction");
+    static_assert(kN == 32, "no such instruction");
   }
 #endif
 }

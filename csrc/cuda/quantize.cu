@@ -32,7 +32,13 @@ struct QuantizeJob {
     int codes[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      codes[i] = encode_element<kFormat>(x[i], affine, args.symmetric);
+      // Of a group that has chosen its scale, all quotients are numbers, or none.
+      codes[i] = kFormat == Format::nf4 ? encode_level(x[i] * affine.inverse)
+                                        : encode_element<kFormat>(x[i], affine, args.symmetric);
+    }
+    if (kFormat == Format::nf4 && affine.inverse != affine.inverse) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) codes[i] = 7;
     }
     uint8_t* out = static_cast<uint8_t*>(args.data) + row * args.row_bytes;
     store_codes<kFormat>(out + begin * info(kFormat).bits / 8, codes);

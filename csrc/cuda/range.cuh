@@ -5,8 +5,18 @@
 
 namespace qkernels::cuda {
 
-// Shared memory of block_range for the largest block.
+// Shared memory of block_range and block_max for the largest block.
 inline constexpr int64_t kRangeBytes = 1024 / kWarp * 3 * 4;
+
+// The largest value of the whole block.
+QK_DEVICE uint32_t block_max(uint32_t value) {
+  uint32_t* parts = shared_memory<uint32_t>();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  value = warp_max(value);
+  if (lane == 0) parts[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return warp_max(lane < static_cast<int>(blockDim.x) / kWarp ? parts[lane] : 0);
+}
 
 // The range of the whole block. Its ends are 0 or of one sign, so their bits compare as integers.
 QK_DEVICE Range block_range(Range r) {

@@ -53,18 +53,76 @@ int64_t product_cycles(int64_t features, int64_t tokens, int64_t times, int64_t 
   return round_up(tiles, multiprocessors) / multiprocessors * T::kCycles;
 }
 
-// A tile of two warpgroups: 128 outputs, a quarter of them for each warp of both. Two blocks that
-// run together, side by side in outputs, share their tokens.
+// ---- Warpgroups ---------------------------------------------------------------------------------
+
+// Two blocks that run together, side by side in outputs, share their tokens.
+inline constexpr int kTogether = 2;
+
+// A tile of two warpgroups, 64 outputs each, a quarter of them for each warp.
+template <int kTokens_>
 struct WarpgroupTile {
-  static constexpr int kTokens = 256, kStages = 4;  // of kPieceK
-  static constexpr int kBlockFeatures = 128, kTogether = 2;
-  static constexpr int kFeatures = kBlockFeatures * kTogether;
-  static constexpr int kThreads = 3 * 4 * kWarp;  // the third warpgroup copies
-  static constexpr int kTokenBytes = kTokens * kPieceK;
-  static constexpr int kWeightBytes = kBlockFeatures * kPieceK;
-  // Of two multiprocessors, for kStageK. The products need 512; in these units an H200 was measured
-  // at 800, with a memory barrier in the loop that is gone now. See docs/performance.md.
-  static constexpr int kCycles = 800;
+  static constexpr int kFeatures = 128, kTokens = kTokens_;
+  static constexpr int kTokenBytes = kTokens * kPieceK, kWeightBytes = kFeatures * kPieceK;
+  // Copies under way: many more than the 30 KiB of each multiprocessor that the memory's rate
+  // needs at a latency of a microsecond.
+  static constexpr int kStages = 192 * 1024 / (kTokenBytes + kWeightBytes);  // of kPieceK
+  // Of a multiprocessor for a stage, by what limits it: products, 4096 a cycle, or copies, 30
+  // bytes a cycle from the L2 cache.
+  static constexpr int kProductCycles = kFeatures * kTokens * kPieceK / 4096;
+  static constexpr int kCopyCycles = (kWeightBytes + kTokenBytes / kTogether) / 30;
+  static constexpr int kCycles = std::max(kProductCycles, kCopyCycles);
+  // Until the first stage is there, and from the last one to results; and for giving sums to other
+  // blocks, 32 bytes a cycle.
+  static constexpr int kEndCycles = 2000 + 8 * kTokens;
+  static constexpr int kPartCycles = 1000 + kFeatures * kTokens * 4 / 32;
 };
+
+struct WarpgroupTiles {
+  using Large = WarpgroupTile<256>;
+  using Medium = WarpgroupTile<128>;
+  using Small = WarpgroupTile<64>;
+};
+
+// Which tile, and how many blocks share the sums of one, a part of k each.
+struct WarpgroupPlan {
+  int tokens = 0, parts = 0;
+  int64_t cycles = 0;
+};
+
+// Clusters of so many blocks that run at the same time, one block on a multiprocessor. Those of a
+// cluster are neighbours, in groups of 16 or 18 on an H100 or H200.
+inline int64_t clusters_at_once(int64_t multiprocessors, int64_t blocks) {
+  constexpr int64_t kNeighbours = 16;
+  const int64_t clusters = blocks <= 2 ? multiprocessors / blocks
+                                       : multiprocessors / kNeighbours * (kNeighbours / blocks);
+  return std::max(clusters, int64_t{1});
+}
+
+template <class T>
+void take_faster(WarpgroupPlan* best, const BlockShape& shape, int64_t features, int64_t tokens,
+                 int64_t multiprocessors) {
+  const int64_t stages = round_up(shape.k_padded, kPieceK) / kPieceK;
+  const int64_t tiles = round_up(features, kTogether * T::kFeatures) / (kTogether * T::kFeatures) *
+                        (round_up(tokens, T::kTokens) / T::kTokens);
+  // What memory needs for the weight: 3.9 TB/s.
+  const int64_t least = features * shape.k_padded / (17 * multiprocessors);
+  for (const int parts : {1, 2, 4}) {
+    if (parts > stages) break;
+    const int64_t at_once = clusters_at_once(multiprocessors, kTogether * parts);
+    const int64_t one = (stages + parts - 1) / parts * T::kCycles + T::kEndCycles +
+                        (parts > 1 ? T::kPartCycles : 0);
+    const int64_t cycles = std::max(least, round_up(tiles, at_once) / at_once * one);
+    if (best->tokens == 0 || cycles < best->cycles) *best = {T::kTokens, parts, cycles};
+  }
+}
+
+inline WarpgroupPlan warpgroup_plan(const BlockShape& shape, int64_t features, int64_t tokens,
+                                    int64_t multiprocessors) {
+  WarpgroupPlan best;
+  take_faster<WarpgroupTiles::Small>(&best, shape, features, tokens, multiprocessors);
+  take_faster<WarpgroupTiles::Medium>(&best, shape, features, tokens, multiprocessors);
+  take_faster<WarpgroupTiles::Large>(&best, shape, features, tokens, multiprocessors);
+  return best;
+}
 
 }  // namespace qkernels::cuda

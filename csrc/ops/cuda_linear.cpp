@@ -15,8 +15,9 @@ void run_linear(const LinearArgs& args) {
          " that CUDA kernels take; split in_features=", args.shape.k, " and add the results");
   }
   if (args.activation != Activation::float_) return run_linear_int8(args);
-  if (cuda::by_matmul(args)) return linear_by_matmul(args);
-  const cuda::FloatWorkspace needed = cuda::linear_float_workspace(args);
+  const bool hopper = cuda::is_hopper();
+  if (cuda::by_matmul(args, hopper)) return linear_by_matmul(args);
+  const cuda::FloatWorkspace needed = cuda::linear_float_workspace(args, hopper);
   LinearArgs a = args;
   std::optional<Tensor> panel, partial;
   if (needed.panel_bytes > 0) {

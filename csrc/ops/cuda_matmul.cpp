@@ -10,19 +10,23 @@
 namespace qkernels {
 namespace {
 
-// The weight is dequantized in pieces of at most so many bytes. An 8192 x 8192 in 16 bits is one,
-// and with less in a piece the multiplications would not fill a large GPU. In the emulator of the
-// tests small shapes have several pieces.
+// The weight is dequantized in pieces of kPieceBytes, or of as much more as it takes to give each
+// multiprocessor of a large GPU a tile of the product, 128 x 256; but of at most kMostBytes, which
+// an 8192 x 8192 in 16 bits has. All pieces of a weight use the same memory: where it stays in the
+// L2 cache, what one piece left there is overwritten before it is written to memory. In the
+// emulator of the tests small shapes have several pieces.
 #ifdef QKERNELS_HOST
-constexpr int64_t kPieceBytes = int64_t{8} << 10;
+constexpr int64_t kPieceBytes = int64_t{8} << 10, kMostBytes = kPieceBytes;
 #else
-constexpr int64_t kPieceBytes = int64_t{128} << 20;
+constexpr int64_t kPieceBytes = int64_t{128} << 20, kMostBytes = int64_t{128} << 20;
 #endif
+constexpr int64_t kProductTiles = int64_t{128} * 128 * 256;
 
-// Into how large pieces `count` is cut, if each of them takes `bytes`: equal ones, multiples of
-// `step`.
-int64_t piece_of(int64_t count, int64_t bytes, int64_t step) {
-  const int64_t most = std::max(step, kPieceBytes / bytes / step * step);
+// Into how large pieces `count` is cut, if each of them takes `bytes` and the product has `rows`:
+// equal ones, multiples of `step`.
+int64_t piece_of(int64_t count, int64_t bytes, int64_t rows, int64_t step) {
+  const int64_t wanted = std::max(kPieceBytes / bytes, kProductTiles / rows);
+  const int64_t most = std::max(step, std::min(wanted, kMostBytes / bytes) / step * step);
   const int64_t pieces = (count + most - 1) / most;
   return std::min(count, round_up((count + pieces - 1) / pieces, step));
 }
@@ -46,7 +50,7 @@ void linear_by_matmul(const LinearArgs& a) {
   // A bias of x's type may be added before the result is rounded.
   const bool bias_is_theirs = a.bias != nullptr && a.bias_type == a.x_type;
 
-  const int64_t piece = piece_of(a.n, k * bytes_of(a.x_type), kLanes);
+  const int64_t piece = piece_of(a.n, k * bytes_of(a.x_type), a.rows, kLanes);
   const Tensor numbers = empty_on_device({piece, k}, type);
   DequantizePackedArgs d{nullptr, a.layout, a.shape, 1, 0, 0, k, numbers.mutable_data_ptr(),
                          a.x_type};
@@ -70,7 +74,7 @@ void backward_by_matmul(const BackwardArgs& a) {
   const int64_t k = a.shape.k;
   const ScalarType type = scalar_type(a.type);
   // Columns of W: each piece gives columns of dx, and nothing has to be added up.
-  const int64_t piece = piece_of(k, a.n * bytes_of(a.type), 64);
+  const int64_t piece = piece_of(k, a.n * bytes_of(a.type), a.rows, 64);
   const Tensor numbers = empty_on_device({a.n * piece}, type);
   const Tensor dy = view_on_device(a.dy, {a.rows, a.n}, type);
   DequantizePackedArgs d{a.packed, a.layout, a.shape, 1, a.n, 0, 0, numbers.mutable_data_ptr(),

@@ -150,7 +150,7 @@ std::string cuda_kernel_name(int64_t id, int activation, int64_t rows, int64_t i
   a.n = out_features;
   a.x_type = static_cast<DType>(x_type);
   if (activation != 0) return cuda::linear_int8_name(a, {multiprocessors, hopper});
-  return cuda::linear_float_name(a);
+  return cuda::linear_float_name(a, hopper);
 }
 
 std::string kernel_name(int64_t id, int activation, int64_t rows, int x_type) {

@@ -30,6 +30,15 @@ def test_ldmatrix_loads_the_fragment_of_a(emulator: Any) -> None:
         assert got[lane].tolist() == [int(word) for word in want]
 
 
+def test_stmatrix_stores_fragments_transposed(emulator: Any) -> None:
+    matrices = torch.arange(4 * 64, dtype=torch.int16).view(4, 8, 8)
+    # Lane 4 g + t holds elements 2t and 2t + 1 of row g, of each matrix.
+    fragments = matrices.view(4, 32, 2).transpose(0, 1).contiguous().view(torch.int32)
+    got = torch.zeros(32, 4, dtype=torch.int32)
+    emulator.probe_stmatrix(fragments, got)
+    assert torch.equal(got.view(torch.int16).view(4, 8, 8), matrices.transpose(1, 2))
+
+
 def copied(emulator: Any, valid: int, wait: bool, barrier: bool) -> tuple[list[int], list[int]]:
     """What two blocks of 64 threads read of their neighbours, and what was to be read."""
     words = torch.arange(64, dtype=torch.int32) * 0x01010101
@@ -63,6 +72,13 @@ def test_a_cluster_shares_what_it_copies(emulator: Any, wait: bool) -> None:
     to = torch.zeros(2, 8, dtype=torch.int32)
     emulator.probe_cluster(words, to, wait)
     assert to.tolist() == [words.tolist() if wait else [POISON] * 8] * 2
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_blocks_of_a_cluster_store_to_each_other(emulator: Any, wait: bool) -> None:
+    to = torch.zeros(2, dtype=torch.int32)
+    emulator.probe_store_async(to, wait)
+    assert to.tolist() == ([1, 0] if wait else [POISON, POISON])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helpers import reference as ref
 from helpers.check import HALF_ULP, float_path_bound, same_tensor, within
+from helpers.cuda import DeviceOps, hopper
 from helpers.data import FLOATS, KINDS, Kind, Weight, awkward, floats, rng, strided, weight
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -106,17 +107,82 @@ def test_every_way_to_share_out_the_work(ops: Any, kind: Kind, dtype: torch.dtyp
     ("kind", "dtype"), [*PAIRS, (KINDS[4], torch.float32), (KINDS[7], torch.float32)], ids=str
 )
 def test_rows_alone_and_in_company(ops: Any, kind: Kind, dtype: torch.dtype) -> None:
-    """A row's bits do not depend on the others: not by kernel, tile, or how k is split."""
+    """A row's bits do not depend on the others: not by kernel, tile, or how k is split. But on
+    Hopper more than 8 rows of 16 bits have a kernel of their own."""
     for n, k, group_size, many in ((20, 520, 32, 70), (262, 450, -1, 36)):
         w = weight(kind, n, k, group_size)
         bits, bias = packed(ops, w), floats((n,))
         many = many // 3 if dtype == torch.float32 else many
         x = awkward((many, k), dtype)
         whole = linear(ops, w, x, bias, bits=bits, epilogue=2)
-        for m in (1, 3, 9, 17):
+        apart = hopper(ops) and dtype != torch.float32
+        for m in (9, 17) if apart else (1, 3, 9, 17):
             same_tensor(linear(ops, w, x[:m], bias, bits=bits, epilogue=2), whole[:m])
             last = linear(ops, w, x[many - m :], bias, bits=bits, epilogue=2)
             same_tensor(last, whole[many - m :])
+
+
+@pytest.fixture
+def sm90(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has the instructions of sm_90a, and no number of rows goes to matmul."""
+    monkeypatch.setenv("QKERNELS_HOST_SM90", "1")
+    monkeypatch.setenv("QKERNELS_MATMUL_ROWS", str(1 << 40))
+    if isinstance(ops, DeviceOps) and not hopper(ops):
+        pytest.skip("for a GPU of sm_90a")
+
+
+# Rows, outputs, k and group size: the three widths of a tile and several tiles of rows; clusters of
+# 1, 2, 4 and 8 blocks, the last of them with fewer stages or none; more stages than a ring has;
+# groups of one chunk, of three, of all k, ragged ones, and some that go on in the next slice.
+CLUSTERS = [(9, 40, 128, 32), (16, 300, 640, 128), (17, 257, 96, 96), (33, 20, 1024, 64)]
+CLUSTERS += [(65, 100, 200, 24), (130, 512, 320, -1), (20, 16, 4200, 32), (70, 530, 2304, 640)]
+CLUSTERS += [(12, 1030, 1664, 96), (64, 1, 1, -1)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_warpgroups(ops: Any, sm90: None, kind: Kind) -> None:
+    for i, (m, n, k, group_size) in enumerate(CLUSTERS):
+        w = weight(kind, n, k, group_size)
+        for dtype in HALVES if i % 3 == 0 else HALVES[i % 2 :][:1]:
+            bias = floats((n,), FLOATS[i % 3], seed="bias") if i % 2 else None
+            check(ops, w, awkward((m, k), dtype, seed=i), bias)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_warpgroups_alone_and_in_company(ops: Any, sm90: None, kind: Kind) -> None:
+    """A row's bits are the same in every tile, and what one row holds stays in it."""
+    dtype = HALVES[kind.symmetric]
+    for n, k, group_size in ((20, 1024, 32), (262, 450, -1), (530, 704, 96)):
+        w = weight(kind, n, k, group_size)
+        bits, bias, x = packed(ops, w), floats((n,)), floats((70, k), dtype)
+        whole = linear(ops, w, x, bias, bits=bits, epilogue=2)
+        same_tensor(linear(ops, w, x, bias, bits=bits, epilogue=2), whole)
+        for m in (9, 16, 31, 64):
+            same_tensor(linear(ops, w, x[70 - m :], bias, bits=bits, epilogue=2), whole[70 - m :])
+        x[3, k // 2] = float("nan")
+        broken = linear(ops, w, x, bias, bits=bits, epilogue=2)
+        assert torch.isnan(broken[3]).all()
+        same_tensor(broken[torch.arange(70) != 3], whole[torch.arange(70) != 3])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_warpgroups_read_the_weight_itself(ops: Any, sm90: None, kind: Kind) -> None:
+    """Every weight at its place, and every code against its zero point."""
+    w = weight(kind, 50, 160, 32)
+    bits, want = packed(ops, w), w.exact().T
+    for dtype, digits in ((torch.bfloat16, 7), (torch.float16, 10)):
+        got = linear(ops, w, torch.eye(160).to(dtype), bits=bits).float().numpy()
+        np.testing.assert_allclose(got, want, rtol=2.1 * 2.0**-digits, atol=2.0**-24)
+
+
+def test_warpgroups_with_premul_perm_and_strides(ops: Any, sm90: None) -> None:
+    w = weight(KINDS[4], 35, 128, 32)
+    x = floats((18, 128), torch.bfloat16)
+    premul = torch.exp(floats((128,), seed="premul"))
+    check(ops, w, x, None, premul, torch.from_numpy(rng("perm").permutation(128)))
+    want = linear(ops, w, x)
+    for _, view in strided(x):
+        same_tensor(linear(ops, w, view), want)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -20,8 +20,16 @@ SYMMETRIC, ASYMMETRIC = 1, 2
 SKINNY = ((4, 1), (4, 8), (4, 9), (4, 16), (99, 31))
 SMALL = ((4, 33), (1, 17), (64, 70))
 LARGE = ((1, 65), (1, 130))
-# Rows on sm_90a with one multiprocessor, for int8 weights whose rows are one group.
-WARPGROUPS = (257, 129, 200)
+# (multiprocessors, rows, n, k, tokens of a tile) on sm_90a, for int8 weights whose rows are one
+# group: whole k, and k in two and four parts.
+WARPGROUPS = (
+    (1, 257, 257, 130, 256), (1, 129, 100, 1, 256), (1, 200, 136, 520, 256),
+    (4, 520, 600, 128, 256), (1, 65, 40, 100, 128), (1, 128, 264, 1024, 128), (1, 17, 129, 96, 64),
+    (1, 64, 256, 640, 64), (4, 33, 250, 1500, 64), (1, 20, 130, 1024, 64), (1, 300, 72, 1029, 256),
+)  # fmt: skip
+# Two parts of the largest tile take a while in the emulator; and many tiles a block, on a GPU.
+LARGE_WARPGROUPS = (32, 512, 600, 3000, 256)
+MANY_TILES = (132, 2049, 8200, 520, 256)
 
 
 @pytest.fixture
@@ -71,24 +79,89 @@ def test_shapes(ops: Any, device: Any, kind: Kind, activation: int) -> None:
 @pytest.mark.parametrize("activation", [SYMMETRIC, ASYMMETRIC])
 @pytest.mark.parametrize("kind", INTEGER_KINDS[:2], ids=str)
 def test_warpgroups(ops: Any, device: Any, sm90: None, kind: Kind, activation: int) -> None:
-    shapes = ((257, 130), (100, 1), (130, 600), (300, 1024), (128, 128), (250, 1500))
-    device(1)
-    for i, (n, k) in enumerate(shapes):
-        multiprocessors, rows = 1, WARPGROUPS[i % 3]
-        if isinstance(ops, DeviceOps):
-            gpu = torch.cuda.get_device_properties(0)
-            if (gpu.major, gpu.multi_processor_count) != (9, 132):
-                pytest.skip("these shapes are for an H100 or H200")
-            # What makes two full rounds of the other tiles.
-            multiprocessors, rows, n = 132, 1930 + rows % 100, 1930 + n % 100
+    on_device = isinstance(ops, DeviceOps)
+    if on_device and torch.cuda.get_device_properties(0).major != 9:
+        pytest.skip("instructions of sm_90a")
+    shapes = WARPGROUPS
+    if activation == SYMMETRIC:
+        shapes += (LARGE_WARPGROUPS,) if kind is INTEGER_KINDS[0] else ()
+        shapes += (MANY_TILES,) if on_device else ()
+    for i, (multiprocessors, rows, n, k, tokens) in enumerate(shapes):
+        device(multiprocessors)
         w = weight(kind, n, k)
         facts = (kind.cuda_layout, activation, rows, k, n, -1, 0, multiprocessors, True)
-        assert _C.cuda_kernel_name(*facts) == "cuda int8 wgmma 128x256"
+        assert _C.cuda_kernel_name(*facts) == f"cuda int8 wgmma 128x{tokens}"
+        bias = floats((n,), FLOATS[i // 2 % 3], seed="bias") if i % 2 else None
+        for epilogue in (0, 1 + i % 6):
+            x = awkward((rows, k), FLOATS[(i + epilogue) % 3], seed=i)
+            y = linear(ops, w, x, activation, bias, epilogue=epilogue)
+            if rows * n * k < 200_000 and epilogue == 0:
+                same_bits(y, w.integer(x, bias, activation))
+
+
+# (group_size, k): a group is one, two or four chunks of 32 k, three, or several stages of 128; the
+# last one is ragged; more groups than a page holds; runs that are no multiple of what is unrolled.
+GROUPED = (
+    (128, 700),
+    (128, 2400),
+    (64, 330),
+    (32, 999),
+    (96, 700),
+    (256, 1300),
+    (100, 250),
+    (1, 3),
+)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
+def test_groups_by_warpgroups(
+    ops: Any, device: Any, sm90: None, kind: Kind, multiprocessors: int
+) -> None:
+    device(multiprocessors)
+    shapes = ((65, 70), (9, 17), (33, 300), (131, 257), (64, 64), (257, 513), (100, 1), (128, 256))
+    seen = set()
+    for i, (group_size, k) in enumerate(GROUPED):
+        rows, n = shapes[(i + INTEGER_KINDS.index(kind)) % len(shapes)]
+        w = weight(kind, n, k, group_size)
+        facts = (kind.cuda_layout, 1, rows, k, n, group_size, 0, multiprocessors, True)
+        seen.add(_C.cuda_kernel_name(*facts))
         x = awkward((rows, k), FLOATS[i % 3], seed=i)
         bias = floats((n,), FLOATS[i // 2 % 3], seed="bias") if i % 2 else None
-        y = linear(ops, w, x, activation, bias, epilogue=i)
-        if i == 0:
-            same_bits(y, w.integer(x, bias, activation))
+        linear(ops, w, x, SYMMETRIC + i // 2 % 2, bias, epilogue=i % 7)
+    # By these numbers of multiprocessors, the tiles that a GPU takes are both seen.
+    large = {"cuda int8 wgmma grouped 128x128"} if multiprocessors > 1 else set()
+    assert seen == {"cuda int8 wgmma grouped 64x64"} | large
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+@pytest.mark.parametrize("kind", INTEGER_KINDS[3:5], ids=str)
+def test_rows_of_int4_by_warpgroups(
+    ops: Any, device: Any, sm90: None, kind: Kind, multiprocessors: int
+) -> None:
+    device(multiprocessors)
+    for rows, n, k in ((65, 130, 1000), (200, 257, 64), (70, 3, 1), (64, 64, 512), (40, 5, 0)):
+        linear(ops, weight(kind, n, k), awkward((rows, k)), ASYMMETRIC)
+    low, high = (0, 15)
+    for code in (low, high):  # the longest sums of both signs
+        for group_size in (-1, 500, 128):
+            w = weight(kind, 17, 1000, group_size, codes=np.full((17, 1000), code))
+            linear(ops, w, -torch.ones(66, 1000), ASYMMETRIC)
+            linear(ops, w, torch.ones(66, 1000), SYMMETRIC)
+
+
+def test_factors_and_bad_rows_by_warpgroups(ops: Any, device: Any, sm90: None) -> None:
+    device(4)
+    w = weight(INTEGER_KINDS[4], 33, 320, 64)
+    x, premul = floats((70, 320)), floats((320,), seed="premul")
+    perm = torch.from_numpy(rng("perm").permutation(320))
+    scale, zero = torch.tensor(0.02), torch.tensor(-7, dtype=torch.int8)
+    linear(ops, w, x, ASYMMETRIC, extra=(scale, zero, premul, None))
+    linear(ops, w, x, SYMMETRIC, extra=(None, None, premul, perm))
+    x[2, 3], x[69, 0] = float("nan"), float("inf")
+    y = linear(ops, w, x, ASYMMETRIC)
+    assert y[[2, 69]].isnan().all()
+    assert y[[1, 3, 68]].isfinite().all()
 
 
 @pytest.mark.parametrize("group_size", [-1, 1, 16, 32, 96, 100, 128])
@@ -98,6 +171,26 @@ def test_groups(ops: Any, device: Any, kind: Kind, group_size: int) -> None:
         device(multiprocessors)
         for k in (100, 321):
             linear(ops, weight(kind, 35, k, group_size), awkward((rows, k)), ASYMMETRIC)
+
+
+@pytest.mark.parametrize("type", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", [INTEGER_KINDS[0], *INTEGER_KINDS[3:]], ids=str)
+def test_rows_of_whole_chunks(ops: Any, device: Any, kind: Kind, type: torch.dtype) -> None:
+    """Their codes are made by a kernel that has a chunk a thread, at most 1024 at once."""
+    device(4)
+    for k, group_size in ((32, -1), (96, 32), (32 * 1025, 64)):
+        w = weight(kind, 17, k, group_size)
+        x = awkward((3, k), type, seed=k)
+        same_bits(linear(ops, w, x, SYMMETRIC), w.integer(x, None, SYMMETRIC))
+
+
+@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
+def test_few_rows_and_many_groups(ops: Any, device: Any, kind: Kind) -> None:
+    """More groups than the skinny kernel keeps at a time, of one chunk, two and three."""
+    device(4)
+    for rows, k, group_size in ((1, 1200, 32), (9, 1090, 32), (7, 2176, 64), (17, 1700, 96)):
+        w = weight(kind, 18, k, group_size)
+        linear(ops, w, awkward((rows, k), torch.bfloat16), SYMMETRIC)
 
 
 @pytest.mark.parametrize(("multiprocessors", "rows"), [(4, 5), (4, 40), (1, 70)])
@@ -203,10 +296,7 @@ def test_int_mm(ops: Any, device: Any) -> None:
 
 def test_int_mm_by_warpgroups(ops: Any, device: Any, sm90: None) -> None:
     device(1)
-    # The second one is large enough for a GPU to take it to them, too.
-    for m, k, n in ((257, 130, 300), (1987, 136, 1930)):
-        if n > 1000 and not isinstance(ops, DeviceOps):
-            continue
+    for m, k, n in ((257, 130, 300), (33, 1000, 70), (100, 64, 5), (20, 0, 4)):
         a, b = (torch.from_numpy(rng(i, m).integers(-128, 128, s, np.int8))
                 for i, s in ((0, (m, k)), (1, (k, n))))  # fmt: skip
         assert torch.equal(ops.int_mm(a, b).long(), a.long() @ b.long())

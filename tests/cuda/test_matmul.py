@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers import reference as ref
 from helpers.check import HALF_ULP, float_path_bound, same_tensor, within
+from helpers.cuda import hopper
 from helpers.data import FLOATS, KINDS, Kind, Weight, awkward, floats, rng, strided, weight
 from qkernels import _C
 
@@ -22,8 +23,12 @@ SETTING = "QKERNELS_MATMUL_ROWS"
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/gpu-h200/gpu.json"
 
 # (out_features, in_features, group_size): whole tiles; groups that end inside of a step, with and
-# without eights; a short last group; fewer outputs than a block; two packed rows.
-SHAPES = ((24, 64, 32), (40, 104, 24), (16, 56, 7), (32, 200, 96), (8, 8, -1), (48, 128, -1))
+# without eights; a short last group; fewer outputs than a block; two packed rows; more k than a
+# warp dequantizes.
+SHAPES = (
+    (24, 64, 32), (40, 104, 24), (16, 56, 7), (32, 200, 96), (8, 8, -1), (48, 128, -1),
+    (40, 616, 160),
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -155,13 +160,16 @@ def test_no_matmul_of_rows_that_begin_on_no_line(ops: Any) -> None:
         same_tensor(linear(ops, w, x)[:9], linear(ops, w, x[:9]))
 
 
-def name(kind: Kind, rows: int, dtype: torch.dtype, n: int = 64, k: int = 64) -> str:
+def name(
+    kind: Kind, rows: int, dtype: torch.dtype, n: int = 64, k: int = 64, on_hopper: bool = False
+) -> str:
     code = FLOATS.index(dtype)
-    return _C.cuda_kernel_name(kind.cuda_layout, 0, rows, k, n, -1, code, 132)
+    return _C.cuda_kernel_name(kind.cuda_layout, 0, rows, k, n, -1, code, 132, on_hopper)
 
 
-def threshold(kind: Kind, dtype: torch.dtype) -> int:
-    return next(m for m in range(1, 1000) if name(kind, m, dtype) == MATMUL)
+def threshold(kind: Kind, dtype: torch.dtype, on_hopper: bool = False) -> int:
+    rows = range(1, 10_000)
+    return next(m for m in rows if name(kind, m, dtype, on_hopper=on_hopper) == MATMUL)
 
 
 @pytest.mark.parametrize(
@@ -171,16 +179,28 @@ def threshold(kind: Kind, dtype: torch.dtype) -> int:
 )
 def test_both_sides_of_the_threshold(ops: Any, kind: Kind, dtype: torch.dtype) -> None:
     """What `explain` says is what runs: below it a row's bits do not depend on the others."""
-    rows = threshold(kind, dtype)
+    rows = threshold(kind, dtype, hopper(ops))
     w = weight(kind, 24, 64, 32)
     x = floats((rows, 64), dtype)
     below, above = linear(ops, w, x[1:]), linear(ops, w, x)
-    same_tensor(below[:2], linear(ops, w, x[1:3]))
+    same_tensor(below[:9], linear(ops, w, x[1:10]))
     check(w, x, above)
     if not torch.cuda.is_available():  # a GPU's torch has other bits
         same_tensor(above, x @ rounded(w, dtype).t())
     if dtype != torch.float32:
         assert not torch.equal(above[1:], below)  # a tie would say nothing
+
+
+def test_names_on_hopper() -> None:
+    """16-bit x has a kernel of its own there, for more rows than the GEMV takes."""
+    for rows, want in ((8, "cuda gemv"), (9, "cuda wgmma 16x256"), (17, "cuda wgmma 32x256"),
+                       (33, "cuda wgmma 64x256"), (400, "cuda wgmma 64x256")):  # fmt: skip
+        assert name(KINDS[3], rows, torch.bfloat16, on_hopper=True) == want
+    assert "wgmma" not in name(KINDS[3], 64, torch.float32, on_hopper=True)
+    assert "wgmma" not in name(KINDS[3], 64, torch.bfloat16)
+    for kind in KINDS:
+        for dtype in HALVES:
+            assert threshold(kind, dtype, True) > threshold(kind, dtype)
 
 
 def test_float32_stays_with_the_kernels_but_for_nf4() -> None:

@@ -93,6 +93,15 @@ def targets() -> list[str]:
     return ["emulator", *(["device"] if torch.cuda.is_available() and not _cuda.PROBLEM else [])]
 
 
+def hopper(ops: Any) -> bool:
+    """Whether kernels are chosen for a GPU of sm_90a."""
+    if isinstance(ops, DeviceOps):
+        from qkernels import _C
+
+        return torch.cuda.get_device_capability()[0] == 9 and _C.build_info()["hopper"]
+    return os.environ.get("QKERNELS_HOST_SM90", "0") != "0"
+
+
 class DeviceOps:
     """torch.ops.qkernels for tensors of the CPU, computed on the GPU: what the emulator offers.
 

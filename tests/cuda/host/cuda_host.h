@@ -55,6 +55,11 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
 void run_clusters(dim3 grid, dim3 block, int64_t shared_bytes, unsigned cluster,
                   const std::function<void()>& thread);
 
+// Kernels run one after the other here. What can be seen of one that may overlap with the one
+// before it is whether it waits at all.
+void wait_for_previous();
+void check_waited();
+
 // QKERNELS_HOST_MULTIPROCESSORS and QKERNELS_HOST_SM90, which say what device the kernels are
 // chosen for.
 int multiprocessors();
@@ -97,17 +102,25 @@ int cluster_rank();
 void sync_cluster();
 void sync_some(int number, int count);
 void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint32_t blocks);
+void store_async(void* to, uint4 v, uint64_t* barrier, int rank);
+void copy_to_block(void* to, const void* from, int bytes, uint64_t* barrier, int rank);
 uint64_t shared_offset(const char* op, const void* at);
+
+using Widen = float (*)(uint16_t);
+using Narrow = uint16_t (*)(float);
 
 // Products are computed when somebody waits for them, which is as late as can be.
 struct WarpgroupProduct {
-  int32_t* sums;
+  void* sums;  // int32_t of int8, float of 16 bits
   int n;
   uint32_t a[4];
   uint64_t b;
   bool add;
+  Widen widen;  // of 16 bits; null: int8
 };
 void warpgroup_mma(int32_t* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add);
+void warpgroup_mma_16(float* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add,
+                      Widen widen);
 void warpgroup_commit();
 void warpgroup_wait(int pending);
 void multiply_warpgroup(const WarpgroupProduct* const* lanes);
@@ -160,8 +173,6 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
 void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]);
 
-using Widen = float (*)(uint16_t);
-using Narrow = uint16_t (*)(float);
 void mma_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen);
 void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 uint32_t fma_16(uint32_t a, uint32_t b, uint32_t c, Widen widen, Narrow narrow);

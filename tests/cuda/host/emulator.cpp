@@ -46,7 +46,7 @@ constexpr int64_t kStack = 128 * 1024, kPage = 4096;
 constexpr int64_t kRedZone = 256;            // bytes around shared memory
 constexpr int64_t kSharedLimit = 99 * 1024;  // of sm_86, sm_89 and sm_120; others have more
 constexpr int64_t kSharedLimit90 = 227 * 1024;
-constexpr unsigned kThreadLimit = 1024;
+constexpr unsigned kThreadLimit = 1024, kClusterLimit = 8;  // threads, blocks
 constexpr int kPoison = 0xff;  // NaN as a float of any size, -1 as an integer
 
 struct Copy {
@@ -79,9 +79,10 @@ struct Phases {
 
 struct BulkCopy {
   uint8_t* to;
-  const void* from;
+  const void* from;  // null: `value`
   int bytes;
   Phases* phases;
+  uint4 value;
 };
 
 struct Some {
@@ -128,20 +129,21 @@ struct Cluster {
 };
 
 std::mutex mutex;
+bool waited = false;  // by the kernel that has run last
 std::exception_ptr failure;
 void* scheduler = nullptr;  // its stack pointer
 Cluster* cluster = nullptr;
 Block* block = nullptr;
 Fiber* self = nullptr;
 
-// One stack for every thread of a block, each above a page that may not be touched.
+// One stack for every thread of a cluster, each above a page that may not be touched.
 uint8_t* stack_of(int id) {
   static uint8_t* stacks = [] {
-    const size_t bytes = kThreadLimit * kStack;
+    const size_t bytes = kClusterLimit * kThreadLimit * kStack;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    for (unsigned i = 0; i < kThreadLimit; ++i) {
+    for (unsigned i = 0; i < kClusterLimit * kThreadLimit; ++i) {
       mprotect(static_cast<uint8_t*>(memory) + i * kStack, kPage, PROT_NONE);
     }
     return static_cast<uint8_t*>(memory);
@@ -247,7 +249,7 @@ bool land_copy() {
   if (cluster->copies.empty()) return false;
   const BulkCopy c = cluster->copies.front();
   cluster->copies.pop_front();
-  std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+  std::memcpy(c.to, c.from == nullptr ? &c.value : c.from, static_cast<size_t>(c.bytes));
   c.phases->bytes -= c.bytes;
   c.phases->end_if_complete();
   return true;
@@ -287,6 +289,12 @@ void run_cluster(bool backwards) {
 
 }  // namespace
 
+void wait_for_previous() { waited = true; }
+
+void check_waited() {
+  if (!waited) throw std::runtime_error("emulator: a kernel that overlaps has waited for nothing");
+}
+
 void run(dim3 grid, dim3 size, int64_t shared_bytes, const std::function<void()>& thread) {
   run_clusters(grid, size, shared_bytes, 1, thread);
 }
@@ -294,6 +302,7 @@ void run(dim3 grid, dim3 size, int64_t shared_bytes, const std::function<void()>
 void run_clusters(dim3 grid, dim3 size, int64_t shared_bytes, unsigned together,
                   const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(mutex);
+  waited = false;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
   if (threads == 0 || threads > kThreadLimit || threads % kWarp != 0) {
     throw std::runtime_error("emulator: a block has whole warps and 32 to 1024 threads, got " +
@@ -306,7 +315,7 @@ void run_clusters(dim3 grid, dim3 size, int64_t shared_bytes, unsigned together,
     throw std::runtime_error("emulator: some GPUs have 99 KiB of shared memory, got " +
                              std::to_string(shared_bytes) + " bytes");
   }
-  if (together < 1 || grid.x % together != 0 || threads * together > kThreadLimit) {
+  if (together < 1 || grid.x % together != 0 || together > kClusterLimit) {
     throw std::runtime_error("emulator: a grid of " + text(grid) + " has no clusters of " +
                              std::to_string(together) + " blocks of " + text(size));
   }
@@ -498,8 +507,31 @@ void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint32_
     uint8_t* const there = cluster->blocks[rank].shared + offset;
     std::memset(there, kPoison, static_cast<size_t>(bytes));
     cluster->copies.push_back(
-        {there, from, bytes, &phases_at("copy_bulk", barrier, static_cast<int>(rank))});
+        {there, from, bytes, &phases_at("copy_bulk", barrier, static_cast<int>(rank)), {}});
   }
+}
+
+// The destination is poison until the bytes land, too.
+void store_async(void* to, uint4 v, uint64_t* barrier, int rank) {
+  check_shared("store_async_128", to, 16);
+  check_alignment("store_async_128", to, 16);
+  Phases* const phases = &phases_at("store_async_128", barrier, rank);
+  uint8_t* const there = cluster->blocks[static_cast<size_t>(rank)].shared +
+                         (static_cast<uint8_t*>(to) - block->shared);
+  std::memset(there, kPoison, 16);
+  cluster->copies.push_back({there, nullptr, 16, phases, v});
+}
+
+void copy_to_block(void* to, const void* from, int bytes, uint64_t* barrier, int rank) {
+  check_shared("copy_to_block", to, bytes);
+  check_shared("copy_to_block", from, bytes);
+  check_alignment("copy_to_block", to, 16);
+  check_alignment("copy_to_block", from, 16);
+  if (bytes <= 0 || bytes % 16 != 0) fault("copy_to_block of " + std::to_string(bytes) + " bytes");
+  const int64_t offset = static_cast<uint8_t*>(to) - block->shared;
+  uint8_t* const there = cluster->blocks.at(static_cast<size_t>(rank)).shared + offset;
+  std::memset(there, kPoison, static_cast<size_t>(bytes));
+  cluster->copies.push_back({there, from, bytes, &phases_at("copy_to_block", barrier, rank), {}});
 }
 
 uint64_t shared_offset(const char* op, const void* at) {
@@ -508,7 +540,12 @@ uint64_t shared_offset(const char* op, const void* at) {
 }
 
 void warpgroup_mma(int32_t* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add) {
-  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add});
+  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add, nullptr});
+}
+
+void warpgroup_mma_16(float* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add,
+                      Widen widen) {
+  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add, widen});
 }
 
 void warpgroup_commit() {

@@ -104,19 +104,17 @@ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 
 void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
   check_alignment("stmatrix_x4_trans", row, 16);
+  check_shared("stmatrix_x4_trans", row, 16);
   struct Lane {
     const uint32_t* r;
     void* row;
   } mine{r, row};
   meet("stmatrix_x4_trans", &mine, [](void* const* lanes) {
+    const auto at = [&](int i) { return static_cast<const Lane*>(lanes[i]); };
     for (int i = 0; i < kWarp; ++i) {
-      for (int matrix = 0; matrix < 4; ++matrix) {
-        const uint32_t word = static_cast<const Lane*>(lanes[i])->r[matrix];
-        for (int half = 0; half < 2; ++half) {
-          const Lane* owner = static_cast<const Lane*>(lanes[matrix * 8 + i % 4 * 2 + half]);
-          const uint16_t element = half_at(word, half);
-          std::memcpy(static_cast<uint8_t*>(owner->row) + i / 4 * 2, &element, 2);
-        }
+      for (int column = 0; column < 8; ++column) {
+        const uint16_t element = half_at(at(column * 4 + i % 8 / 2)->r[i / 8], i % 2);
+        std::memcpy(static_cast<uint8_t*>(at(i)->row) + column * 2, &element, 2);
       }
     }
   });
@@ -133,6 +131,43 @@ uint32_t fma_16(uint32_t a, uint32_t b, uint32_t c, Widen widen, Narrow narrow) 
   return result;
 }
 
+namespace {
+
+// Of elements that have so many bytes: 32 bytes of k are a product.
+template <class D, class Sum, class Element>
+void multiply_warpgroup(const WarpgroupProduct* const* lanes, uint64_t start, uint64_t pitch,
+                        int bytes, const Element& element) {
+  const WarpgroupProduct& first = *lanes[0];
+  const int count = 32 / bytes;
+  Sum a[64][32], b[32];
+  for (int row = 0; row < 64; ++row) {
+    for (int k = 0; k < count; ++k) {
+      const int at = k * bytes, lane = row / 16 * kWarp + row % 8 * 4 + at % 16 / 4;
+      const uint32_t* word = &lanes[lane]->a[at / 16 * 2 + row / 8 % 2];
+      a[row][k] = element(reinterpret_cast<const uint8_t*>(word) + at % 4);
+    }
+  }
+  const uint8_t* shared = static_cast<const uint8_t*>(shared_memory());
+  for (int column = 0; column < first.n; ++column) {
+    for (int k = 0; k < count; ++k) {
+      const uint64_t at =
+          start + static_cast<uint64_t>(column / 8) * pitch + column % 8 * 128 + k * bytes;
+      const uint8_t* from = shared + (at ^ (at >> 7 & 7) << 4);
+      check_shared("warpgroup_mma", from, bytes);
+      b[k] = element(from);
+    }
+    for (int row = 0; row < 64; ++row) {
+      Sum sum{};
+      for (int k = 0; k < count; ++k) sum += a[row][k] * b[k];
+      const int lane = row / 16 * kWarp + row % 8 * 4 + column % 8 / 2;
+      D& d = static_cast<D*>(lanes[lane]->sums)[column / 8 * 4 + row / 8 % 2 * 2 + column % 2];
+      d = static_cast<D>(static_cast<Sum>(first.add ? d : D{}) + sum);
+    }
+  }
+}
+
+}  // namespace
+
 // B lies in shared memory as its descriptor says: where it begins, how far groups of eight rows are
 // apart, and that the 16 bytes of a row of 128 are swizzled by bits 7 to 9 of the address.
 void multiply_warpgroup(const WarpgroupProduct* const* lanes) {
@@ -141,34 +176,20 @@ void multiply_warpgroup(const WarpgroupProduct* const* lanes) {
   if (first.b >> 62 != 1) fault("warpgroup_mma of a matrix without the swizzle of 128 bytes");
   for (int i = 0; i < 4 * kWarp; ++i) {
     const WarpgroupProduct& p = *lanes[i];
-    if (p.n != first.n || p.b != first.b || p.add != first.add) {
+    if (p.n != first.n || p.b != first.b || p.add != first.add || p.widen != first.widen) {
       fault("the threads of a warpgroup disagree about a product");
     }
   }
-  int8_t a[64][32];
-  for (int row = 0; row < 64; ++row) {
-    for (int k = 0; k < 32; ++k) {
-      const int lane = row / 16 * kWarp + row % 8 * 4 + k % 16 / 4;
-      const uint32_t word = lanes[lane]->a[k / 16 * 2 + row / 8 % 2];
-      a[row][k] = static_cast<int8_t>(int8_at(word, k % 4));
-    }
-  }
-  const uint8_t* shared = static_cast<const uint8_t*>(shared_memory());
-  for (int column = 0; column < first.n; ++column) {
-    int8_t b[32];
-    for (int k = 0; k < 32; ++k) {
-      const uint64_t at = start + column / 8 * pitch + column % 8 * 128 + k;
-      const uint8_t* from = shared + (at ^ (at >> 7 & 7) << 4);
-      check_shared("warpgroup_mma", from, 1);
-      b[k] = static_cast<int8_t>(*from);
-    }
-    for (int row = 0; row < 64; ++row) {
-      int32_t sum = 0;
-      for (int k = 0; k < 32; ++k) sum += a[row][k] * b[k];
-      const int lane = row / 16 * kWarp + row % 8 * 4 + column % 8 / 2;
-      int32_t& d = lanes[lane]->sums[column / 8 * 4 + row / 8 % 2 * 2 + column % 2];
-      d = (first.add ? d : 0) + sum;
-    }
+  if (first.widen == nullptr) {
+    multiply_warpgroup<int32_t, int64_t>(lanes, start, pitch, 1, [](const uint8_t* at) {
+      return static_cast<int64_t>(static_cast<int8_t>(*at));
+    });
+  } else {
+    multiply_warpgroup<float, double>(lanes, start, pitch, 2, [&](const uint8_t* at) {
+      uint16_t bits;
+      std::memcpy(&bits, at, 2);
+      return static_cast<double>(first.widen(bits));
+    });
   }
 }
 

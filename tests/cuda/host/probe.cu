@@ -62,6 +62,17 @@ __global__ void ldmatrix_kernel(const uint8_t* a, uint32_t* to) {
   for (int i = 0; i < 4; ++i) to[lane * 4 + i] = r[i];
 }
 
+// Four matrices of 8 x 8 from fragments, transposed to rows of 16 bytes in shared memory.
+__global__ void stmatrix_kernel(const uint32_t* from, uint32_t* to) {
+  uint8_t* rows = shared_memory<uint8_t>();
+  const int lane = host::lane();
+  uint32_t r[4];
+  for (int i = 0; i < 4; ++i) r[i] = from[lane * 4 + i];
+  stmatrix_x4_trans(rows + lane * 16, r);
+  __syncthreads();
+  for (int i = 0; i < 4; ++i) to[lane * 4 + i] = reinterpret_cast<uint32_t*>(rows)[lane * 4 + i];
+}
+
 // Each thread copies a word; what it then reads of its neighbour depends on the steps taken.
 __global__ void copy_kernel(const uint32_t* from, uint32_t* to, int valid, bool wait,
                             bool barrier) {
@@ -120,6 +131,26 @@ __global__ void cluster_kernel(const uint8_t* from, uint32_t* to, bool wait) {
   cluster_sync();
 }
 
+// Each of two blocks stores its rank to the other one.
+__global__ void store_async_kernel(uint32_t* to, bool wait) {
+  uint8_t* const shared = shared_memory<uint8_t>();
+  Barrier* const barrier = reinterpret_cast<Barrier*>(shared + 16);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_fence();
+    barrier_expect(barrier, 16);
+  }
+  cluster_sync();
+  const uint32_t mine = static_cast<uint32_t>(cluster_rank());
+  if (threadIdx.x == 0) {
+    store_async_128(shared, make_uint4(mine, mine, mine, mine), barrier, cluster_rank() ^ 1);
+  }
+  if (wait) barrier_wait(barrier, 0);
+  if (threadIdx.x == 1) to[blockIdx.x] = *reinterpret_cast<uint32_t*>(shared);
+  barrier_wait(barrier, 0);
+  cluster_sync();
+}
+
 __global__ void unfinished_product_kernel() {
   int32_t sums[32] = {};
   const uint32_t a[4] = {};
@@ -140,6 +171,11 @@ void ldmatrix(const Tensor& a, const Tensor& to) {
          static_cast<uint32_t*>(to.mutable_data_ptr()));
 }
 
+void stmatrix(const Tensor& from, const Tensor& to) {
+  launch(stmatrix_kernel, 1, 32, 512, nullptr, static_cast<const uint32_t*>(from.const_data_ptr()),
+         static_cast<uint32_t*>(to.mutable_data_ptr()));
+}
+
 void copy(const Tensor& from, const Tensor& to, int64_t valid, bool wait, bool barrier) {
   launch(copy_kernel, 2, 64, 256, nullptr, static_cast<const uint32_t*>(from.const_data_ptr()),
          static_cast<uint32_t*>(to.mutable_data_ptr()), static_cast<int>(valid), wait, barrier);
@@ -148,6 +184,11 @@ void copy(const Tensor& from, const Tensor& to, int64_t valid, bool wait, bool b
 void cluster(const Tensor& from, const Tensor& to, bool wait) {
   launch_clusters(cluster_kernel, 2, 2, 32, 64, nullptr,
                   static_cast<const uint8_t*>(from.const_data_ptr()),
+                  static_cast<uint32_t*>(to.mutable_data_ptr()), wait);
+}
+
+void store_async(const Tensor& to, bool wait) {
+  launch_clusters(store_async_kernel, 2, 2, 32, 64, nullptr,
                   static_cast<uint32_t*>(to.mutable_data_ptr()), wait);
 }
 
@@ -173,6 +214,8 @@ void mistake(const std::string& which) {
 STABLE_TORCH_LIBRARY_FRAGMENT(qkernels_host, m) {
   m.def("probe_mma(Tensor a, Tensor b, Tensor(a!) d, int type) -> ()");
   m.def("probe_ldmatrix(Tensor a, Tensor(a!) to) -> ()");
+  m.def("probe_stmatrix(Tensor a, Tensor(a!) to) -> ()");
+  m.def("probe_store_async(Tensor(a!) to, bool wait) -> ()");
   m.def("probe_copy(Tensor a, Tensor(a!) to, int valid, bool wait, bool barrier) -> ()");
   m.def("probe_cluster(Tensor a, Tensor(a!) to, bool wait) -> ()");
   m.def("probe_mistake(str which) -> ()");
@@ -181,6 +224,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qkernels_host, m) {
 STABLE_TORCH_LIBRARY_IMPL(qkernels_host, CompositeExplicitAutograd, m) {
   m.impl("probe_mma", TORCH_BOX(&qkernels::cuda::mma));
   m.impl("probe_ldmatrix", TORCH_BOX(&qkernels::cuda::ldmatrix));
+  m.impl("probe_stmatrix", TORCH_BOX(&qkernels::cuda::stmatrix));
+  m.impl("probe_store_async", TORCH_BOX(&qkernels::cuda::store_async));
   m.impl("probe_copy", TORCH_BOX(&qkernels::cuda::copy));
   m.impl("probe_cluster", TORCH_BOX(&qkernels::cuda::cluster));
   m.impl("probe_mistake", TORCH_BOX(&qkernels::cuda::mistake));

@@ -1,0 +1,216 @@
+// What linear_int8_grouped_warpgroups.cu has in shared memory, and the copies that bring it there.
+//
+// Shared memory:
+//   stages of [tokens | weights], the tokens as `matrix_in_shared` wants them, the weights as they
+//     are packed
+//   two pages, of kPageGroups groups each: [scales | zero points | sums of the tokens' codes]
+//   facts: what the results need of each token and output
+//   for each warpgroup sums on their way to other threads
+//   barriers
+#pragma once
+
+#include "cuda/int8.cuh"
+#include "cuda/linear_int8.cuh"
+#include "cuda/ptx_sm90.cuh"
+
+namespace qkernels::cuda {
+
+inline constexpr int kPageGroups = 8, kPages = 2;
+// Results leave so many tokens at a time, whose words are kRoundPitch apart: the four tokens that a
+// warp writes at once, eight words each, lie in different banks.
+inline constexpr int kRoundTokens = 32, kRoundPitch = 64 + 4;
+
+struct OutputFacts {
+  float weight_sum, bias;
+};
+
+// kRun_: chunks that are multiplied before somebody asks whether a group ends. Groups are multiples
+// of it.
+template <class T_, Format kFormat_, bool kZeros_, int kRun_>
+struct Kernel {
+  using T = T_;
+  static constexpr Format kFormat = kFormat_;
+  static constexpr bool kZeros = kZeros_;
+  static constexpr int kRun = kRun_;
+  static constexpr int kRuns = kPieceK / kCudaChunk / kRun;  // of a stage
+  static constexpr int kHalf = T::kTokens / 2;
+  static constexpr int kRows = T::kBlockFeatures / kLanes;  // packed ones
+  static constexpr int kRowBytes = kRowPieceBytes * info(kFormat).bits / 8;
+  static constexpr int kStageBytes = T::kTokenBytes + kRows * kRowBytes;
+  static constexpr int kStages = 160 * 1024 / kStageBytes;
+  // Of a page.
+  static constexpr int kScaleBytes = kPageGroups * kLanes * 4;  // of a packed row
+  static constexpr int kZeroBytes = kZeros ? kPageGroups * kLanes : 0;
+  static constexpr int kSumBytes = kZeros ? T::kTokens * 4 : 0;  // of a group
+  static constexpr int kPageBytes = kRows * (kScaleBytes + kZeroBytes) + kPageGroups * kSumBytes;
+};
+
+template <class K>
+struct SharedMemory {
+  using T = typename K::T;
+  static constexpr int kPagesAt = K::kStages * K::kStageBytes;
+  static constexpr int kTokenFacts = kPagesAt + kPages * K::kPageBytes;
+  static constexpr int kOutputFacts =
+      kTokenFacts + T::kTokens * static_cast<int>(sizeof(TokenCodes));
+  static constexpr int kResults =
+      kOutputFacts + T::kBlockFeatures * static_cast<int>(sizeof(OutputFacts));
+  static constexpr int kResultBytes = kRoundTokens * kRoundPitch * 4;
+  static constexpr int kBarriers = kResults + T::kConsumers * kResultBytes;
+  static constexpr int kBytes = kBarriers + 8 * 2 * (K::kStages + kPages + 1);
+  static_assert(kPagesAt % 16 == 0 && K::kPageBytes % 16 == 0 && kResults % 16 == 0);
+  static_assert(kBytes <= 227 * 1024);
+
+  uint8_t* at;
+  QK_DEVICE uint8_t* tokens(int stage) const { return at + stage * K::kStageBytes; }
+  QK_DEVICE uint8_t* weights(int stage) const { return tokens(stage) + T::kTokenBytes; }
+  QK_DEVICE uint8_t* scales(int page) const { return at + kPagesAt + page * K::kPageBytes; }
+  QK_DEVICE uint8_t* zeros(int page) const { return scales(page) + K::kRows * K::kScaleBytes; }
+  QK_DEVICE uint8_t* code_sums(int page) const { return zeros(page) + K::kRows * K::kZeroBytes; }
+  QK_DEVICE TokenCodes* token_facts() const {
+    return reinterpret_cast<TokenCodes*>(at + kTokenFacts);
+  }
+  QK_DEVICE OutputFacts* output_facts() const {
+    return reinterpret_cast<OutputFacts*>(at + kOutputFacts);
+  }
+  QK_DEVICE uint32_t* results(int warpgroup) const {
+    return reinterpret_cast<uint32_t*>(at + kResults + warpgroup * kResultBytes);
+  }
+  // Of stages, then of pages, then of the facts.
+  QK_DEVICE Barrier* filled(int i) const { return reinterpret_cast<Barrier*>(at + kBarriers) + i; }
+  QK_DEVICE Barrier* emptied(int i) const { return filled(K::kStages + kPages + 1 + i); }
+  static constexpr int kPage = K::kStages, kFacts = kPage + kPages;  // the first of them
+};
+
+// One place of a ring after the other, over all tiles of a block. A barrier's phase has the parity
+// of `round`.
+template <int kCount>
+struct Turn {
+  int place = 0;
+  uint32_t round = 0;
+
+  QK_DEVICE void next() {
+    if (++place == kCount) place = 0, round ^= 1;
+  }
+};
+
+struct Tiles {
+  uint32_t features, tokens;  // clusters of tiles side by side, tiles of tokens
+  int stages;                 // of a tile
+};
+
+// Calls body(first packed row of the block, first token) for each of its tiles. The blocks that run
+// at the same time take 16 tiles of tokens and then the next features, so that they share both
+// operands in the L2 cache.
+template <class T, class Body>
+QK_DEVICE void each_tile(const Tiles& tiles, int rank, const Body& body) {
+  constexpr uint32_t kBand = 16;
+  const uint32_t per_band = kBand * tiles.features;
+  for (uint32_t tile = blockIdx.x / T::kTogether; tile < tiles.features * tiles.tokens;
+       tile += gridDim.x / T::kTogether) {
+    const uint32_t band = tile / per_band, first = band * kBand;
+    const uint32_t width = min(tiles.tokens - first, kBand), left = tile - band * per_band;
+    const int64_t cluster = left / width;
+    body((cluster * T::kTogether + rank) * (T::kBlockFeatures / kLanes),
+         int64_t{first + left % width} * T::kTokens);
+  }
+}
+
+// Packed rows of a block that exist.
+template <class K>
+QK_DEVICE int packed_rows(const LinearArgs& a, int64_t row) {
+  const int64_t blocks = (a.n + kLanes - 1) / kLanes;
+  return static_cast<int>(max(int64_t{0}, min(blocks - row, int64_t{K::kRows})));
+}
+
+// ---- Copies -------------------------------------------------------------------------------------
+
+template <class K>
+QK_DEVICE void copy_stages(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
+                           int rank) {
+  using T = typename K::T;
+  constexpr int kShare = T::kTokenBytes / T::kTogether;  // of the tokens, for all blocks
+  static_assert(kPanelRows % (T::kTokens / T::kTogether) == 0);
+  const int64_t row_codes = a.shape.k_padded * kLanes * info(K::kFormat).bits / 8;
+  Turn<K::kStages> turn;
+  each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
+    const int rows = packed_rows<K>(a, row);
+    const uint8_t* const weights = a.packed + row * a.shape.bytes;
+    const int64_t mine = token + rank * (T::kTokens / T::kTogether);
+    const uint8_t* const tokens =
+        a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
+    for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
+      barrier_wait(shared.emptied(turn.place), turn.round ^ 1);
+      Barrier* const filled = shared.filled(turn.place);
+      const int64_t begin = int64_t{stage} * K::kRowBytes;
+      const int bytes = static_cast<int>(min(row_codes - begin, int64_t{K::kRowBytes}));
+      barrier_expect(filled, T::kTokenBytes + rows * bytes);
+      copy_bulk(shared.tokens(turn.place) + rank * kShare, tokens + int64_t{stage} * kPieceBytes,
+                kShare, filled, (1u << T::kTogether) - 1);
+      for (int i = 0; i < rows; ++i) {
+        copy_bulk(shared.weights(turn.place) + i * K::kRowBytes,
+                  weights + i * a.shape.bytes + begin, bytes, filled);
+      }
+    }
+  });
+}
+
+// Groups `first` to `first + count` of a tile, to a page.
+template <class K>
+QK_DEVICE void copy_page(const LinearArgs& a, const SharedMemory<K>& shared, int page, int64_t row,
+                         int64_t token, int64_t first, int count) {
+  Barrier* const filled = shared.filled(shared.kPage + page);
+  const int rows = packed_rows<K>(a, row);
+  const uint8_t* const packed = a.packed + row * a.shape.bytes;
+  const int group_scales = kLanes * (a.layout.scale == DType::f32 ? 4 : 2);
+  const int64_t pitch = code_sum_pitch(a.rows);
+  const int sums = K::kZeros ? static_cast<int>(min(pitch - token, int64_t{K::T::kTokens})) * 4 : 0;
+  const int row_bytes = count * (group_scales + (K::kZeros ? kLanes : 0));
+  barrier_expect(filled, rows * row_bytes + count * sums);
+  for (int i = 0; i < rows; ++i) {
+    const uint8_t* const from = packed + i * a.shape.bytes;
+    copy_bulk(shared.scales(page) + i * K::kScaleBytes,
+              from + a.shape.scales + first * group_scales, count * group_scales, filled);
+    if constexpr (K::kZeros) {
+      copy_bulk(shared.zeros(page) + i * K::kZeroBytes, from + a.shape.zeros + first * kLanes,
+                count * kLanes, filled);
+    }
+  }
+  if constexpr (K::kZeros) {
+    for (int i = 0; i < count; ++i) {
+      copy_bulk(shared.code_sums(page) + i * K::kSumBytes,
+                a.group_sums + (first + i) * pitch + token, sums, filled);
+    }
+  }
+}
+
+// By a warp.
+template <class K>
+QK_DEVICE void copy_ends(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
+                         int rank) {
+  using T = typename K::T;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t groups = tiles.stages == 0 ? 0 : a.shape.groups;
+  Turn<kPages> turn;
+  Turn<1> tile;
+  each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
+    for (int64_t first = 0; first < groups; first += kPageGroups, turn.next()) {
+      if (lane != 0) continue;
+      barrier_wait(shared.emptied(shared.kPage + turn.place), turn.round ^ 1);
+      const int64_t count = min(groups - first, int64_t{kPageGroups});
+      copy_page<K>(a, shared, turn.place, row, token, first, static_cast<int>(count));
+    }
+    __syncwarp();
+    barrier_wait(shared.emptied(shared.kFacts), tile.round ^ 1);
+    for (int i = lane; i < T::kTokens; i += kWarp) {
+      shared.token_facts()[i] = load_token(a, min(token + i, a.rows - 1), false);
+    }
+    for (int i = lane; i < T::kBlockFeatures; i += kWarp) {
+      const Outputs<1> o = load_outputs<1>(a, row * kLanes + i);
+      shared.output_facts()[i] = {o.weight_sum[0], o.bias[0]};
+    }
+    barrier_arrive(shared.filled(shared.kFacts), rank);
+    tile.next();
+  });
+}
+
+}  // namespace qkernels::cuda
