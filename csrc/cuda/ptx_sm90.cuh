@@ -219,6 +219,16 @@ QK_DEVICE void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier
 #endif
 }
 
+// Brings consecutive bytes, both a multiple of 16, to the L2 cache.
+QK_DEVICE void prefetch_bulk([[maybe_unused]] const void* from, [[maybe_unused]] int bytes) {
+#ifdef QKERNELS_HOST
+  host::check_alignment("prefetch_bulk", from, 16);
+  device_assert(bytes > 0 && bytes % 16 == 0, "prefetch_bulk");
+#elif QK_SM90A
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // Stores 16 bytes in the background to the same place of block `rank` of the cluster; they count on
 // its barrier.
 QK_DEVICE void store_async_128(void* to, uint4 v, Barrier* barrier, int rank) {
