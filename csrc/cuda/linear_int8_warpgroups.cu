@@ -269,6 +269,9 @@ QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
   });
 }
 
+constexpr int kMostRegisters = 224, kLeastRegisters = 56;
+static_assert(registers_suffice(kThreads, kMultiplying, kMostRegisters, kLeastRegisters));
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     warpgroups_kernel(const LinearArgs a, const Tiles tiles) {
@@ -288,10 +291,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cluster_sync();
     if (threadIdx.x < kMultiplying) {
-      take_registers<232>();
+      take_registers<kMostRegisters>();
       multiply_tiles<T>(a, tiles, shared, place);
     } else {
-      give_registers<48>();
+      give_registers<kLeastRegisters>();
       threadIdx.x < kMultiplying + kWarp ? copy_tiles<T>(a, tiles, shared, place)
                                          : fetch_terms<T>(a, tiles, shared, place);
       __syncwarp();
