@@ -6,8 +6,8 @@
 // of a tile need while it is multiplied.
 //
 // A cluster has two blocks that work on the same tokens and copy half of them each, to both: tokens
-// cross the L2 cache once for 256 outputs. Where tiles are too few for a device, both work on the same
-// tile, with a part of k each. They give their sums, which are exact, to each other, and each
+// cross the L2 cache once for 256 outputs. Where tiles are too few for a device, both work on the
+// same tile, with a part of k each. They give their sums, which are exact, to each other, and each
 // finishes half of the tokens.
 #include "cuda/linear_int8_warpgroups.cuh"
 
@@ -68,8 +68,8 @@ QK_DEVICE void each_tile(const Tiles& tiles, const Place& place, const Body& bod
 
 // ---- The third warpgroup ------------------------------------------------------------------------
 
-// By a warp. A lane copies 16 outputs, or the tokens: half of them to both blocks of a cluster where
-// they share them.
+// By a warp. A lane copies 16 outputs, or the tokens: half of them to both blocks of a cluster
+// where they share them.
 template <class T>
 QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedMemory<T>& shared,
                           const Place& place) {

@@ -43,11 +43,11 @@ void launch_clusters(void (*kernel)(Params...), unsigned grid, unsigned cluster,
 
 // ---- Registers ----------------------------------------------------------------------------------
 
-// Of each thread of the warpgroup from here on: what one gives up, another can take. Who asks for more
-// than that waits for ever.
+// Of each thread of the warpgroup from here on: what one gives up, another can take. Who asks for
+// more than that waits for ever.
 
-// Whether it suffices where `taking` of `threads` threads take `most` and the others keep `least`: a
-// block that has a multiprocessor to itself starts with the same for each.
+// Whether it suffices where `taking` of `threads` threads take `most` and the others keep `least`:
+// a block that has a multiprocessor to itself starts with the same for each.
 constexpr bool registers_suffice(int threads, int taking, int most, int least) {
   const int first = 65536 / threads / 8 * 8;
   return (most - first) * taking <= (first - least) * (threads - taking);
