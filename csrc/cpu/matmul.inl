@@ -362,19 +362,19 @@ constexpr TileKernels<Tile> tile_kernels(std::integer_sequence<int, Index...>) {
                 least(Index % kBlocks + 1, Tile::blocks(Index / kBlocks + 1))>...}};
 }
 
-// Tile `at` of `tiles` that have the same columns, `blocks` blocks from `block` on. The first one
-// would wait for memory and the others leave it idle: so each asks for its part of the next
-// columns, as far as the L2 cache can keep them. A tile alone asks for what it needs itself a
-// little later.
-SIMD Ahead look_ahead(const LinearArgs& a, int64_t block, int64_t blocks, bool is_last, int64_t at,
-                      int64_t tiles) {
+// Of a tile of `rows` among the `all` that have the same columns, `blocks` blocks from `block` on,
+// with `before` rows before it. The first tile would wait for memory and the others leave it idle:
+// so each asks for a part of the next columns, by its rows, as far as the L2 cache can keep them. A
+// tile alone asks for what it needs itself a little later.
+SIMD Ahead look_ahead(const LinearArgs& a, int64_t block, int64_t blocks, bool is_last,
+                      int64_t before, int64_t rows, int64_t all) {
   constexpr int64_t kMostBytes = 256 * 1024;
   const BlockShape& s = a.shape;
   const int64_t step = code_offset(a.layout.format, kGroupPad, 0);
   const uint8_t* const codes = a.packed + block * s.bytes;
-  if (tiles == 1 || blocks * s.bytes > kMostBytes) return {codes + 512, step};
-  const int64_t part = (step + tiles - 1) / tiles;
-  return {codes + (is_last ? 0 : blocks * s.bytes) + at * (s.k_padded / kGroupPad) * part, part};
+  if (rows == all || blocks * s.bytes > kMostBytes) return {codes + 512, step};
+  const int64_t first = before * (s.k_padded / kGroupPad) * step / all;
+  return {codes + (is_last ? 0 : blocks * s.bytes) + first, (step * rows + all - 1) / all};
 }
 
 template <class Tile>
@@ -398,8 +398,7 @@ void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int6
       for (int64_t row = begin; row < end; row += Tile::kRows) {
         const int rows = tile_rows<Tile>(a, row);
         const Ahead ahead =
-            look_ahead(a, block, blocks, block + step >= block_end, (row - begin) / Tile::kRows,
-                       (end - begin + Tile::kRows - 1) / Tile::kRows);
+            look_ahead(a, block, blocks, block + step >= block_end, row - begin, rows, end - begin);
         for (int b = 0; b < blocks; b += Tile::blocks(rows)) {
           const int width = least(blocks - b, Tile::blocks(rows));
           kernels.of[rows - 1][width - 1](a, block + b, row, bias + b * kLanes, finish,

@@ -27,9 +27,8 @@ SIMD void dot2_bytes(I& sum, I unsigned_bytes, I signed_bytes) {
 
 // How far ahead of the codes in use the next ones are asked for, in bytes.
 constexpr int64_t kPrefetch = 512;
-SIMD void prefetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
-}
+SIMD void ask_for(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+SIMD void prefetch(const uint8_t* p) { ask_for(p + kPrefetch); }
 
 // int8 weights, widened to int16: first the even bytes of a line meet vpmaddwd, then the odd ones,
 // so that a lane keeps its four k. Units are the int16 codes of k 0, 2 and of k 1, 3.
@@ -44,7 +43,7 @@ struct W8A8 {
     return rows == 2 ? "matmul_w8a8_avx2_2x32" : "matmul_w8a8_avx2_6x16";
   }
   using Sum = I;
-  static constexpr bool kFloat = false, kFlipped = false;
+  static constexpr bool kFloat = false, kFlipped = false, kLooksAhead = true;
 
   static INLINE void store_units(uint8_t* out, I codes) {
     const __m128i words = signed_words(codes);
@@ -59,9 +58,12 @@ struct W8A8 {
 
   template <int Rows, int Vectors>
   static INLINE void accumulate(I (&sums)[Vectors][Rows], const uint8_t* panel,
-                                const uint8_t* const* codes, int64_t steps) {
+                                const uint8_t* const* codes, int64_t steps, const uint8_t* next,
+                                int64_t part) {
     for (int64_t line = 0; line < steps * 2; ++line) {
-      unroll<Vectors / 2>([&](int b) INLINE { prefetch(codes[b] + line * 64); });
+      unroll<Vectors / 2>([&](int b)
+                              INLINE { ask_for(next + (codes[b] - codes[0]) + line % 2 * 64); });
+      next += line % 2 * part;
       unroll<2>([&](int odd) INLINE {
         I weight[Vectors];
         unroll<Vectors>([&](int v) INLINE {
