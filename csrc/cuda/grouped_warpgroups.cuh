@@ -16,6 +16,9 @@
 namespace qkernels::cuda {
 
 inline constexpr int kPageGroups = 8, kPages = 2;
+// Of the last warpgroup: the first copies tokens, the others weights. A copy costs its warp some
+// 150 cycles, and a stage should take 300.
+inline constexpr int kCopyingWarps = 3;
 // Results leave so many tokens at a time, whose words are kRoundPitch apart: the four tokens that a
 // warp writes at once, eight words each, lie in different banks.
 inline constexpr int kRoundTokens = 32, kRoundPitch = 64 + 4;
@@ -124,32 +127,61 @@ QK_DEVICE int packed_rows(const LinearArgs& a, int64_t row) {
 
 // ---- Copies -------------------------------------------------------------------------------------
 
+// The codes of a tile's tokens, a part of which each block of a cluster copies to all.
 template <class K>
-QK_DEVICE void copy_stages(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
+QK_DEVICE void copy_tokens(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
                            int rank) {
   using T = typename K::T;
-  constexpr int kShare = T::kTokenBytes / T::kTogether;  // of the tokens, for all blocks
+  constexpr int kShare = T::kTokenBytes / T::kTogether;
   static_assert(kPanelRows % (T::kTokens / T::kTogether) == 0);
-  const int64_t row_codes = a.shape.k_padded * kLanes * info(K::kFormat).bits / 8;
+  const bool first = threadIdx.x % kWarp == 0;
   Turn<K::kStages> turn;
-  each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
-    const int rows = packed_rows<K>(a, row);
-    const uint8_t* const weights = a.packed + row * a.shape.bytes;
+  each_tile<T>(tiles, rank, [&](int64_t, int64_t token) {
     const int64_t mine = token + rank * (T::kTokens / T::kTogether);
-    const uint8_t* const tokens =
+    const uint8_t* from =
         a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
+#pragma unroll 1
     for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
       barrier_wait(shared.emptied(turn.place), turn.round ^ 1);
       Barrier* const filled = shared.filled(turn.place);
-      const int64_t begin = int64_t{stage} * K::kRowBytes;
-      const int bytes = static_cast<int>(min(row_codes - begin, int64_t{K::kRowBytes}));
-      barrier_expect(filled, T::kTokenBytes + rows * bytes);
-      copy_bulk(shared.tokens(turn.place) + rank * kShare, tokens + int64_t{stage} * kPieceBytes,
-                kShare, filled, (1u << T::kTogether) - 1);
-      for (int i = 0; i < rows; ++i) {
-        copy_bulk(shared.weights(turn.place) + i * K::kRowBytes,
-                  weights + i * a.shape.bytes + begin, bytes, filled);
+      if (first) {
+        barrier_expect(filled, T::kTokenBytes);
+        copy_bulk(shared.tokens(turn.place) + rank * kShare, from, kShare, filled,
+                  (1u << T::kTogether) - 1);
       }
+      from += kPieceBytes;
+    }
+  });
+}
+
+// The weights of a part of the block's packed rows, of kCopyingWarps - 1 such parts.
+template <class K>
+QK_DEVICE void copy_weights(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
+                            int rank, int part) {
+  constexpr int kMine = K::kRows / (kCopyingWarps - 1);
+  const int64_t row_codes = a.shape.k_padded * kLanes * info(K::kFormat).bits / 8;
+  const bool first = threadIdx.x % kWarp == 0;
+  Turn<K::kStages> turn;
+  each_tile<typename K::T>(tiles, rank, [&](int64_t row, int64_t) {
+    const int rows = max(0, min(packed_rows<K>(a, row) - part * kMine, kMine));
+    const uint8_t* from = a.packed + (row + part * kMine) * a.shape.bytes;
+    int bytes = K::kRowBytes;
+#pragma unroll 1
+    for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
+      if (stage + 1 == tiles.stages) {
+        bytes = static_cast<int>(row_codes - int64_t{stage} * K::kRowBytes);
+      }
+      barrier_wait(shared.emptied(turn.place), turn.round ^ 1);
+      Barrier* const filled = shared.filled(turn.place);
+      uint8_t* const to = shared.weights(turn.place) + part * kMine * K::kRowBytes;
+      if (first) {
+        barrier_expect(filled, rows * bytes);
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) {
+          if (i < rows) copy_bulk(to + i * K::kRowBytes, from + i * a.shape.bytes, bytes, filled);
+        }
+      }
+      from += K::kRowBytes;
     }
   });
 }

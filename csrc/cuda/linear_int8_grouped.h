@@ -26,7 +26,7 @@ struct GroupedWarpgroupTile {
 // multiprocessors for that.
 struct GroupedWarpgroupTiles {
   using Large = GroupedWarpgroupTile<2, 128, 2, 640>;
-  using Small = GroupedWarpgroupTile<1, 64, 4, 240>;
+  using Small = GroupedWarpgroupTile<1, 64, 2, 240>;
 };
 
 // So many tokens' sums of codes a group has, where the panel is tiled: copies want 16 bytes.

@@ -323,7 +323,9 @@ __global__ void __launch_bounds__(K::T::kThreads, 1)
     if (threadIdx.x == 0) {
       for (int i = 0; i <= shared.kFacts; ++i) {
         const int blocks = i < shared.kPage ? T::kTogether : 1;
-        barrier_init(shared.filled(i), i == shared.kFacts ? kWarp : 1);
+        barrier_init(shared.filled(i), i < shared.kPage    ? kCopyingWarps
+                                       : i < shared.kFacts ? 1
+                                                           : kWarp);
         barrier_init(shared.emptied(i), kConsumers / kWarp * blocks);
       }
       barrier_init_fence();
@@ -334,8 +336,15 @@ __global__ void __launch_bounds__(K::T::kThreads, 1)
       multiply_tiles<K>(a, tiles, shared, rank);
     } else {
       if constexpr (T::kConsumers > 1) give_registers<80>();
-      if (threadIdx.x == kConsumers) copy_stages<K>(a, tiles, shared, rank);
-      if (threadIdx.x / kWarp == kConsumers / kWarp + 1) copy_ends<K>(a, tiles, shared, rank);
+      // By a shuffle, so that the compiler knows that a warp's lanes agree.
+      const int warp = shuffle(static_cast<int>(threadIdx.x - kConsumers) / kWarp, 0);
+      if (warp == 0) {
+        copy_tokens<K>(a, tiles, shared, rank);
+      } else if (warp < kCopyingWarps) {
+        copy_weights<K>(a, tiles, shared, rank, warp - 1);
+      } else {
+        copy_ends<K>(a, tiles, shared, rank);
+      }
       __syncwarp();
     }
     // A block must not end while another one copies to it or arrives at its barriers.
