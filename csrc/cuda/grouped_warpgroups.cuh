@@ -28,15 +28,16 @@ struct OutputFacts {
 };
 
 // kRun_: chunks that are multiplied before somebody asks whether a group ends. Groups are multiples
-// of it.
-template <class T_, Format kFormat_, bool kZeros_, int kRun_>
+// of it. kWhole_: each is as long, and a tile's sums are multiplied in one piece, not two.
+template <class T_, Format kFormat_, bool kZeros_, int kRun_, bool kWhole_>
 struct Kernel {
   using T = T_;
   static constexpr Format kFormat = kFormat_;
   static constexpr bool kZeros = kZeros_;
   static constexpr int kRun = kRun_;
   static constexpr int kRuns = kPieceK / kCudaChunk / kRun;  // of a stage
-  static constexpr int kHalf = T::kTokens / 2;
+  static constexpr bool kWhole = kWhole_;
+  static constexpr int kPieces = kWhole ? 1 : 2, kTokens = T::kTokens / kPieces;
   static constexpr int kRows = T::kBlockFeatures / kLanes;  // packed ones
   static constexpr int kRowBytes = kRowPieceBytes * info(kFormat).bits / 8;
   static constexpr int kStageBytes = T::kTokenBytes + kRows * kRowBytes;
@@ -186,33 +187,39 @@ QK_DEVICE void copy_weights(const LinearArgs& a, const Tiles& tiles, const Share
   });
 }
 
-// Groups `first` to `first + count` of a tile, to a page.
+// Groups `first` to `first + count` of a tile, to a page. By a warp, each lane one of the copies.
 template <class K>
 QK_DEVICE void copy_page(const LinearArgs& a, const SharedMemory<K>& shared, int page, int64_t row,
                          int64_t token, int64_t first, int count) {
+  static_assert(2 * K::kRows + kPageGroups <= kWarp);
   Barrier* const filled = shared.filled(shared.kPage + page);
-  const int rows = packed_rows<K>(a, row);
-  const uint8_t* const packed = a.packed + row * a.shape.bytes;
+  const int lane = threadIdx.x % kWarp, rows = packed_rows<K>(a, row);
   const int group_scales = kLanes * (a.layout.scale == DType::f32 ? 4 : 2);
   const int64_t pitch = code_sum_pitch(a.rows);
-  const int sums = K::kZeros ? static_cast<int>(min(pitch - token, int64_t{K::T::kTokens})) * 4 : 0;
-  const int row_bytes = count * (group_scales + (K::kZeros ? kLanes : 0));
-  barrier_expect(filled, rows * row_bytes + count * sums);
-  for (int i = 0; i < rows; ++i) {
-    const uint8_t* const from = packed + i * a.shape.bytes;
-    copy_bulk(shared.scales(page) + i * K::kScaleBytes,
-              from + a.shape.scales + first * group_scales, count * group_scales, filled);
-    if constexpr (K::kZeros) {
-      copy_bulk(shared.zeros(page) + i * K::kZeroBytes, from + a.shape.zeros + first * kLanes,
-                count * kLanes, filled);
-    }
+  const int sums = static_cast<int>(min(pitch - token, int64_t{K::T::kTokens})) * 4;
+  if (lane == 0) {
+    const int zero_bytes = K::kZeros ? rows * count * kLanes + count * sums : 0;
+    barrier_expect(filled, rows * count * group_scales + zero_bytes);
   }
-  if constexpr (K::kZeros) {
-    for (int i = 0; i < count; ++i) {
-      copy_bulk(shared.code_sums(page) + i * K::kSumBytes,
-                a.group_sums + (first + i) * pitch + token, sums, filled);
-    }
+  __syncwarp();
+  const int i = lane % K::kRows, group = lane - 2 * K::kRows;
+  const uint8_t* from = a.packed + (row + i) * a.shape.bytes;
+  uint8_t* to = nullptr;
+  int bytes = 0;
+  if (lane < K::kRows) {
+    to = shared.scales(page) + i * K::kScaleBytes;
+    from += a.shape.scales + first * group_scales;
+    bytes = i < rows ? count * group_scales : 0;
+  } else if (K::kZeros && lane < 2 * K::kRows) {
+    to = shared.zeros(page) + i * K::kZeroBytes;
+    from += a.shape.zeros + first * kLanes;
+    bytes = i < rows ? count * kLanes : 0;
+  } else if (K::kZeros && group < count) {
+    to = shared.code_sums(page) + group * K::kSumBytes;
+    from = reinterpret_cast<const uint8_t*>(a.group_sums + (first + group) * pitch + token);
+    bytes = sums;
   }
+  if (bytes > 0) copy_bulk(to, from, bytes, filled);
 }
 
 // By a warp.
@@ -226,7 +233,6 @@ QK_DEVICE void copy_ends(const LinearArgs& a, const Tiles& tiles, const SharedMe
   Turn<1> tile;
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
     for (int64_t first = 0; first < groups; first += kPageGroups, turn.next()) {
-      if (lane != 0) continue;
       barrier_wait(shared.emptied(shared.kPage + turn.place), turn.round ^ 1);
       const int64_t count = min(groups - first, int64_t{kPageGroups});
       copy_page<K>(a, shared, turn.place, row, token, first, static_cast<int>(count));
