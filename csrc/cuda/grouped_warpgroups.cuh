@@ -16,8 +16,7 @@
 namespace qkernels::cuda {
 
 inline constexpr int kPageGroups = 8, kPages = 2;
-// Of the last warpgroup: the first copies tokens, the others weights. A copy costs its warp some
-// 150 cycles, and a stage should take 300.
+// Of the last warpgroup, for stages: one warp alone takes 600 cycles for the copies of a stage.
 inline constexpr int kCopyingWarps = 3;
 // Results leave so many tokens at a time, whose words are kRoundPitch apart: the four tokens that a
 // warp writes at once, eight words each, lie in different banks.
@@ -95,6 +94,10 @@ struct Turn {
   QK_DEVICE void next() {
     if (++place == kCount) place = 0, round ^= 1;
   }
+  QK_DEVICE void skip(int places) {  // fewer than there are
+    place += places;
+    if (place >= kCount) place -= kCount, round ^= 1;
+  }
 };
 
 struct Tiles {
@@ -128,62 +131,44 @@ QK_DEVICE int packed_rows(const LinearArgs& a, int64_t row) {
 
 // ---- Copies -------------------------------------------------------------------------------------
 
-// The codes of a tile's tokens, a part of which each block of a cluster copies to all.
+// By kCopyingWarps warps, a stage each in turn. All lanes go along, so that the compiler sees that
+// addresses are a warp's and not a lane's: those it would hand to each copy one lane after the other.
 template <class K>
-QK_DEVICE void copy_tokens(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
-                           int rank) {
+QK_DEVICE void copy_stages(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
+                           int rank, int warp) {
   using T = typename K::T;
-  constexpr int kShare = T::kTokenBytes / T::kTogether;
+  constexpr int kShare = T::kTokenBytes / T::kTogether;  // of the tokens, for all blocks
   static_assert(kPanelRows % (T::kTokens / T::kTogether) == 0);
-  const bool first = threadIdx.x % kWarp == 0;
-  Turn<K::kStages> turn;
-  each_tile<T>(tiles, rank, [&](int64_t, int64_t token) {
-    const int64_t mine = token + rank * (T::kTokens / T::kTogether);
-    const uint8_t* from =
-        a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
-#pragma unroll 1
-    for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
-      barrier_wait(shared.emptied(turn.place), turn.round ^ 1);
-      Barrier* const filled = shared.filled(turn.place);
-      if (first) {
-        barrier_expect(filled, T::kTokenBytes);
-        copy_bulk(shared.tokens(turn.place) + rank * kShare, from, kShare, filled,
-                  (1u << T::kTogether) - 1);
-      }
-      from += kPieceBytes;
-    }
-  });
-}
-
-// The weights of a part of the block's packed rows, of kCopyingWarps - 1 such parts.
-template <class K>
-QK_DEVICE void copy_weights(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
-                            int rank, int part) {
-  constexpr int kMine = K::kRows / (kCopyingWarps - 1);
   const int64_t row_codes = a.shape.k_padded * kLanes * info(K::kFormat).bits / 8;
   const bool first = threadIdx.x % kWarp == 0;
   Turn<K::kStages> turn;
-  each_tile<typename K::T>(tiles, rank, [&](int64_t row, int64_t) {
-    const int rows = max(0, min(packed_rows<K>(a, row) - part * kMine, kMine));
-    const uint8_t* from = a.packed + (row + part * kMine) * a.shape.bytes;
-    int bytes = K::kRowBytes;
+  turn.skip(warp);
+  int stage = warp;
+  each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
+    const int rows = packed_rows<K>(a, row);
+    const uint8_t* const weights = a.packed + row * a.shape.bytes;
+    const int64_t mine = token + rank * (T::kTokens / T::kTogether);
+    const uint8_t* const tokens =
+        a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
 #pragma unroll 1
-    for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
-      if (stage + 1 == tiles.stages) {
-        bytes = static_cast<int>(row_codes - int64_t{stage} * K::kRowBytes);
-      }
+    for (; stage < tiles.stages; stage += kCopyingWarps, turn.skip(kCopyingWarps)) {
       barrier_wait(shared.emptied(turn.place), turn.round ^ 1);
       Barrier* const filled = shared.filled(turn.place);
-      uint8_t* const to = shared.weights(turn.place) + part * kMine * K::kRowBytes;
-      if (first) {
-        barrier_expect(filled, rows * bytes);
+      const int64_t begin = int64_t{stage} * K::kRowBytes;
+      const int bytes = static_cast<int>(min(row_codes - begin, int64_t{K::kRowBytes}));
+      if (!first) continue;
+      barrier_expect(filled, T::kTokenBytes + rows * bytes);
+      copy_bulk(shared.tokens(turn.place) + rank * kShare, tokens + int64_t{stage} * kPieceBytes,
+                kShare, filled, (1u << T::kTogether) - 1);
+      uint8_t* const to = shared.weights(turn.place);
+      const uint8_t* from = weights + begin;
 #pragma unroll
-        for (int i = 0; i < kMine; ++i) {
-          if (i < rows) copy_bulk(to + i * K::kRowBytes, from + i * a.shape.bytes, bytes, filled);
-        }
+      for (int i = 0; i < K::kRows; ++i) {
+        if (i < rows) copy_bulk(to + i * K::kRowBytes, from, bytes, filled);
+        from += a.shape.bytes;
       }
-      from += K::kRowBytes;
     }
+    stage -= tiles.stages;
   });
 }
 

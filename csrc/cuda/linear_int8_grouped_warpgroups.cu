@@ -89,9 +89,7 @@ __global__ void __launch_bounds__(K::T::kThreads, 1)
     if (threadIdx.x == 0) {
       for (int i = 0; i <= shared.kFacts; ++i) {
         const int blocks = i < shared.kPage ? T::kTogether : 1;
-        barrier_init(shared.filled(i), i < shared.kPage    ? kCopyingWarps
-                                       : i < shared.kFacts ? 1
-                                                           : kWarp);
+        barrier_init(shared.filled(i), i == shared.kFacts ? kWarp : 1);
         barrier_init(shared.emptied(i), kConsumers / kWarp * blocks);
       }
       barrier_init_fence();
@@ -104,10 +102,8 @@ __global__ void __launch_bounds__(K::T::kThreads, 1)
       if constexpr (T::kConsumers > 1) give_registers<80>();
       // By a shuffle, so that the compiler knows that a warp's lanes agree.
       const int warp = shuffle(static_cast<int>(threadIdx.x - kConsumers) / kWarp, 0);
-      if (warp == 0) {
-        copy_tokens<K>(a, tiles, shared, rank);
-      } else if (warp < kCopyingWarps) {
-        copy_weights<K>(a, tiles, shared, rank, warp - 1);
+      if (warp < kCopyingWarps) {
+        copy_stages<K>(a, tiles, shared, rank, warp);
       } else {
         copy_ends<K>(a, tiles, shared, rank);
       }
@@ -124,7 +120,7 @@ void launch_as(const LinearArgs& a, Stream stream) {
   const Tiles tiles{blocks_for(a.n, T::kFeatures), blocks_for(a.rows, T::kTokens),
                     static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK)};
   const unsigned clusters = min(tiles.features * tiles.tokens,
-                                static_cast<unsigned>(clusters_at_once<T>(multiprocessors())));
+                                static_cast<unsigned>(clusters_at_once(multiprocessors(), T::kTogether)));
   launch_clusters(grouped_warpgroups_kernel<K>, clusters * T::kTogether, T::kTogether, T::kThreads,
                   SharedMemory<K>::kBytes, stream, a, tiles);
 }
@@ -136,27 +132,33 @@ void launch_run(const LinearArgs& a, Stream stream) {
   if (many && chunks == 4) return launch_as<T, kFormat, kZeros, 4, T::kTwice>(a, stream);
   if (many && chunks == 2) return launch_as<T, kFormat, kZeros, 2, T::kTwice>(a, stream);
   if (many && chunks == 1) return launch_as<T, kFormat, kZeros, 1, T::kTwice>(a, stream);
-  if (!many || chunks % 4 == 0) return launch_as<T, kFormat, kZeros, 4, false>(a, stream);
-  launch_as<T, kFormat, kZeros, 1, false>(a, stream);
-}
-
-template <class T, Format kFormat>
-void launch_zeros(const LinearArgs& a, Stream stream) {
-  a.layout.symmetric ? launch_run<T, kFormat, false>(a, stream)
-                     : launch_run<T, kFormat, true>(a, stream);
+  if constexpr (!T::kGroupsAreRuns) {
+    if (!many || chunks % 4 == 0) return launch_as<T, kFormat, kZeros, 4, false>(a, stream);
+    launch_as<T, kFormat, kZeros, 1, false>(a, stream);
+  }
 }
 
 template <class T>
 void launch_tile(const LinearArgs& a, Stream stream) {
-  a.layout.format == Format::int8 ? launch_zeros<T, Format::int8>(a, stream)
-                                  : launch_zeros<T, Format::int4>(a, stream);
+  const auto launch_zeros = [&](auto format) {
+    constexpr Format kFormat = decltype(format)::value;
+    a.layout.symmetric ? launch_run<T, kFormat, false>(a, stream)
+                       : launch_run<T, kFormat, true>(a, stream);
+  };
+  if (a.layout.format == Format::int8) {
+    launch_zeros(std::integral_constant<Format, Format::int8>{});
+  } else {
+    launch_zeros(std::integral_constant<Format, Format::int4>{});
+  }
 }
 
 }  // namespace
 
-void linear_int8_grouped_warpgroups(const LinearArgs& a, bool large, Stream stream) {
-  large ? launch_tile<GroupedWarpgroupTiles::Large>(a, stream)
-        : launch_tile<GroupedWarpgroupTiles::Small>(a, stream);
+void linear_int8_grouped_warpgroups(const LinearArgs& a, int tokens, Stream stream) {
+  using Tiles = GroupedWarpgroupTiles;
+  if (tokens == Tiles::Tiny::kTokens) return launch_tile<Tiles::Tiny>(a, stream);
+  if (tokens == Tiles::Small::kTokens) return launch_tile<Tiles::Small>(a, stream);
+  launch_tile<Tiles::Large>(a, stream);
 }
 
 }  // namespace qkernels::cuda
