@@ -190,8 +190,8 @@ struct Products {
 #pragma unroll
     for (int i = 0; i < K::kRun; ++i) {
       warpgroup_mma<K::kTokens>(exact[half], weights[parity][i],
-                              run.tokens + half * kNextHalf + i * (kCudaChunk / 16),
-                              !run.begins || i > 0);
+                                run.tokens + half * kNextHalf + i * (kCudaChunk / 16),
+                                !run.begins || i > 0);
     }
     warpgroup_commit();
   }
@@ -280,7 +280,12 @@ struct GroupProducts {
 
   QK_DEVICE GroupProducts(const LinearArgs& a, const SharedMemory<K>& shared,
                           Turn<K::kStages>& turn, Turn<kPages>& page, int rank)
-      : a(a), shared(shared), turn(turn), page(page), rank(rank), groups(static_cast<int>(a.shape.groups)) {}
+      : a(a),
+        shared(shared),
+        turn(turn),
+        page(page),
+        rank(rank),
+        groups(static_cast<int>(a.shape.groups)) {}
 
   struct Run {
     uint64_t tokens;  // matrix_in_shared
@@ -325,7 +330,8 @@ struct GroupProducts {
     };
     multiply(now, 0);
     load_next(1);
-    if (number % kPageGroups == 0) barrier_wait(shared.filled(shared.kPage + page.place), page.round);
+    if (number % kPageGroups == 0)
+      barrier_wait(shared.filled(shared.kPage + page.place), page.round);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Run done = now;

@@ -18,7 +18,7 @@ struct GroupedWarpgroupTile {
   static constexpr int kFeatures = kBlockFeatures * kTogether;
   static constexpr int kThreads = (kConsumers + 1) * 4 * kWarp;  // the last warpgroup copies
   static constexpr int kTokenBytes = kTokens * kPieceK;
-  static constexpr bool kTwice = kTokens <= 64;  // registers have room for exact sums twice
+  static constexpr bool kTwice = kTokens <= 64;          // registers have room for exact sums twice
   static constexpr bool kGroupsAreRuns = kTokens == 32;  // no others
   // Of a multiprocessor, for kPieceK with one group, as counted and not yet measured.
   static constexpr int kCycles = kCycles_;

@@ -119,8 +119,9 @@ void launch_as(const LinearArgs& a, Stream stream) {
   using K = Kernel<T, kFormat, kZeros, kRun, kWhole>;
   const Tiles tiles{blocks_for(a.n, T::kFeatures), blocks_for(a.rows, T::kTokens),
                     static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK)};
-  const unsigned clusters = min(tiles.features * tiles.tokens,
-                                static_cast<unsigned>(clusters_at_once(multiprocessors(), T::kTogether)));
+  const unsigned clusters =
+      min(tiles.features * tiles.tokens,
+          static_cast<unsigned>(clusters_at_once(multiprocessors(), T::kTogether)));
   launch_clusters(grouped_warpgroups_kernel<K>, clusters * T::kTogether, T::kTogether, T::kThreads,
                   SharedMemory<K>::kBytes, stream, a, tiles);
 }
