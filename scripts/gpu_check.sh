@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: builds the CUDA kernels against that machine's torch, runs tests/cuda on the
-# GPU, compute-sanitizer on a small set, and the GPU benchmarks.
+# On a machine with a GPU: builds the CUDA kernels against that machine's torch, runs the GPU benchmarks,
+# and then, side by side, tests/cuda on the GPU and compute-sanitizer on a small set.
 #
-#   scripts/gpu_check.sh OUTDIR
+#   scripts/gpu_check.sh [--built] OUTDIR
 #
-# Takes less than ten minutes. PYTHON picks the interpreter (python3 unless set), which needs torch with
+# Takes less than ten minutes; with --built, which takes the libraries that are there, less than four.
+# PYTHON picks the interpreter (python3 unless set), which needs torch with
 # CUDA, setuptools, ninja, numpy, hypothesis, pytest and pytest-timeout; nothing is installed. OUTDIR
 # gets check.md and check.json (what passed), gpu.md and gpu.json (times) and a log of each step. The
 # status is 0 if everything passed.
@@ -12,8 +13,13 @@ set -uo pipefail
 
 say() { printf 'gpu_check: %s\n' "$*"; }
 
+built=0
+if [ "${1:-}" = --built ]; then
+  built=1
+  shift
+fi
 if [ $# -ne 1 ]; then
-  say "expected one argument, the folder for the results: scripts/gpu_check.sh OUTDIR" >&2
+  say "expected one argument, the folder for the results: scripts/gpu_check.sh [--built] OUTDIR" >&2
   exit 2
 fi
 python=${PYTHON:-python3}
@@ -62,20 +68,24 @@ on_gpu="device and not emulator"
 few="$on_gpu and (test_shapes or test_groups or test_bytes_and_inverse or test_int_mm or test_any_strides)"
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 
-if step build 240 "$python" setup.py build_ext --inplace; then
-  # First: where time runs out, tests are the part that can be had elsewhere.
+if [ "$built" -eq 1 ] || step build 240 "$python" setup.py build_ext --inplace; then
+  # First and alone: where time runs out, tests are the part that can be had elsewhere.
   step bench 180 "$python" -m qkernels.bench.cuda "$out" --seconds 120
   # A process each: after a fault a process cannot use the GPU any more.
   for file in $(grep -l "ops: Any" tests/cuda/test_*.py) tests/nn/test_devices.py; do
-    step "$(basename "$file" .py)" 90 "${pytest[@]}" "$file" -k "$on_gpu"
+    step "$(basename "$file" .py)" 120 "${pytest[@]}" "$file" -k "$on_gpu" &
   done
   for tool in memcheck racecheck synccheck; do
-    step "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "${pytest[@]}" tests/cuda -x -k "$few"
+    step "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "${pytest[@]}" tests/cuda -x -k "$few" &
   done
+  step memcheck_warpgroups 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    "${pytest[@]}" tests/cuda -x -k "$on_gpu and warpgroups" &
   # Torch's own kernels take part here, so only for what no kernel may do.
-  step memcheck_matmul 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "${pytest[@]}" tests/cuda/test_matmul.py -x -k "$on_gpu and test_products"
+  step memcheck_matmul 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    "${pytest[@]}" tests/cuda/test_matmul.py -x -k "$on_gpu and test_products" &
+  wait
+  cut -f 2 "$out/steps.tsv" | grep -qvx 0 && failed=1
 fi
 
 "$python" - "$out" <<'PYTHON' || failed=1

@@ -89,9 +89,9 @@ QK_DEVICE void store_eight(void* data, int64_t at, const float (&y)[kEight]) {
 }
 
 // encode_nf4 of a quotient that is a number. 15 comparisons would take longer than memory does; the
-// guess, 0 to 14, and what it is good for are those of csrc/cpu/codes.inl. Here it is the whole part
-// of a number whose last bit is 2^-8, since 1.5 * 2^15 is added. Lanes may ask for different middles
-// at once, since the table is in global memory and on one line of the L1 cache.
+// guess, 0 to 14, and what it is good for are those of csrc/cpu/codes.inl. Here it is the whole
+// part of a number whose last bit is 2^-8, since 1.5 * 2^15 is added. Lanes may ask for different
+// middles at once, since the table is in global memory and on one line of the L1 cache.
 QK_DEVICE int encode_level(float quotient) {
   alignas(64) static constexpr Nf4Table middles = kNf4Middles;
   const float value = std::fmin(std::fmax(quotient, -1.0f), 1.0f);

@@ -144,9 +144,20 @@ QK_DEVICE void copy_stages(const LinearArgs& a, const Tiles& tiles, const Shared
   Turn<K::kStages> turn;
   turn.skip(warp);
   int stage = warp;
+  bool waited = false;
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
     const int rows = packed_rows<K>(a, row);
     const uint8_t* const weights = a.packed + row * a.shape.bytes;
+    if (!waited) {
+      // While x is prepared, the first weights come to the L2 cache.
+      const int lane = threadIdx.x % kWarp;
+      const int64_t bytes = min(row_codes, int64_t{K::kStages * K::kRowBytes});
+      if (warp == 0 && lane < rows && bytes > 0) {
+        prefetch_bulk(weights + lane * a.shape.bytes, static_cast<int>(bytes));
+      }
+      wait_for_previous();
+      waited = true;
+    }
     const int64_t mine = token + rank * (T::kTokens / T::kTogether);
     const uint8_t* const tokens =
         a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
@@ -216,6 +227,7 @@ QK_DEVICE void copy_ends(const LinearArgs& a, const Tiles& tiles, const SharedMe
   const int64_t groups = tiles.stages == 0 ? 0 : a.shape.groups;
   Turn<kPages> turn;
   Turn<1> tile;
+  wait_for_previous();
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
     for (int64_t first = 0; first < groups; first += kPageGroups, turn.next()) {
       barrier_wait(shared.emptied(shared.kPage + turn.place), turn.round ^ 1);

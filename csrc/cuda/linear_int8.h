@@ -95,7 +95,8 @@ inline std::string linear_int8_name(const LinearArgs& a, const Gpu& gpu) {
     case Int8Plan::small:
       return "cuda int8 mma 64x64";
     case Int8Plan::warpgroups:
-      return "cuda int8 wgmma 128x" + std::to_string(plan.tokens);
+      return "cuda int8 wgmma 128x" + std::to_string(plan.tokens) +
+             (plan.parts > 1 ? " split k" : "");
     case Int8Plan::grouped_warpgroups:
       return "cuda int8 wgmma grouped " + std::string(plan.tokens == 128 ? "128x" : "64x") +
              std::to_string(plan.tokens);

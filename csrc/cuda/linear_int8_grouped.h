@@ -39,7 +39,7 @@ template <class T>
 int64_t grouped_warpgroup_cycles(const LinearArgs& a, int64_t multiprocessors) {
   const int64_t tiles =
       round_up(a.n, T::kFeatures) / T::kFeatures * (round_up(a.rows, T::kTokens) / T::kTokens);
-  const int64_t clusters = clusters_at_once(multiprocessors, T::kTogether);
+  const int64_t clusters = std::max(multiprocessors / T::kTogether, int64_t{1});
   return round_up(tiles, clusters) / clusters * T::kCycles;
 }
 

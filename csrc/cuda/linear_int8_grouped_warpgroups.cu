@@ -2,9 +2,9 @@
 // warpgroups, weights from registers, tokens from shared memory.
 //
 // A block takes tiles, one after the other. A warpgroup multiplies 64 outputs with the tile's
-// tokens, in two halves: while floats take up the exact sums of one half's group, the tensor cores
-// work on the other half. The last warpgroup's first two warps keep copies under way. Blocks of a
-// cluster work on the same tokens and copy a part of them each, to all.
+// tokens; while floats take up the exact sums of a group, the tensor cores work on the next one, or
+// where registers have no room for both, on the other half of the tokens. The last warpgroup keeps
+// copies under way. Blocks of a cluster work on the same tokens and copy a part of them each, to all.
 #include "cuda/grouped_products.cuh"
 #include "cuda/grouped_warpgroups.cuh"
 
@@ -78,6 +78,10 @@ QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
   });
 }
 
+// Of a thread of two warpgroups that multiply, and of the one that copies for them.
+constexpr int kMostRegisters = 208, kLeastRegisters = 88;
+static_assert(registers_suffice(3 * kWarpgroup, 2 * kWarpgroup, kMostRegisters, kLeastRegisters));
+
 template <class K>
 __global__ void __launch_bounds__(K::T::kThreads, 1)
     grouped_warpgroups_kernel(const LinearArgs a, const Tiles tiles) {
@@ -96,10 +100,10 @@ __global__ void __launch_bounds__(K::T::kThreads, 1)
     }
     cluster_sync();
     if (threadIdx.x < kConsumers) {
-      if constexpr (T::kConsumers > 1) take_registers<216>();
+      if constexpr (T::kConsumers > 1) take_registers<kMostRegisters>();
       multiply_tiles<K>(a, tiles, shared, rank);
     } else {
-      if constexpr (T::kConsumers > 1) give_registers<80>();
+      if constexpr (T::kConsumers > 1) give_registers<kLeastRegisters>();
       // By a shuffle, so that the compiler knows that a warp's lanes agree.
       const int warp = shuffle(static_cast<int>(threadIdx.x - kConsumers) / kWarp, 0);
       if (warp < kCopyingWarps) {
@@ -119,11 +123,10 @@ void launch_as(const LinearArgs& a, Stream stream) {
   using K = Kernel<T, kFormat, kZeros, kRun, kWhole>;
   const Tiles tiles{blocks_for(a.n, T::kFeatures), blocks_for(a.rows, T::kTokens),
                     static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK)};
-  const unsigned clusters =
-      min(tiles.features * tiles.tokens,
-          static_cast<unsigned>(clusters_at_once(multiprocessors(), T::kTogether)));
-  launch_clusters(grouped_warpgroups_kernel<K>, clusters * T::kTogether, T::kTogether, T::kThreads,
-                  SharedMemory<K>::kBytes, stream, a, tiles);
+  const unsigned clusters = min(tiles.features * tiles.tokens,
+                                static_cast<unsigned>(max(multiprocessors() / T::kTogether, 1)));
+  launch_with({.cluster = T::kTogether, .overlaps = true}, grouped_warpgroups_kernel<K>,
+              clusters * T::kTogether, T::kThreads, SharedMemory<K>::kBytes, stream, a, tiles);
 }
 
 template <class T, Format kFormat, bool kZeros>

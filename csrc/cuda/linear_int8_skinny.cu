@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kThreads, Skinny<kFormat, kTiles>::kBlocks)
 #pragma unroll 1
   for (int i = 0; i < T::kRing - 1; ++i) ask(ring + i * kCudaUnit);
   uint8_t *used = ring, *freed = ring_end - kCudaUnit;
+  wait_for_previous();  // which prepares x; all before this concerns the weight alone
 
   // ---- x ----
   // Tokens that do not exist read the last one's codes; the results go nowhere.
@@ -312,8 +313,8 @@ void launch_as(const LinearArgs& a, Stream stream) {
   const Rounds rounds = rounds_of<T>(a.shape);
   const int64_t bytes = kWarps * T::kRingBytes + 2 * (rounds.round_groups() * T::kSums * 4 +
                                                       rounds.scale_bytes() + rounds.zero_bytes());
-  launch(skinny_kernel<kFormat, kTiles>, blocks_for(a.n, kLanes), kThreads, bytes, stream, a,
-         rounds);
+  launch_with({.overlaps = true}, skinny_kernel<kFormat, kTiles>, blocks_for(a.n, kLanes), kThreads,
+              bytes, stream, a, rounds);
 }
 
 template <Format kFormat>

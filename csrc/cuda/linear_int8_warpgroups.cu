@@ -6,9 +6,9 @@
 // of a tile need while it is multiplied.
 //
 // A cluster has two blocks that work on the same tokens and copy half of them each, to both: tokens
-// cross the L2 cache once for 256 outputs. Where tiles are too few for a device, a cluster has
-// several such pairs, each with a part of k. They give their sums, which are exact, to each other:
-// each finishes its share of the tokens.
+// cross the L2 cache once for 256 outputs. Where tiles are too few for a device, both work on the
+// same tile, with a part of k each. They give their sums, which are exact, to each other, and each
+// finishes half of the tokens.
 #include "cuda/linear_int8_warpgroups.cuh"
 
 #include "cuda/linear_int8.cuh"
@@ -30,21 +30,22 @@ struct Turn {
 };
 
 struct Tiles {
-  uint32_t features, tokens;  // pairs of tiles side by side, tiles of tokens
+  uint32_t features, tokens;  // tiles of a cluster, in both directions
   int stages;                 // of a tile
-  int parts;                  // of them; then a cluster takes one tile
+  int sides;                  // tiles side by side in a cluster, which share their tokens
+  int parts;                  // of a tile's stages; then a cluster takes one tile
   int share;                  // of the tokens, for each part to finish
 };
 
 // A block of a cluster.
 struct Place {
-  int side, part;
+  int sides, side, part;
   int begin, end;  // stages
 };
 
 QK_DEVICE Place place_in(const Tiles& tiles) {
-  const int rank = cluster_rank(), part = rank / kTogether;
-  return {rank % kTogether, part, tiles.stages * part / tiles.parts,
+  const int rank = cluster_rank(), part = rank / tiles.sides;
+  return {tiles.sides, rank % tiles.sides, part, tiles.stages * part / tiles.parts,
           tiles.stages * (part + 1) / tiles.parts};
 }
 
@@ -54,33 +55,42 @@ QK_DEVICE Place place_in(const Tiles& tiles) {
 template <class T, class Body>
 QK_DEVICE void each_tile(const Tiles& tiles, const Place& place, const Body& body) {
   constexpr uint32_t kBand = 16;
-  const uint32_t per_band = kBand * tiles.features, blocks = kTogether * tiles.parts;
-  for (uint32_t tile = blockIdx.x / blocks; tile < tiles.features * tiles.tokens;
-       tile += gridDim.x / blocks) {
+  const uint32_t per_band = kBand * tiles.features;
+  for (uint32_t tile = blockIdx.x / kTogether; tile < tiles.features * tiles.tokens;
+       tile += gridDim.x / kTogether) {
     const uint32_t band = tile / per_band, first = band * kBand;
     const uint32_t width = min(tiles.tokens - first, kBand), left = tile - band * per_band;
-    const int64_t pair = left / width;
-    body((pair * kTogether + place.side) * (kFeatures / kLanes),
+    const int64_t across = left / width;
+    body((across * tiles.sides + place.side) * (kFeatures / kLanes),
          int64_t{first + left % width} * T::kTokens);
   }
 }
 
 // ---- The third warpgroup ------------------------------------------------------------------------
 
-// By a warp. A lane copies 16 outputs, or the block's half of the tokens.
+// By a warp. A lane copies 16 outputs, or the tokens: half of them to both blocks of a cluster
+// where they share them.
 template <class T>
 QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedMemory<T>& shared,
                           const Place& place) {
   constexpr int kHalf = T::kTokenBytes / kTogether, kTokenLane = kFeatures / kLanes;
   static_assert(kHalf <= kPieceBytes);
   const int lane = threadIdx.x % kWarp;
-  const uint32_t pair = ((1u << kTogether) - 1) << place.part * kTogether;
   const int64_t blocks = (a.n + kLanes - 1) / kLanes, row_codes = a.shape.k_padded * kLanes;
   Turn<T> turn;
+  bool waited = false;
   each_tile<T>(tiles, place, [&](int64_t row, int64_t token) {
     const int rows = static_cast<int>(max(int64_t{0}, min(blocks - row, int64_t{kTokenLane})));
     const uint8_t* weights = a.packed + (row + lane) * a.shape.bytes;
-    const int64_t mine = token + place.side * (T::kTokens / kTogether);
+    if (!waited) {
+      // While x is prepared, weights come to the L2 cache.
+      const int64_t begin = int64_t{place.begin} * kRowPieceBytes;
+      const int64_t end = min(row_codes, begin + kPrefetchBytes);
+      if (lane < rows && begin < end) prefetch_bulk(weights + begin, static_cast<int>(end - begin));
+      wait_for_previous();
+      waited = true;
+    }
+    const int64_t mine = token + place.side * (T::kTokens / kTogether);  // side 0 where not shared
     const uint8_t* tokens =
         a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
 #pragma unroll 1
@@ -92,8 +102,13 @@ QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedM
       if (lane == 0) barrier_expect(filled, T::kTokenBytes + rows * bytes);
       __syncwarp();
       if (lane == kTokenLane) {
-        copy_bulk(shared.tokens(turn.stage) + place.side * kHalf,
-                  tokens + int64_t{stage} * kPieceBytes, kHalf, filled, pair);
+        const uint8_t* const from = tokens + int64_t{stage} * kPieceBytes;
+        if (tiles.sides == kTogether) {
+          copy_bulk(shared.tokens(turn.stage) + place.side * kHalf, from, kHalf, filled,
+                    (1u << kTogether) - 1);
+        } else {
+          copy_bulk(shared.tokens(turn.stage), from, T::kTokenBytes, filled);
+        }
       }
       if (lane < rows) {
         copy_bulk(shared.weights(turn.stage) + lane * kRowPieceBytes, weights + begin, bytes,
@@ -109,6 +124,7 @@ QK_DEVICE void fetch_terms(const LinearArgs& a, const Tiles& tiles, const Shared
                            const Place& place) {
   const int thread = threadIdx.x - (kThreads - kFetching);
   uint32_t round = 0;
+  wait_for_previous();
   each_tile<T>(tiles, place, [&](int64_t row, int64_t token) {
     barrier_wait(shared.terms_emptied(), round ^ 1);
 #pragma unroll 1
@@ -139,7 +155,7 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const SharedMemory<T>& shar
   uint32_t a[2][kPieceK / kCudaChunk][4];  // of this stage and of the one before, still in use
   int before = 0;
   const auto release = [&](int stage) {
-    if (lane < kTogether) barrier_arrive(shared.emptied(stage), place.part * kTogether + lane);
+    if (lane < place.sides) barrier_arrive(shared.emptied(stage), place.part + lane);
   };
   const auto multiply = [&](uint32_t (&mine)[kPieceK / kCudaChunk][4],
                             uint32_t (&others)[kPieceK / kCudaChunk][4], bool first) {
@@ -180,50 +196,38 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const SharedMemory<T>& shar
   release(before);
 }
 
-// The sums over all parts, of the block's share of the tokens: threads in the same place of other
-// blocks have the other parts. Stages are free then, since a cluster has one tile.
+// The sums over both parts, of the block's half of the tokens: the thread in the same place of the
+// other block has the other part. Stages are free then, since a cluster has one tile.
 template <class T>
-QK_DEVICE void add_parts(WarpgroupSums<T>& sums, const Tiles& tiles, const SharedMemory<T>& shared,
+QK_DEVICE void add_parts(WarpgroupSums<T>& sums, const SharedMemory<T>& shared,
                          const Place& place) {
-  // Eights of tokens, so many of one owner. An eight of a part's sums takes kEightBytes.
-  constexpr int kEights = T::kTokens / 8 / kMostParts, kEightBytes = kMultiplying * 16;
-  const auto owner_of = [&](int quarter) { return quarter * tiles.parts / kMostParts; };
-  const auto at = [&](int part, int quarter) {
-    const int in_share = quarter * kEights - owner_of(quarter) * tiles.share / 8;
-    return shared.at + threadIdx.x * 16 + (part * tiles.share / 8 + in_share) * kEightBytes;
-  };
+  constexpr int kEights = T::kTokens / 8 / kTogether;
+  uint8_t* const mine = shared.at + threadIdx.x * 16;
+  const auto at = [&](int eight) { return mine + eight * kMultiplying * 16; };
 #pragma unroll
-  for (int quarter = 0; quarter < kMostParts; ++quarter) {
-    const int owner = owner_of(quarter);
-    if (owner == place.part) continue;
-    uint8_t* const to = at(place.part, quarter);
+  for (int half = 0; half < kTogether; ++half) {
+    if (half == place.part) continue;
 #pragma unroll
     for (int i = 0; i < kEights; ++i) {
       uint32_t v[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        v[e] = static_cast<uint32_t>(sums[(quarter * kEights + i) * 4 + e]);
+        v[e] = static_cast<uint32_t>(sums[(half * kEights + i) * 4 + e]);
       }
-      store_async_128(to + i * kEightBytes, make_uint4(v[0], v[1], v[2], v[3]),
-                      shared.parts_filled(), owner * kTogether + place.side);
+      store_async_128(at(i), make_uint4(v[0], v[1], v[2], v[3]), shared.parts_filled(), half);
     }
   }
   barrier_wait(shared.parts_filled(), 0);
 #pragma unroll
-  for (int quarter = 0; quarter < kMostParts; ++quarter) {
-    if (owner_of(quarter) != place.part) continue;
-#pragma unroll 1
-    for (int part = 0; part < tiles.parts; ++part) {
-      if (part == place.part) continue;
-      const uint8_t* const from = at(part, quarter);
+  for (int half = 0; half < kTogether; ++half) {
+    if (half != place.part) continue;
 #pragma unroll
-      for (int i = 0; i < kEights; ++i) {
-        const uint4 v = load_shared_128(from + i * kEightBytes);
-        const uint32_t others[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < kEights; ++i) {
+      const uint4 v = load_shared_128(at(i));
+      const uint32_t others[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sums[(quarter * kEights + i) * 4 + e] += static_cast<int32_t>(others[e]);
-        }
+      for (int e = 0; e < 4; ++e) {
+        sums[(half * kEights + i) * 4 + e] += static_cast<int32_t>(others[e]);
       }
     }
   }
@@ -245,7 +249,7 @@ QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
     multiply_tile<T>(sums, shared, place, turn);
     if (tiles.parts > 1) {
       cluster_sync();
-      add_parts<T>(sums, tiles, shared, place);
+      add_parts<T>(sums, shared, place);
     }
     const int rows = static_cast<int>(min(a.rows - token, int64_t{T::kTokens}));
     const int begin = place.part * tiles.share;
@@ -265,6 +269,9 @@ QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
   });
 }
 
+constexpr int kMostRegisters = 224, kLeastRegisters = 56;
+static_assert(registers_suffice(kThreads, kMultiplying, kMostRegisters, kLeastRegisters));
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     warpgroups_kernel(const LinearArgs a, const Tiles tiles) {
@@ -274,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {
       for (int i = 0; i < T::kStages; ++i) {
         barrier_init(shared.filled(i), 1);
-        barrier_init(shared.emptied(i), kMultiplying / kWarp * kTogether);
+        barrier_init(shared.emptied(i), kMultiplying / kWarp * tiles.sides);
       }
       barrier_init(shared.terms_filled(), kFetching);
       barrier_init(shared.terms_emptied(), kMultiplying / kWarp);
@@ -284,10 +291,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cluster_sync();
     if (threadIdx.x < kMultiplying) {
-      take_registers<232>();
+      take_registers<kMostRegisters>();
       multiply_tiles<T>(a, tiles, shared, place);
     } else {
-      give_registers<40>();
+      give_registers<kLeastRegisters>();
       threadIdx.x < kMultiplying + kWarp ? copy_tiles<T>(a, tiles, shared, place)
                                          : fetch_terms<T>(a, tiles, shared, place);
       __syncwarp();
@@ -300,14 +307,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T>
 void launch_tile(const LinearArgs& a, int parts, Stream stream) {
-  const Tiles tiles{blocks_for(a.n, kTogether * kFeatures), blocks_for(a.rows, T::kTokens),
-                    static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK), parts,
+  const int sides = kTogether / parts;
+  const Tiles tiles{blocks_for(a.n, sides * kFeatures),
+                    blocks_for(a.rows, T::kTokens),
+                    static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK),
+                    sides,
+                    parts,
                     T::kTokens / parts};
   const unsigned all = tiles.features * tiles.tokens;
-  const unsigned at_once = static_cast<unsigned>(clusters_at_once(multiprocessors(), kTogether));
-  const unsigned blocks = static_cast<unsigned>(kTogether * parts);
-  launch_clusters(warpgroups_kernel<T>, (parts > 1 ? all : min(all, at_once)) * blocks, blocks,
-                  kThreads, SharedMemory<T>::kBytes, stream, a, tiles);
+  const unsigned at_once = static_cast<unsigned>(clusters_at_once(multiprocessors()));
+  launch_with({.cluster = kTogether, .overlaps = true}, warpgroups_kernel<T>,
+              (parts > 1 ? all : min(all, at_once)) * kTogether, kThreads, SharedMemory<T>::kBytes,
+              stream, a, tiles);
 }
 
 }  // namespace

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kThreads = 3 * kWarpgroup, kMultiplying = 2 * kWarpgroup;
 constexpr int kFetching = kWarpgroup - kWarp;
-constexpr int kFeatures = 128;  // of a tile
-constexpr int kMostParts = 4;
+constexpr int kFeatures = 128;            // of a tile
+constexpr int kPrefetchBytes = 8 * 1024;  // of 16 outputs' weights
 // Results of 16 bits leave so many tokens at a time, others so many words, which are kWordPitch
 // apart: the four tokens that a warp writes at once, eight words each, lie in different banks.
 constexpr int kRoundTokens = 64, kWordTokens = 32, kWordPitch = 64 + 4;

@@ -43,7 +43,16 @@ void launch_clusters(void (*kernel)(Params...), unsigned grid, unsigned cluster,
 
 // ---- Registers ----------------------------------------------------------------------------------
 
-// Of each thread of the warpgroup from here on: what one gives up, another can take.
+// Of each thread of the warpgroup from here on: what one gives up, another can take. Who asks for
+// more than that waits for ever.
+
+// Whether it suffices where `taking` of `threads` threads take `most` and the others keep `least`:
+// a block that has a multiprocessor to itself starts with the same for each.
+constexpr bool registers_suffice(int threads, int taking, int most, int least) {
+  const int first = 65536 / threads / 8 * 8;
+  return (most - first) * taking <= (first - least) * (threads - taking);
+}
+
 template <int kCount>
 QK_DEVICE void give_registers() {
 #if !defined(QKERNELS_HOST) && QK_SM90A
@@ -216,6 +225,16 @@ QK_DEVICE void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier
       : "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)),
         "h"(static_cast<uint16_t>(blocks))
       : "memory");
+#endif
+}
+
+// Brings consecutive bytes, both a multiple of 16, to the L2 cache.
+QK_DEVICE void prefetch_bulk([[maybe_unused]] const void* from, [[maybe_unused]] int bytes) {
+#ifdef QKERNELS_HOST
+  host::check_alignment("prefetch_bulk", from, 16);
+  device_assert(bytes > 0 && bytes % 16 == 0, "prefetch_bulk");
+#elif QK_SM90A
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes) : "memory");
 #endif
 }
 

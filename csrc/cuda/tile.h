@@ -55,7 +55,8 @@ int64_t product_cycles(int64_t features, int64_t tokens, int64_t times, int64_t 
 
 // ---- Warpgroups ---------------------------------------------------------------------------------
 
-// Two blocks that run together, side by side in outputs, share their tokens.
+// Blocks of a cluster: side by side in outputs they share their tokens, or each takes a part of k.
+// Of clusters of four an H200 runs 30 at once, twelve multiprocessors less than it has.
 inline constexpr int kTogether = 2;
 
 // A tile of two warpgroups, 64 outputs each, a quarter of them for each warp.
@@ -69,8 +70,9 @@ struct WarpgroupTile {
   // Of a multiprocessor for a stage, by what limits it: products, 4096 a cycle, or copies, 30
   // bytes a cycle from the L2 cache.
   static constexpr int kProductCycles = kFeatures * kTokens * kPieceK / 4096;
-  static constexpr int kCopyCycles = (kWeightBytes + kTokenBytes / kTogether) / 30;
-  static constexpr int kCycles = std::max(kProductCycles, kCopyCycles);
+  static constexpr int cycles(int sides) {
+    return std::max(kProductCycles, (kWeightBytes + kTokenBytes / sides) / 30);
+  }
   // Until the first stage is there, and from the last one to results; and for giving sums to other
   // blocks, 32 bytes a cycle.
   static constexpr int kEndCycles = 2000 + 8 * kTokens;
@@ -89,27 +91,25 @@ struct WarpgroupPlan {
   int64_t cycles = 0;
 };
 
-// Clusters of so many blocks that run at the same time, one block on a multiprocessor. Those of a
-// cluster are neighbours, in groups of 16 or 18 on an H100 or H200.
-inline int64_t clusters_at_once(int64_t multiprocessors, int64_t blocks) {
-  constexpr int64_t kNeighbours = 16;
-  const int64_t clusters = blocks <= 2 ? multiprocessors / blocks
-                                       : multiprocessors / kNeighbours * (kNeighbours / blocks);
-  return std::max(clusters, int64_t{1});
+// Clusters that run at the same time, one block on a multiprocessor.
+inline int64_t clusters_at_once(int64_t multiprocessors) {
+  return std::max(multiprocessors / kTogether, int64_t{1});
 }
 
 template <class T>
 void take_faster(WarpgroupPlan* best, const BlockShape& shape, int64_t features, int64_t tokens,
                  int64_t multiprocessors) {
   const int64_t stages = round_up(shape.k_padded, kPieceK) / kPieceK;
-  const int64_t tiles = round_up(features, kTogether * T::kFeatures) / (kTogether * T::kFeatures) *
-                        (round_up(tokens, T::kTokens) / T::kTokens);
   // What memory needs for the weight: 3.9 TB/s.
   const int64_t least = features * shape.k_padded / (17 * multiprocessors);
-  for (const int parts : {1, 2, 4}) {
-    if (parts > stages) break;
-    const int64_t at_once = clusters_at_once(multiprocessors, kTogether * parts);
-    const int64_t one = (stages + parts - 1) / parts * T::kCycles + T::kEndCycles +
+  const int64_t at_once = clusters_at_once(multiprocessors);
+  for (int parts = 1; parts <= kTogether; ++parts) {
+    // Of tokens that are not shared one copy brings a panel's piece at most.
+    if (parts > stages || (parts > 1 && T::kTokens > kPanelRows)) break;
+    const int sides = kTogether / parts;
+    const int64_t tiles = round_up(features, sides * T::kFeatures) / (sides * T::kFeatures) *
+                          (round_up(tokens, T::kTokens) / T::kTokens);
+    const int64_t one = (stages + parts - 1) / parts * T::cycles(sides) + T::kEndCycles +
                         (parts > 1 ? T::kPartCycles : 0);
     const int64_t cycles = std::max(least, round_up(tiles, at_once) / at_once * one);
     if (best->tokens == 0 || cycles < best->cycles) *best = {T::kTokens, parts, cycles};
