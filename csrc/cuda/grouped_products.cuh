@@ -330,8 +330,9 @@ struct GroupProducts {
     };
     multiply(now, 0);
     load_next(1);
-    if (number % kPageGroups == 0)
+    if (number % kPageGroups == 0) {
       barrier_wait(shared.filled(shared.kPage + page.place), page.round);
+    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Run done = now;
