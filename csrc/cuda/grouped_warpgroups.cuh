@@ -16,6 +16,8 @@
 namespace qkernels::cuda {
 
 inline constexpr int kPageGroups = 8, kPages = 2;
+// Of the last warpgroup, for stages: one warp alone takes 600 cycles for the copies of a stage.
+inline constexpr int kCopyingWarps = 3;
 // Results leave so many tokens at a time, whose words are kRoundPitch apart: the four tokens that a
 // warp writes at once, eight words each, lie in different banks.
 inline constexpr int kRoundTokens = 32, kRoundPitch = 64 + 4;
@@ -25,15 +27,16 @@ struct OutputFacts {
 };
 
 // kRun_: chunks that are multiplied before somebody asks whether a group ends. Groups are multiples
-// of it.
-template <class T_, Format kFormat_, bool kZeros_, int kRun_>
+// of it. kWhole_: each is as long, and a tile's sums are multiplied in one piece, not two.
+template <class T_, Format kFormat_, bool kZeros_, int kRun_, bool kWhole_>
 struct Kernel {
   using T = T_;
   static constexpr Format kFormat = kFormat_;
   static constexpr bool kZeros = kZeros_;
   static constexpr int kRun = kRun_;
   static constexpr int kRuns = kPieceK / kCudaChunk / kRun;  // of a stage
-  static constexpr int kHalf = T::kTokens / 2;
+  static constexpr bool kWhole = kWhole_;
+  static constexpr int kPieces = kWhole ? 1 : 2, kTokens = T::kTokens / kPieces;
   static constexpr int kRows = T::kBlockFeatures / kLanes;  // packed ones
   static constexpr int kRowBytes = kRowPieceBytes * info(kFormat).bits / 8;
   static constexpr int kStageBytes = T::kTokenBytes + kRows * kRowBytes;
@@ -91,6 +94,10 @@ struct Turn {
   QK_DEVICE void next() {
     if (++place == kCount) place = 0, round ^= 1;
   }
+  QK_DEVICE void skip(int places) {  // fewer than there are
+    place += places;
+    if (place >= kCount) place -= kCount, round ^= 1;
+  }
 };
 
 struct Tiles {
@@ -124,63 +131,91 @@ QK_DEVICE int packed_rows(const LinearArgs& a, int64_t row) {
 
 // ---- Copies -------------------------------------------------------------------------------------
 
+// By kCopyingWarps warps, a stage each in turn. All lanes go along, so that the compiler sees that
+// addresses are a warp's and not a lane's: those it would hand to each copy one lane after the other.
 template <class K>
 QK_DEVICE void copy_stages(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
-                           int rank) {
+                           int rank, int warp) {
   using T = typename K::T;
   constexpr int kShare = T::kTokenBytes / T::kTogether;  // of the tokens, for all blocks
   static_assert(kPanelRows % (T::kTokens / T::kTogether) == 0);
   const int64_t row_codes = a.shape.k_padded * kLanes * info(K::kFormat).bits / 8;
+  const bool first = threadIdx.x % kWarp == 0;
   Turn<K::kStages> turn;
+  turn.skip(warp);
+  int stage = warp;
+  bool waited = false;
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
     const int rows = packed_rows<K>(a, row);
     const uint8_t* const weights = a.packed + row * a.shape.bytes;
+    if (!waited) {
+      // While x is prepared, the first weights come to the L2 cache.
+      const int lane = threadIdx.x % kWarp;
+      const int64_t bytes = min(row_codes, int64_t{K::kStages * K::kRowBytes});
+      if (warp == 0 && lane < rows && bytes > 0) {
+        prefetch_bulk(weights + lane * a.shape.bytes, static_cast<int>(bytes));
+      }
+      wait_for_previous();
+      waited = true;
+    }
     const int64_t mine = token + rank * (T::kTokens / T::kTogether);
     const uint8_t* const tokens =
         a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
-    for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
+#pragma unroll 1
+    for (; stage < tiles.stages; stage += kCopyingWarps, turn.skip(kCopyingWarps)) {
       barrier_wait(shared.emptied(turn.place), turn.round ^ 1);
       Barrier* const filled = shared.filled(turn.place);
       const int64_t begin = int64_t{stage} * K::kRowBytes;
       const int bytes = static_cast<int>(min(row_codes - begin, int64_t{K::kRowBytes}));
+      if (!first) continue;
       barrier_expect(filled, T::kTokenBytes + rows * bytes);
       copy_bulk(shared.tokens(turn.place) + rank * kShare, tokens + int64_t{stage} * kPieceBytes,
                 kShare, filled, (1u << T::kTogether) - 1);
-      for (int i = 0; i < rows; ++i) {
-        copy_bulk(shared.weights(turn.place) + i * K::kRowBytes,
-                  weights + i * a.shape.bytes + begin, bytes, filled);
+      uint8_t* const to = shared.weights(turn.place);
+      const uint8_t* from = weights + begin;
+#pragma unroll
+      for (int i = 0; i < K::kRows; ++i) {
+        if (i < rows) copy_bulk(to + i * K::kRowBytes, from, bytes, filled);
+        from += a.shape.bytes;
       }
     }
+    stage -= tiles.stages;
   });
 }
 
-// Groups `first` to `first + count` of a tile, to a page.
+// Groups `first` to `first + count` of a tile, to a page. By a warp, each lane one of the copies.
 template <class K>
 QK_DEVICE void copy_page(const LinearArgs& a, const SharedMemory<K>& shared, int page, int64_t row,
                          int64_t token, int64_t first, int count) {
+  static_assert(2 * K::kRows + kPageGroups <= kWarp);
   Barrier* const filled = shared.filled(shared.kPage + page);
-  const int rows = packed_rows<K>(a, row);
-  const uint8_t* const packed = a.packed + row * a.shape.bytes;
+  const int lane = threadIdx.x % kWarp, rows = packed_rows<K>(a, row);
   const int group_scales = kLanes * (a.layout.scale == DType::f32 ? 4 : 2);
   const int64_t pitch = code_sum_pitch(a.rows);
-  const int sums = K::kZeros ? static_cast<int>(min(pitch - token, int64_t{K::T::kTokens})) * 4 : 0;
-  const int row_bytes = count * (group_scales + (K::kZeros ? kLanes : 0));
-  barrier_expect(filled, rows * row_bytes + count * sums);
-  for (int i = 0; i < rows; ++i) {
-    const uint8_t* const from = packed + i * a.shape.bytes;
-    copy_bulk(shared.scales(page) + i * K::kScaleBytes,
-              from + a.shape.scales + first * group_scales, count * group_scales, filled);
-    if constexpr (K::kZeros) {
-      copy_bulk(shared.zeros(page) + i * K::kZeroBytes, from + a.shape.zeros + first * kLanes,
-                count * kLanes, filled);
-    }
+  const int sums = static_cast<int>(min(pitch - token, int64_t{K::T::kTokens})) * 4;
+  if (lane == 0) {
+    const int zero_bytes = K::kZeros ? rows * count * kLanes + count * sums : 0;
+    barrier_expect(filled, rows * count * group_scales + zero_bytes);
   }
-  if constexpr (K::kZeros) {
-    for (int i = 0; i < count; ++i) {
-      copy_bulk(shared.code_sums(page) + i * K::kSumBytes,
-                a.group_sums + (first + i) * pitch + token, sums, filled);
-    }
+  __syncwarp();
+  const int i = lane % K::kRows, group = lane - 2 * K::kRows;
+  const uint8_t* from = a.packed + (row + i) * a.shape.bytes;
+  uint8_t* to = nullptr;
+  int bytes = 0;
+  if (lane < K::kRows) {
+    to = shared.scales(page) + i * K::kScaleBytes;
+    from += a.shape.scales + first * group_scales;
+    bytes = i < rows ? count * group_scales : 0;
+  } else if (K::kZeros && lane < 2 * K::kRows) {
+    to = shared.zeros(page) + i * K::kZeroBytes;
+    from += a.shape.zeros + first * kLanes;
+    bytes = i < rows ? count * kLanes : 0;
+  } else if (K::kZeros && group < count) {
+    to = shared.code_sums(page) + group * K::kSumBytes;
+    from = reinterpret_cast<const uint8_t*>(a.group_sums + (first + group) * pitch + token);
+    bytes = sums;
   }
+  if (bytes > 0) copy_bulk(to, from, bytes, filled);
 }
 
 // By a warp.
@@ -192,9 +227,9 @@ QK_DEVICE void copy_ends(const LinearArgs& a, const Tiles& tiles, const SharedMe
   const int64_t groups = tiles.stages == 0 ? 0 : a.shape.groups;
   Turn<kPages> turn;
   Turn<1> tile;
+  wait_for_previous();
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
     for (int64_t first = 0; first < groups; first += kPageGroups, turn.next()) {
-      if (lane != 0) continue;
       barrier_wait(shared.emptied(shared.kPage + turn.place), turn.round ^ 1);
       const int64_t count = min(groups - first, int64_t{kPageGroups});
       copy_page<K>(a, shared, turn.place, row, token, first, static_cast<int>(count));

@@ -46,9 +46,7 @@ void linear_int8(const LinearArgs& args, void* memory, Stream stream) {
   int32_t* const partial = place(a, plan, workspace);
   prepare_int8(a, plan.tiled(), stream);
   if (plan.kind == Int8Plan::warpgroups) return linear_int8_warpgroups(a, plan, stream);
-  if (plan.tiled()) {
-    return linear_int8_grouped_warpgroups(a, plan.kind == Int8Plan::grouped_large, stream);
-  }
+  if (plan.tiled()) return linear_int8_grouped_warpgroups(a, plan.tokens, stream);
   if (plan.kind == Int8Plan::skinny) return linear_int8_skinny(a, stream);
   if (a.shape.groups == 1) return linear_int8_row(a, plan, partial, stream);
   linear_int8_grouped(a, plan.kind == Int8Plan::large, stream);

@@ -19,7 +19,7 @@ void linear_int8_row(const LinearArgs& a, const Int8Plan& plan, int32_t* partial
 // On sm_90a, int8 weights whose rows are one group each; the panel is tiled.
 void linear_int8_warpgroups(const LinearArgs& a, const Int8Plan& plan, Stream stream);
 // On sm_90a, weights in groups and int4; the panel is tiled.
-void linear_int8_grouped_warpgroups(const LinearArgs& a, bool large, Stream stream);
+void linear_int8_grouped_warpgroups(const LinearArgs& a, int tokens, Stream stream);
 void linear_int8_grouped(const LinearArgs& a, bool large, Stream stream);
 
 }  // namespace qkernels::cuda

@@ -22,7 +22,7 @@ struct Gpu {
 };
 
 struct Int8Plan {
-  enum Kind { skinny, small, large, warpgroups, grouped_small, grouped_large } kind;
+  enum Kind { skinny, small, large, warpgroups, grouped_warpgroups } kind;
   int parts;       // blocks that share a tile's sums, of rows that are one group
   int stages;      // of such a part, by mma.sync
   int tokens = 0;  // of a tile of warpgroups
@@ -68,8 +68,8 @@ inline Int8Plan int8_plan(const LinearArgs& a, const Gpu& gpu) {
     return {Int8Plan::warpgroups, best.parts, 0, best.tokens};
   }
   if (takes_grouped_warpgroups(a, gpu.sm90a)) {
-    plan.kind = takes_large_warpgroups(a, multiprocessors) ? Int8Plan::grouped_large
-                                                           : Int8Plan::grouped_small;
+    plan.kind = Int8Plan::grouped_warpgroups;
+    plan.tokens = grouped_warpgroup_tokens(a, multiprocessors);
   } else if (a.rows <= kSkinny || (a.rows <= kMostSkinny && tiles < multiprocessors)) {
     plan.kind = Int8Plan::skinny;
   } else if (a.shape.groups == 1 ? takes_large<RowTiles>(a, multiprocessors)
@@ -97,10 +97,9 @@ inline std::string linear_int8_name(const LinearArgs& a, const Gpu& gpu) {
     case Int8Plan::warpgroups:
       return "cuda int8 wgmma 128x" + std::to_string(plan.tokens) +
              (plan.parts > 1 ? " split k" : "");
-    case Int8Plan::grouped_small:
-      return "cuda int8 wgmma grouped 64x64";
-    case Int8Plan::grouped_large:
-      return "cuda int8 wgmma grouped 128x128";
+    case Int8Plan::grouped_warpgroups:
+      return "cuda int8 wgmma grouped " + std::string(plan.tokens == 128 ? "128x" : "64x") +
+             std::to_string(plan.tokens);
     default:
       return "cuda int8 mma 128x128";
   }

@@ -18,46 +18,57 @@ struct GroupedWarpgroupTile {
   static constexpr int kFeatures = kBlockFeatures * kTogether;
   static constexpr int kThreads = (kConsumers + 1) * 4 * kWarp;  // the last warpgroup copies
   static constexpr int kTokenBytes = kTokens * kPieceK;
+  static constexpr bool kTwice = kTokens <= 64;          // registers have room for exact sums twice
+  static constexpr bool kGroupsAreRuns = kTokens == 32;  // no others
   // Of a multiprocessor, for kPieceK with one group, as counted and not yet measured.
   static constexpr int kCycles = kCycles_;
 };
 
-// Of a cluster of four, each of which reads its own part of the weight: a few tokens need all
-// multiprocessors for that.
+// A few tokens need all multiprocessors to read the weight. Clusters of more than two blocks would
+// not all run at once: 30 of four did on 132 multiprocessors.
 struct GroupedWarpgroupTiles {
   using Large = GroupedWarpgroupTile<2, 128, 2, 640>;
-  using Small = GroupedWarpgroupTile<1, 64, 4, 240>;
+  using Small = GroupedWarpgroupTile<1, 64, 2, 375>;
+  using Tiny = GroupedWarpgroupTile<1, 32, 2, 270>;
 };
 
 // So many tokens' sums of codes a group has, where the panel is tiled: copies want 16 bytes.
 QK_HD inline int64_t code_sum_pitch(int64_t rows) { return round_up(rows, 4); }
 
-// Blocks that run at once, in clusters. The multiprocessors are in parts of 16 or 18, and a cluster
-// is in one of them.
-template <class T>
-int64_t clusters_at_once(int64_t multiprocessors) {
-  const int64_t used = T::kTogether > 2 ? multiprocessors / 16 * 16 : multiprocessors;
-  return std::max(used / T::kTogether, int64_t{1});
-}
-
 template <class T>
 int64_t grouped_warpgroup_cycles(const LinearArgs& a, int64_t multiprocessors) {
   const int64_t tiles =
       round_up(a.n, T::kFeatures) / T::kFeatures * (round_up(a.rows, T::kTokens) / T::kTokens);
-  const int64_t clusters = clusters_at_once<T>(multiprocessors);
+  const int64_t clusters = std::max(multiprocessors / T::kTogether, int64_t{1});
   return round_up(tiles, clusters) / clusters * T::kCycles;
 }
 
 // Weights in groups, and int4. Up to so many tokens the skinny kernel is taken.
-inline constexpr int64_t kMostSkinnyGrouped = 8;
+inline constexpr int64_t kMostSkinnyGrouped = 16;
 inline bool takes_grouped_warpgroups(const LinearArgs& a, bool sm90a) {
   return sm90a && a.rows > kMostSkinnyGrouped &&
          (a.layout.format == Format::int4 || a.shape.groups > 1);
 }
 
-inline bool takes_large_warpgroups(const LinearArgs& a, int64_t multiprocessors) {
-  return grouped_warpgroup_cycles<GroupedWarpgroupTiles::Large>(a, multiprocessors) <
-         grouped_warpgroup_cycles<GroupedWarpgroupTiles::Small>(a, multiprocessors);
+// A group is what products advance by: 32, 64 or 128 k.
+inline bool groups_are_runs(const BlockShape& s) {
+  return s.groups > 1 &&
+         (s.group_padded == 32 || s.group_padded == 64 || s.group_padded == kPieceK);
+}
+
+// Tokens of the tile that a shape takes.
+inline int grouped_warpgroup_tokens(const LinearArgs& a, int64_t multiprocessors) {
+  using Tiles = GroupedWarpgroupTiles;
+  int tokens = Tiles::Large::kTokens;
+  int64_t least = grouped_warpgroup_cycles<Tiles::Large>(a, multiprocessors);
+  const auto take = [&](int other, int64_t cycles) {
+    if (cycles <= least) tokens = other, least = cycles;
+  };
+  take(Tiles::Small::kTokens, grouped_warpgroup_cycles<Tiles::Small>(a, multiprocessors));
+  if (groups_are_runs(a.shape)) {
+    take(Tiles::Tiny::kTokens, grouped_warpgroup_cycles<Tiles::Tiny>(a, multiprocessors));
+  }
+  return tokens;
 }
 
 }  // namespace qkernels::cuda

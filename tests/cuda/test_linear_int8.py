@@ -1,5 +1,6 @@
 """linear with int8 activations and int_mm as CUDA kernels, run by the emulator: the CPU's bits."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_groups_by_warpgroups(
     ops: Any, device: Any, sm90: None, kind: Kind, multiprocessors: int
 ) -> None:
     device(multiprocessors)
-    shapes = ((65, 70), (9, 17), (33, 300), (131, 257), (64, 64), (257, 513), (100, 1), (128, 256))
+    shapes = ((65, 70), (19, 17), (33, 300), (131, 257), (30, 64), (257, 513), (100, 1), (128, 256))
     seen = set()
     for i, (group_size, k) in enumerate(GROUPED):
         rows, n = shapes[(i + INTEGER_KINDS.index(kind)) % len(shapes)]
@@ -127,9 +128,25 @@ def test_groups_by_warpgroups(
         x = awkward((rows, k), FLOATS[i % 3], seed=i)
         bias = floats((n,), FLOATS[i // 2 % 3], seed="bias") if i % 2 else None
         linear(ops, w, x, SYMMETRIC + i // 2 % 2, bias, epilogue=i % 7)
-    # By these numbers of multiprocessors, the tiles that a GPU takes are both seen.
-    large = {"cuda int8 wgmma grouped 128x128"} if multiprocessors > 1 else set()
-    assert seen == {"cuda int8 wgmma grouped 64x64"} | large
+    # By these numbers of multiprocessors, the tiles that a GPU takes are all seen.
+    few = {f"cuda int8 wgmma grouped 64x{tokens}" for tokens in (32, 64)}
+    large = {"cuda int8 wgmma grouped 128x128"}
+    assert seen == few | large
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_that_lose_bits_by_warpgroups(
+    ops: Any, device: Any, sm90: None, symmetric: bool
+) -> None:
+    """A sixteenth of a scale may have fewer bits than the scale."""
+    device(1)
+    w = weight(Kind(ref.INT4, symmetric, torch.float32), 70, 1400, 128)
+    scale = w.scale * np.float32(2.0) ** rng("tiny").integers(-125, -110, w.scale.shape)
+    stored = w.data, torch.from_numpy(scale.astype(np.float32)), w.zero_tensor
+    packed = torch.ops.qkernels.pack(*stored, w.layout, w.k, w.group_size)
+    w = replace(w, scale=scale, scale_tensor=stored[1], packed=packed)
+    for rows in (20, 40, 100):
+        linear(ops, w, floats((rows, 1400)) * 1e30, ASYMMETRIC)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4])
