@@ -51,7 +51,7 @@ struct FloatWarpgroups {
   static constexpr int kStagesAt = Pairs::kTableBytes;
 
   // Operands of two products, where registers allow: the other warpgroups compute meanwhile.
-  static constexpr int kLefts = kTokens == 64 && (kFormat != Format::int4 || kAsymmetric) ? 1 : 2;
+  static constexpr int kLefts = kTokens == 64 && kFormat == Format::int4 && kAsymmetric ? 1 : 2;
 
   // From here on what depends on the number of teams.
   QK_HD static constexpr int stage_bytes(int teams) { return teams * kTokenBytes + kWeightBytes; }
@@ -137,63 +137,59 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
                              const typename T::Shared& shared) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
 
-  // ---- Weights ---- Eight threads have what a warp multiplies, one of them its codes.
-  const int piece = thread % 8, slot = thread / 8;
+  // ---- Weights ---- One of eight threads has what a warp multiplies.
+  const int slot = thread / 8;
   const int begin = part.begin + slot / shared.rows() * part.each;
   const int64_t row = part.row + slot % shared.rows();
   const bool there = row < (a.n + kLanes - 1) / kLanes;
   const uint8_t* const packed = a.packed + row * a.row_bytes;
-  const int row_codes = a.chunks * (T::kRowBytes / T::kChunks);
-  const auto copy_weights = [&](int stage, int to) {
-    if (piece != 0) return;
-    const int from = (begin + stage) * T::kRowBytes;
-    const int bytes = there ? max(min(row_codes - from, T::kRowBytes), 0) : 0;
-    barrier_expect(shared.filled(to), bytes);
-    if (bytes > 0) {
-      copy_bulk(shared.weights(to, slot), packed + from, bytes, shared.filled(to));
-    }
-  };
   const int scale_bytes = a.scale_type == DType::f32 ? kLanes * 4 : kLanes * 2;
-  int chunk = begin * T::kChunks;
-  int group_at = first_group_of(a, chunk), group = group_at / a.group_chunks;
-  const auto copy_groups = [&](int to) {
+  int group_at = first_group_of(a, begin * T::kChunks), group = group_at / a.group_chunks;
+  const auto copy_weights = [&](int stage, int to) {
+    const int chunk = (begin + stage) * T::kChunks;
+    const int chunks = there ? min(a.chunks - chunk, T::kChunks) : 0;
+    Barrier* const filled = shared.filled(to);
+    if (chunks <= 0) return barrier_expect(filled, 0);
     while (group_at + a.group_chunks <= min(chunk, a.group_end - 1)) {
       ++group, group_at += a.group_chunks;
     }
     const int last = min(chunk + T::kChunks, a.group_end);
     int groups = 1;
     for (int at = group_at + a.group_chunks; at < last; at += a.group_chunks) ++groups;
-    chunk += T::kChunks;
-    if (!there) return;
-    uint8_t* const at = shared.groups(to, slot) + piece * 16;
-    const uint8_t* const scales = packed + a.scales + int64_t{group} * scale_bytes + piece * 16;
-#pragma unroll
-    for (int i = 0; i < T::kZeros; i += 8 * 16) {
-      if (i + piece * 16 < groups * scale_bytes) cp_async<16>(at + i, scales + i);
-    }
-    if (T::kAsymmetric && piece < groups) {
-      cp_async<16>(at + T::kZeros, packed + a.zeros + int64_t{group} * kLanes + piece * 16);
+    constexpr int kChunkBytes = T::kRowBytes / T::kChunks;
+    const int zeros = T::kAsymmetric ? groups * kLanes : 0;
+    barrier_expect(filled, chunks * kChunkBytes + groups * scale_bytes + zeros);
+    uint8_t* const at = shared.groups(to, slot);
+    copy_bulk(shared.weights(to, slot), packed + chunk * kChunkBytes, chunks * kChunkBytes, filled);
+    copy_bulk(at, packed + a.scales + int64_t{group} * scale_bytes, groups * scale_bytes, filled);
+    if (T::kAsymmetric) {
+      copy_bulk(at + T::kZeros, packed + a.zeros + int64_t{group} * kLanes, zeros, filled);
     }
   };
 
   // ---- x ---- A warp copies 128 consecutive bytes of a row to other places of 128 bytes, so that
   // it meets in no bank. It has every fourth pair of rows.
   const int lane = thread % kWarp, first = thread / kWarp * 2;
-  const uint16_t* const x = a.x + part.token * a.ld + lane * 2;
-  const int to = lane / 16 * 64 + lane % 4 * 16 + lane % 16 / 4 * 4;
+  const uint16_t* const x = a.x + (part.token + first) * a.ld + lane * 2;
+  const int to = first * 128 + lane / 16 * 64 + lane % 4 * 16 + lane % 16 / 4 * 4;
+  const int places[2] = {to ^ first * 16, (to ^ (first + 1) * 16) + 128};
   const auto copy_x = [&](int stage, int at) {
+#pragma unroll 1
     for (int team = 0; team < shared.teams; ++team) {
       const int step = (part.begin + team * part.each + stage) * T::kMatrices;
       uint8_t* const tokens = shared.tokens(at, team);
+      const uint16_t* from = x + int64_t{step} * kStep;
+      // Rows that are not there stay what they are: their sums go nowhere.
+#pragma unroll 2
+      for (int token = 0; token < T::kTokens; token += 8, from += 8 * a.ld) {
 #pragma unroll
-      for (int i = 0; i < T::kTokens / 4; ++i) {
-        const int token = first + i / 2 * 8 + i % 2;
-        if (token >= part.tokens) break;  // whatever lies there makes sums that go nowhere
-        const uint16_t* const from = x + token * a.ld + int64_t{step} * kStep;
+        for (int i = 0; i < 2; ++i) {
+          if (token + first + i >= part.tokens) continue;
 #pragma unroll
-        for (int m = 0; m < T::kMatrices; ++m) {
-          cp_async<4>(tokens + m * T::kMatrixBytes + token * 128 + (to ^ token % 8 * 16),
-                      from + m * kStep, step + m < a.steps ? 4 : 0);
+          for (int m = 0; m < T::kMatrices; ++m) {
+            cp_async<4>(tokens + m * T::kMatrixBytes + token * 128 + places[i],
+                        from + i * a.ld + m * kStep, step + m < a.steps ? 4 : 0);
+          }
         }
       }
     }
@@ -203,8 +199,7 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
 #pragma unroll 1
   for (int stage = 0; stage < part.stages; ++stage, turn.next(shared.stages)) {
     if (stage >= shared.stages) barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
-    copy_weights(stage, turn.stage);
-    copy_groups(turn.stage);
+    if (thread % 8 == 0) copy_weights(stage, turn.stage);
     copy_x(stage, turn.stage);
     barrier_arrive_copied(shared.filled(turn.stage));
   }
@@ -405,7 +400,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) float_warpgroups_kernel(const 
     part.stages =
         max(0, min(a.slice_steps, a.steps - first_step) + T::kMatrices - 1) / T::kMatrices;
     if (thread < T::kConsumers * kWarpgroup) {
-      take_registers<104>();
+      take_registers<112>();
       {
         float sums[T::kTokens / 2];
         multiply_slice<T>(a, part, shared, pairs_of, sums);
@@ -418,7 +413,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) float_warpgroups_kernel(const 
       }
       store_share<T>(a, part, shared, rank);
     } else {
-      give_registers<64>();
+      give_registers<32>();
       copy_operands<T>(a, part, shared);
       cluster_sync();
     }
