@@ -65,13 +65,14 @@ inline constexpr int64_t kClustersAtOnce[] = {4, 2, 1, 1};
 inline constexpr int64_t kClustersAtOnce[] = {132, 66, 30, 14};
 #endif
 
-// Cycles until the first products, and until the sums of a cluster are added up; of a stage (two
-// steps of four warpgroups), and what each team's x adds to it. Guesses from one profile.
-inline constexpr int64_t kClusterStart = 3000, kClusterEnd = 1500, kStageCycles = 1100,
-                         kTeamCycles = 250;
+// Cycles until the first products, and until the sums of a cluster are added up; of a stage of the
+// four warpgroups, and what each team's x adds to it. Guesses from one profile.
+inline constexpr int64_t kClusterStart = 3000, kClusterEnd = 1500, kStageCycles = 2200,
+                         kTeamCycles = 500;
 
-// Where k is cut: into a slice for each team of each block of a cluster. Slices are whole stages of
-// 4 bits, which are two steps.
+// Where k is cut: into a slice for each team of each block of a cluster. Slices are whole stages,
+// which have at most so many steps.
+inline constexpr int64_t kStageSteps = 4;
 struct ClusterSlices {
   int teams;      // 1, 2 or 4 in a block, which has so many times less outputs
   Slices slices;  // `count` is blocks; of each team as many steps
@@ -79,8 +80,8 @@ struct ClusterSlices {
 
 // What takes the least time.
 inline ClusterSlices cluster_slices_of(int64_t n, const BlockShape& shape) {
-  const int64_t steps = (shape.k_padded + kStep - 1) / kStep, pairs = (steps + 1) / 2;
-  ClusterSlices best{1, {1, 2 * pairs}};
+  const int64_t stages = (shape.k_padded + kStageSteps * kStep - 1) / (kStageSteps * kStep);
+  ClusterSlices best{1, {1, kStageSteps * stages}};
   int64_t least = INT64_MAX;
   for (int teams = 1; teams <= FloatWarpgroupTile::kConsumers; teams *= 2) {
     const int64_t outputs = FloatWarpgroupTile::kMostOutputs / teams;
@@ -88,13 +89,13 @@ inline ClusterSlices cluster_slices_of(int64_t n, const BlockShape& shape) {
     for (int i = 0; i < 4; ++i) {
       const int64_t blocks = int64_t{1} << i, slices = blocks * teams;
       const int64_t rounds = (tiles + kClustersAtOnce[i] - 1) / kClustersAtOnce[i];
-      const int64_t each = (pairs + slices - 1) / slices;
+      const int64_t each = (stages + slices - 1) / slices;
       const int64_t cycles =
           rounds * (kClusterStart + each * (kStageCycles + teams * kTeamCycles)) +
           (blocks > 1 ? kClusterEnd : 0);
-      if ((slices > pairs && slices > 1) || cycles >= least) continue;
+      if ((slices > 1 && slices > stages) || cycles >= least) continue;
       least = cycles;
-      best = {teams, {blocks, 2 * each}};
+      best = {teams, {blocks, kStageSteps * each}};
     }
   }
   return best;

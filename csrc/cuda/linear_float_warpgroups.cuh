@@ -31,8 +31,11 @@ struct FloatWarpgroups {
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
   static constexpr int kWarps = kConsumers * kWarpgroup / kWarp;  // that multiply
 
-  static constexpr int kRowBytes = 2 * kCudaUnit;  // of a packed row in a stage
-  static constexpr int kChunks = info(kFormat).bits == 8 ? 2 : 4;
+  // Of a packed row in a stage. Few rows of x leave room for long stages, which take fewer
+  // instructions.
+  static constexpr int kUnits = kTokens == 16 ? 4 : 2, kRowBytes = kUnits * kCudaUnit;
+  static constexpr bool kBytes = info(kFormat).bits == 8;
+  static constexpr int kChunks = kBytes ? kUnits : 2 * kUnits;
   static constexpr int kStageK = kChunks * kCudaChunk;
   static constexpr int kMatrices = kStageK / static_cast<int>(kStep);  // of x
   static constexpr int kMatrixBytes = kTokens * 128;
@@ -268,6 +271,7 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
     barrier_wait(shared.filled(turn.stage), turn.round);
     shared_fence();  // x was copied the way of stores
     const uint8_t* const weights = shared.weights(turn.stage, warp) + lane * 16;
+    const uint64_t tokens = matrix_in_shared(shared.tokens(turn.stage, team));
     uint4 words = {};
 #pragma unroll
     for (int i = 0; i < T::kChunks; ++i, ++chunk) {
@@ -281,11 +285,11 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
         zeros += kLanes;
       }
       uint32_t (&mine)[2][4] = left[i % T::kLefts];
-      if (T::kChunks == 2 || i % 2 == 0) {
-        words = load_shared_128(weights + (T::kChunks == 2 ? i : i / 2) * kCudaUnit);
+      if (T::kBytes || i % 2 == 0) {
+        words = load_shared_128(weights + (T::kBytes ? i : i / 2) * kCudaUnit);
       }
       uint32_t pairs[2][4];
-      if constexpr (T::kChunks == 2) {
+      if constexpr (T::kBytes) {
         pairs_of(pairs[0], {words.x, words.y}, zero[0]);
         pairs_of(pairs[1], {words.z, words.w}, zero[1]);
       } else {
@@ -304,8 +308,7 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
         group_at = group_after >= a.group_end ? INT32_MAX : group_after;
         group_after += a.group_chunks;
       }
-      const uint64_t x =
-          matrix_in_shared(shared.tokens(turn.stage, team) + i / 2 * T::kMatrixBytes) + i % 2 * 4;
+      const uint64_t x = tokens + i / 2 * (T::kMatrixBytes / 16) + i % 2 * 4;
       warpgroup_keep(products);
       warpgroup_fence();
       warpgroup_mma<T::kType, T::kTokens>(products, mine[0], x, !begins);
