@@ -210,22 +210,29 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
 
 // ---- Products -----------------------------------------------------------------------------------
 
-// Scales of a group as they lie in shared memory: what a thread reads.
+// Scales of a group as they lie in shared memory: those of outputs g and g + 8.
 struct ScaleReader {
-  int word, pick;  // its place; which bytes make a float of it
-  bool half;       // float16
+  uint32_t at[2], pick[2];  // their words' places; which bytes make floats of these
+  bool half;                // float16
 
-  QK_DEVICE ScaleReader(DType type, int lane)
-      : word(type == DType::f32 ? lane * 4 : lane / 2 * 4),
-        pick(type == DType::f32 ? 0x3210
-             : lane % 2 == 0    ? 0x1044
-                                : 0x3244),
-        half(type == DType::f16) {}
+  QK_DEVICE ScaleReader(DType type, int g) : half(type == DType::f16) {
+    const bool wide = type == DType::f32;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      at[i] = static_cast<uint32_t>((wide ? g + 8 * i : (g + 8 * i) / 2) * 4);
+      pick[i] = wide ? 0x3210 : g % 2 == 0 ? 0x1044 : 0x3244;
+    }
+    // Otherwise the compiler finds them out again each time.
+    warpgroup_keep(at);
+    warpgroup_keep(pick);
+  }
 
-  QK_DEVICE float operator()(const uint8_t* scales) const {
-    const uint32_t bits =
-        prmt(*reinterpret_cast<const uint32_t*>(scales + word), 0, static_cast<uint32_t>(pick));
-    return half ? f16_to_float(static_cast<uint16_t>(bits >> 16)) : bit_cast<float>(bits);
+  QK_DEVICE void operator()(float (&scale)[2], const uint8_t* scales) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t bits = prmt(load_shared_32(scales + at[i]), 0, pick[i]);
+      scale[i] = half ? f16_to_float(static_cast<uint16_t>(bits >> 16)) : bit_cast<float>(bits);
+    }
   }
 };
 
@@ -236,9 +243,10 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
                               float (&sums)[T::kTokens / 2]) {
   using C = Codes<T::kFormat, T::kType>;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  // The same of all lanes, which the compiler is to know.
+  const int warp = shuffle(static_cast<int>(threadIdx.x) / kWarp, 0);
   const int g = lane / 4, team = warp / shared.rows();
-  const ScaleReader read_scale[2] = {{a.scale_type, g}, {a.scale_type, g + 8}};
+  const ScaleReader read_scale(a.scale_type, g);
   const int scales_bytes = a.scale_type == DType::f32 ? kLanes * 4 : kLanes * 2;
 
   float products[T::kTokens / 2];
@@ -272,7 +280,13 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
     shared_fence();  // x was copied the way of stores
     const uint8_t* const weights = shared.weights(turn.stage, warp) + lane * 16;
     const uint64_t tokens = matrix_in_shared(shared.tokens(turn.stage, team));
-    uint4 words = {};
+    // All of the stage at once, where there are registers.
+    uint4 units[T::kUnits];
+    const auto load = [&](int u) { units[u] = load_shared_128(weights + u * kCudaUnit); };
+    if (T::kTokens < 64) {
+#pragma unroll
+      for (int u = 0; u < T::kUnits; ++u) load(u);
+    }
 #pragma unroll
     for (int i = 0; i < T::kChunks; ++i, ++chunk) {
       const bool begins = chunk == group_at;
@@ -285,9 +299,9 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
         zeros += kLanes;
       }
       uint32_t (&mine)[2][4] = left[i % T::kLefts];
-      if (T::kBytes || i % 2 == 0) {
-        words = load_shared_128(weights + (T::kBytes ? i : i / 2) * kCudaUnit);
-      }
+      constexpr int kChunksOfUnit = T::kChunks / T::kUnits;
+      if (T::kTokens == 64 && i % kChunksOfUnit == 0) load(i / kChunksOfUnit);
+      const uint4 words = units[i / kChunksOfUnit];
       uint32_t pairs[2][4];
       if constexpr (T::kBytes) {
         pairs_of(pairs[0], {words.x, words.y}, zero[0]);
@@ -302,17 +316,19 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
       for (int j = 0; j < 8; ++j) mine[j / 4][j % 4] = pairs[j % 2][j / 2];
       if (begins) {
         fold();  // the first time nothing, with a scale of 0
-        scale[0] = read_scale[0](scales);
-        scale[1] = read_scale[1](scales);
+        read_scale(scale, scales);
         scales += scales_bytes;
         group_at = group_after >= a.group_end ? INT32_MAX : group_after;
         group_after += a.group_chunks;
       }
-      const uint64_t x = tokens + i / 2 * (T::kMatrixBytes / 16) + i % 2 * 4;
+      const auto x = [&](int k32) {
+        const uint32_t at = static_cast<uint32_t>(tokens) + i / 2 * (T::kMatrixBytes / 16);
+        return tokens >> 32 << 32 | (at + static_cast<uint32_t>(i % 2 * 4 + k32));
+      };
       warpgroup_keep(products);
       warpgroup_fence();
-      warpgroup_mma<T::kType, T::kTokens>(products, mine[0], x, !begins);
-      warpgroup_mma<T::kType, T::kTokens>(products, mine[1], x + 2, true);
+      warpgroup_mma<T::kType, T::kTokens>(products, mine[0], x(0), !begins);
+      warpgroup_mma<T::kType, T::kTokens>(products, mine[1], x(2), true);
       warpgroup_commit();
       warpgroup_wait<T::kLefts - 1>();
       warpgroup_keep(left[(i + 1) % T::kLefts][0]);
