@@ -60,7 +60,7 @@ struct FloatWarpgroupTile {
 // Clusters of 1, 2, 4 and 8 blocks that a GPU of 132 multiprocessors runs at once, each block with
 // a multiprocessor of its own.
 #ifdef QKERNELS_HOST
-inline constexpr int64_t kClustersAtOnce[] = {4, 2, 1, 1};
+inline constexpr int64_t kClustersAtOnce[] = {6, 3, 1, 1};
 #else
 inline constexpr int64_t kClustersAtOnce[] = {132, 66, 30, 14};
 #endif
