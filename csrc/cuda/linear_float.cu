@@ -107,6 +107,7 @@ void linear_rows(const LinearArgs& a, float* sums, Stream stream) {
   k.slice_steps = static_cast<int>(plan.slices.steps);
   k.cuts = static_cast<int>(plan.cuts);
   k.row_tiles = static_cast<int>((k.rows + 8 * plan.tiles - 1) / (8 * plan.tiles));
+  k.teams = plan.teams;
   k.bias = a.bias;
   k.bias_type = a.bias_type;
   k.epilogue = a.epilogue;

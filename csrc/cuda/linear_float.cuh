@@ -24,6 +24,7 @@ struct FloatKernelArgs {
   int chunks, group_chunks, group_end;  // of a row, of a group, to the end of the last group
   int steps, slices, slice_steps, cuts;
   int row_tiles;
+  int teams;          // in a block, by warpgroups
   LevelBytes levels;  // of nf4
   float* sums;        // [cuts, rows, n], instead of y; or null
   const void* bias;

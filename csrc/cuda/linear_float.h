@@ -54,28 +54,51 @@ inline Slices slices_of(int64_t n, const BlockShape& shape) {
 
 struct FloatWarpgroupTile {
   static constexpr int kConsumers = 4;  // warpgroups that multiply
-  static constexpr int kOutputs = 64 * kConsumers;
+  static constexpr int kMostOutputs = 64 * kConsumers;
 };
 
-// Cycles until the first products and until the sums of a cluster are added up, and of two steps
-// with 64 rows: 32 KiB from the L2 cache. Guesses; not yet measured.
-inline constexpr int64_t kClusterStart = 3000, kClusterEnd = 1500, kTwoSteps = 1150;
+// Clusters of 1, 2, 4 and 8 blocks that a GPU of 132 multiprocessors runs at once, each block with
+// a multiprocessor of its own.
+#ifdef QKERNELS_HOST
+inline constexpr int64_t kClustersAtOnce[] = {6, 3, 1, 1};
+#else
+inline constexpr int64_t kClustersAtOnce[] = {132, 66, 30, 14};
+#endif
 
-// The blocks of a cluster have a slice each, so there are 1, 2, 4 or 8: those that take the least
-// time with one block on a multiprocessor. Slices are pairs of steps, which are stages of 4 bits.
-inline Slices cluster_slices_of(int64_t n, const BlockShape& shape) {
-  const int64_t steps = (shape.k_padded + kStep - 1) / kStep, pairs = (steps + 1) / 2;
-  const int64_t tiles = (n + FloatWarpgroupTile::kOutputs - 1) / FloatWarpgroupTile::kOutputs;
-  int64_t count = 1, least = INT64_MAX;
-  for (int64_t c = 1; c <= kMostSlices; c *= 2) {
-    const int64_t rounds = (tiles * c + kMultiprocessors - 1) / kMultiprocessors;
-    const int64_t cycles =
-        rounds * (kClusterStart + (pairs + c - 1) / c * kTwoSteps) + (c > 1 ? kClusterEnd : 0);
-    if (c > pairs || cycles >= least) continue;
-    least = cycles;
-    count = c;
+// Cycles until the first products, and until the sums of a cluster are added up; of a stage of the
+// four warpgroups, and what each team's x adds to it. Guesses from one profile.
+inline constexpr int64_t kClusterStart = 3000, kClusterEnd = 1500, kStageCycles = 2200,
+                         kTeamCycles = 500;
+
+// Where k is cut: into a slice for each team of each block of a cluster. Slices are whole stages,
+// which have at most so many steps.
+inline constexpr int64_t kStageSteps = 4;
+struct ClusterSlices {
+  int teams;      // 1, 2 or 4 in a block, which has so many times less outputs
+  Slices slices;  // `count` is blocks; of each team as many steps
+};
+
+// What takes the least time.
+inline ClusterSlices cluster_slices_of(int64_t n, const BlockShape& shape) {
+  const int64_t stages = (shape.k_padded + kStageSteps * kStep - 1) / (kStageSteps * kStep);
+  ClusterSlices best{1, {1, kStageSteps * stages}};
+  int64_t least = INT64_MAX;
+  for (int teams = 1; teams <= FloatWarpgroupTile::kConsumers; teams *= 2) {
+    const int64_t outputs = FloatWarpgroupTile::kMostOutputs / teams;
+    const int64_t tiles = (n + outputs - 1) / outputs;
+    for (int i = 0; i < 4; ++i) {
+      const int64_t blocks = int64_t{1} << i, slices = blocks * teams;
+      const int64_t rounds = (tiles + kClustersAtOnce[i] - 1) / kClustersAtOnce[i];
+      const int64_t each = (stages + slices - 1) / slices;
+      const int64_t cycles =
+          rounds * (kClusterStart + each * (kStageCycles + teams * kTeamCycles)) +
+          (blocks > 1 ? kClusterEnd : 0);
+      if ((slices > 1 && slices > stages) || cycles >= least) continue;
+      least = cycles;
+      best = {teams, {blocks, kStageSteps * each}};
+    }
   }
-  return {count, 2 * ((pairs + count - 1) / count)};
+  return best;
 }
 
 // Products with float32 x have 24-bit significands, a tensor core's have 8 with bfloat16. So x is
@@ -91,6 +114,7 @@ struct FloatPlan {
   bool panel;      // x must be copied to be read: permuted, padded, split, or not on a line
   bool gemv;
   bool warpgroups;  // a cluster of as many blocks as there are slices; tiles is all that counts
+  int teams;        // of warpgroups, which share out k
   int blocks;       // of 16 outputs, of a warp
   int tiles;        // of 8 rows, of a warp
   int warps;        // that share the rows of x, with outputs of their own
@@ -135,7 +159,9 @@ inline FloatPlan float_plan(const LinearArgs& a, bool hopper) {
   p.cuts = 1;
   p.warpgroups = hopper && !wide && !p.gemv;
   if (p.warpgroups) {
-    p.slices = cluster_slices_of(a.n, s);
+    const ClusterSlices cut = cluster_slices_of(a.n, s);
+    p.slices = cut.slices;
+    p.teams = cut.teams;
     p.tiles = rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
     return p;
   }
@@ -180,17 +206,18 @@ inline FloatPlan float_plan(const LinearArgs& a, bool hopper) {
 // two together take as long, in the mean of the shapes that benchmarks/results/gpu-h200/gpu.json
 // has (tests/cuda/test_matmul.py computes it). float32 x: int4 stays with the kernels in all that
 // was measured; nf4 loses from 16 rows on, and up to 5 its rows of three parts are one tile of 16.
-// On Hopper 16-bit x has a faster kernel: guesses, not yet measured.
+// On Hopper 16-bit x has a faster kernel: from where the two together, 130 us for 512 rows of 8192 x
+// 8192, should take less.
 constexpr int64_t matmul_rows(Format format, DType x_type, bool hopper) {
   constexpr int64_t kNever = INT64_MAX;
   if (x_type == DType::f32) return format == Format::nf4 ? 6 : kNever;
   switch (format) {
     case Format::int8:
-      return hopper ? 768 : 88;
+      return hopper ? 128 : 88;
     case Format::int4:
-      return hopper ? 1024 : 112;
+      return hopper ? 256 : 112;
     default:
-      return hopper ? 512 : 64;
+      return hopper ? 192 : 64;
   }
 }
 
@@ -224,7 +251,7 @@ inline std::string linear_float_name(const LinearArgs& a, bool hopper) {
   if (p.gemv) return "cuda gemv";
   if (p.warpgroups) {
     return "cuda wgmma " + std::to_string(8 * p.tiles) + "x" +
-           std::to_string(FloatWarpgroupTile::kOutputs);
+           std::to_string(FloatWarpgroupTile::kMostOutputs / p.teams);
   }
   return "cuda mma " + std::to_string(8 * p.tiles) + "x" +
          std::to_string(kLanes * p.blocks * p.warps);

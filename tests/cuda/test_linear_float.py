@@ -132,11 +132,12 @@ def sm90(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Rows, outputs, k and group size: the three widths of a tile and several tiles of rows; clusters of
-# 1, 2, 4 and 8 blocks, the last of them with fewer stages or none; more stages than a ring has;
-# groups of one chunk, of three, of all k, ragged ones, and some that go on in the next slice.
+# 1, 2, 4 and 8 blocks of 1, 2 and 4 teams, the last of them with fewer stages or none; more stages
+# than a ring has; groups of one chunk, of three, of all k, ragged ones, and some that go on in the
+# next slice.
 CLUSTERS = [(9, 40, 128, 32), (16, 300, 640, 128), (17, 257, 96, 96), (33, 20, 1024, 64)]
 CLUSTERS += [(65, 100, 200, 24), (130, 512, 320, -1), (20, 16, 4200, 32), (70, 530, 2304, 640)]
-CLUSTERS += [(12, 1030, 1664, 96), (64, 1, 1, -1)]
+CLUSTERS += [(12, 1030, 1664, 96), (64, 1, 1, -1), (18, 300, 1100, 96), (10, 9, 7950, 96)]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -152,7 +153,7 @@ def test_warpgroups(ops: Any, sm90: None, kind: Kind) -> None:
 def test_warpgroups_alone_and_in_company(ops: Any, sm90: None, kind: Kind) -> None:
     """A row's bits are the same in every tile, and what one row holds stays in it."""
     dtype = HALVES[kind.symmetric]
-    for n, k, group_size in ((20, 1024, 32), (262, 450, -1), (530, 704, 96)):
+    for n, k, group_size in ((20, 1024, 32), (262, 450, -1), (270, 1100, 96)):
         w = weight(kind, n, k, group_size)
         bits, bias, x = packed(ops, w), floats((n,)), floats((70, k), dtype)
         whole = linear(ops, w, x, bias, bits=bits, epilogue=2)

@@ -194,8 +194,13 @@ def test_both_sides_of_the_threshold(ops: Any, kind: Kind, dtype: torch.dtype) -
 def test_names_on_hopper() -> None:
     """16-bit x has a kernel of its own there, for more rows than the GEMV takes."""
     for rows, want in ((8, "cuda gemv"), (9, "cuda wgmma 16x256"), (17, "cuda wgmma 32x256"),
-                       (33, "cuda wgmma 64x256"), (400, "cuda wgmma 64x256")):  # fmt: skip
+                       (33, "cuda wgmma 64x256"), (200, "cuda wgmma 64x256")):  # fmt: skip
         assert name(KINDS[3], rows, torch.bfloat16, on_hopper=True) == want
+    # Teams share out k where that gives all multiprocessors a block; for any number of rows alike.
+    for n, k, outputs in ((28672, 8192, 256), (8192, 8192, 128), (4096, 4096, 64)):
+        for rows, tile in ((9, 16), (64, 64)):
+            found = name(KINDS[3], rows, torch.bfloat16, n, k, on_hopper=True)
+            assert found == f"cuda wgmma {tile}x{outputs}"
     assert "wgmma" not in name(KINDS[3], 64, torch.float32, on_hopper=True)
     assert "wgmma" not in name(KINDS[3], 64, torch.bfloat16)
     for kind in KINDS:
