@@ -162,9 +162,11 @@ QK_DEVICE void order_weights(uint32_t (&a)[4], uint4 packed) {
   }
 }
 
+using StageWeights = uint32_t[kStageChunks][4];
+
 // The sums of a tile; of outputs beyond the weight's last ones they are anything. `count`: adds up
-// weights too, what the thread has of outputs g and g + 8 of its warp, in `weight_sums`. A
-// warpgroup waits for its products after each stage; meanwhile those of the other one run.
+// weights too, what the thread has of outputs g and g + 8 of its warp, in `weight_sums`. While a
+// stage is multiplied, the next one's weights are brought to registers.
 template <class T>
 QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], int chunks,
                              bool count, const Tiles& tiles, const ConvMemory<T>& shared,
@@ -173,18 +175,23 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], 
   const int row = warpgroup % T::kAcross * 4 + threadIdx.x % kWarpgroup / kWarp;
   const int weight_offset = row * kRowPieceBytes + lane * 16;
   const int pixel_offset = warpgroup / T::kAcross * T::kColumns * kPieceK;
-#pragma unroll 1
-  for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
-    barrier_wait(shared.filled(turn.stage), turn.round);
-    const uint8_t* const weights = shared.weights(turn.stage) + weight_offset;
-    uint32_t a[kStageChunks][4];
+  const auto load = [&](StageWeights& to, const Turn<T>& from) {
+    barrier_wait(shared.filled(from.stage), from.round);
+    shared_fence();  // pixels were not written the way that products read
+    const uint8_t* const weights = shared.weights(from.stage) + weight_offset;
 #pragma unroll
     for (int chunk = 0; chunk < kStageChunks; ++chunk) {
-      order_weights(a[chunk], load_shared_128(weights + chunk * kCudaUnit));
+      order_weights(to[chunk], load_shared_128(weights + chunk * kCudaUnit));
     }
+  };
+  StageWeights a, next;
+  load(next, turn);
+#pragma unroll 1
+  for (int stage = 0; stage < tiles.stages; ++stage) {
+#pragma unroll
+    for (int i = 0; i < kStageChunks * 4; ++i) a[i / 4][i % 4] = next[i / 4][i % 4];
     const uint64_t pixels = matrix_in_shared(shared.pixels(turn.stage) + pixel_offset);
     warpgroup_keep(sums);
-    shared_fence();  // pixels were not written the way that products read
     warpgroup_fence();
 #pragma unroll
     for (int chunk = 0; chunk < kStageChunks; ++chunk) {
@@ -201,11 +208,15 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], 
         weight_sums[1] = dp4a(w[1], 0x01010101u, dp4a(w[3], 0x01010101u, weight_sums[1]));
       }
     }
+    Turn<T> ahead = turn;
+    ahead.next();
+    if (stage + 1 < tiles.stages) load(next, ahead);
     warpgroup_wait<0>();
     warpgroup_keep(sums);
 #pragma unroll
     for (int chunk = 0; chunk < kStageChunks; ++chunk) warpgroup_keep(a[chunk]);
     if (lane == 0) barrier_arrive(shared.emptied(turn.stage));
+    turn = ahead;
   }
 }
 
