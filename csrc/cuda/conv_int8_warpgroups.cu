@@ -121,18 +121,28 @@ QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMem
       const ConvChunk chunk = shared.chunks()[stage * kStageChunks + place / 2];
       const int64_t begin = int64_t{shared.weight_pieces()[stage]} * kRowPieceBytes;
       const int bytes = static_cast<int>(min(codes - begin, int64_t{kRowPieceBytes}));
-      const uint32_t outside = chunk.tap == 0 ? 0 : border;
       Barrier* const filled = shared.filled(turn.stage);
+      const uint8_t* const from = image + int64_t{chunk.offset} * int64_t{kCudaChunk};
       barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
       uint8_t* const to = shared.pixels(turn.stage) + pixel_offset;
+      const auto each_pixel = [&](const auto& body) {
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const bool inside = (corners[i].taps & chunk.tap) != 0;
-        const uint8_t* const from =
-            image + int64_t{corners[i].at + chunk.offset} * int64_t{kCudaChunk};
-        uint8_t* const pixel = to + i * kTogether * kPieceK;
-        cp_async_cached_if(inside, pixel, from);
-        if (!inside) store_shared_128(pixel, make_uint4(outside, outside, outside, outside));
+        for (int i = 0; i < kEach; ++i) {
+          body(to + i * kTogether * kPieceK, from + int64_t{corners[i].at} * int64_t{kCudaChunk},
+               (corners[i].taps & chunk.tap) != 0);
+        }
+      };
+      if (border == 0) {
+        each_pixel(cp_async_cached);
+      } else {
+        const uint32_t outside = chunk.tap == 0 ? 0 : border;
+        each_pixel([&](uint8_t* pixel, const uint8_t* source, bool inside) {
+          if (inside) {
+            cp_async_cached(pixel, source, true);
+          } else {
+            store_shared_128(pixel, make_uint4(outside, outside, outside, outside));
+          }
+        });
       }
       barrier_arrive_copied(filled);
       __syncwarp();

@@ -311,19 +311,19 @@ QK_DEVICE void cp_async(void* to, const void* from, int valid = kBytes) {
 #endif
 }
 
-// The same of 16 bytes by way of L1, where they are likely to be read again; only if `condition`.
-QK_DEVICE void cp_async_cached_if(bool condition, void* to, const void* from) {
+// The same of 16 bytes by way of L1, where they are likely to be read again; zeros unless `there`.
+QK_DEVICE void cp_async_cached(void* to, const void* from, bool there) {
 #ifdef QKERNELS_HOST
-  if (condition) cp_async<16>(to, from);
+  cp_async<16>(to, from, there ? 16 : 0);
 #else
   asm volatile(
       "{\n"
-      ".reg .pred copies;\n"
-      "setp.ne.b32 copies, %2, 0;\n"
-      "@copies cp.async.ca.shared.global [%0], [%1], 16;\n"
+      ".reg .pred missing;\n"
+      "setp.eq.b32 missing, %2, 0;\n"
+      "cp.async.ca.shared.global [%0], [%1], 16, missing;\n"
       "}"
       :
-      : "r"(shared_address(to)), "l"(from), "r"(static_cast<int>(condition))
+      : "r"(shared_address(to)), "l"(from), "r"(static_cast<int>(there))
       : "memory");
 #endif
 }
