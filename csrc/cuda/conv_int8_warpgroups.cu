@@ -89,7 +89,7 @@ QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMem
   static_assert(T::kStages % T::kProducers == 0);
   const int producer = threadIdx.x / kWarpgroup - T::kConsumers;
   const int thread = threadIdx.x % kWarpgroup, place = thread % 8;  // of 16 codes in a pixel's 128
-  const int share = producer % T::kStageProducers;  // which pixels of a stage
+  const int share = producer % T::kStageProducers;                  // which pixels of a stage
   const int weight_row = (share * (kWarpgroup / kWarp) + thread / kWarp) * kRows;
   const int row = share * T::kOwnPixels + thread / 8;
   const int pixel_offset = row * kPieceK + (place ^ (row & 7)) * 16;
