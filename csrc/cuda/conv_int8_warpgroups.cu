@@ -268,8 +268,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       }
       barrier_init_fence();
     }
-    if (threadIdx.x == kWarp) *shared.results() = load_conv_results(a);
     fill_chunks(a, tiles, shared.chunks(), shared.weight_pieces());
+    // The kernel before this one may write all that is read from here on; the next one may set up
+    // its blocks where this one's end.
+    wait_for_previous();
+    let_next_begin();
+    if (threadIdx.x == kWarp) *shared.results() = load_conv_results(a);
     __syncthreads();
     if (threadIdx.x < T::kConsumers * kWarpgroup) {
       take_registers<kConsumerRegisters>();
@@ -292,8 +296,8 @@ void launch_as(const ConvArgs& a, bool borders, Stream stream) {
                     a.group_channels % kPieceK == 0 ? static_cast<int>(a.taps()) : 1};
   const unsigned blocks =
       min(tiles.features * tiles.pixels, static_cast<unsigned>(multiprocessors() * T::kBlocks));
-  launch(conv_warpgroups_kernel<T>, blocks, T::kThreads, ConvMemory<T>::kBytes, stream, a, tiles,
-         borders);
+  launch_with({.overlaps = true}, conv_warpgroups_kernel<T>, blocks, T::kThreads,
+              ConvMemory<T>::kBytes, stream, a, tiles, borders);
 }
 
 }  // namespace
