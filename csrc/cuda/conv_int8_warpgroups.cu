@@ -1,14 +1,16 @@
 // conv with int8 activations on sm_90a as an implicit matrix product: products of warpgroups,
 // weights from registers, pixels from shared memory.
 //
-// A block takes tiles of outputs x pixels, one after the other. Two of its warpgroups multiply; the
-// others gather pixels, one stage each in turn. They read the image by plain loads, so that the taps
-// of a kernel find a pixel in L1 again, and a thread has 32 channels at a time, so that it can bring
-// them into the order of k that the packed weight has without more instructions.
+// A block takes tiles of outputs x pixels, one after the other. Some of its warpgroups multiply; the
+// others gather pixels: they start copies by way of L1, where the taps of a kernel find a pixel
+// again, and go on to the next stage without waiting for them. So pixels keep the order that they
+// have in the image, and weights are brought into it in registers.
 #include "cuda/conv_int8_warpgroups.cuh"
 
 namespace qkernels::cuda {
 namespace {
+
+constexpr int kConsumerRegisters = 168, kProducerRegisters = 88;
 
 // One stage after the other, over all tiles of a block. A barrier's phase has the parity of
 // `round`.
@@ -63,36 +65,6 @@ QK_DEVICE void fill_chunks(const ConvArgs& a, const Tiles& tiles, ConvChunk* chu
 
 // ---- Copies -------------------------------------------------------------------------------------
 
-// The codes of 32 channels of kCount pixels that are 32 apart in the tile.
-template <int kCount>
-struct Codes {
-  uint4 low[kCount], high[kCount];  // anything where a tap is outside of the image
-  bool inside[kCount];
-
-  QK_DEVICE void load(const uint8_t* image, const ConvCorner (&corners)[kCount], ConvChunk chunk) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      inside[i] = (corners[i].taps & chunk.tap) != 0;
-      const uint8_t* const from =
-          image + int64_t{corners[i].at + chunk.offset} * int64_t{kCudaChunk};
-      low[i] = load_128_if(inside[i], from);
-      high[i] = load_128_if(inside[i], from + 16);
-    }
-  }
-
-  // As panel.cuh says: the first four codes of each eight, and the others.
-  QK_DEVICE void store(uint8_t* firsts, uint8_t* others, uint32_t border) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const auto code = [&](uint32_t loaded) { return inside[i] ? loaded : border; };
-      store_shared_128(firsts + i * 32 * kPieceK, make_uint4(code(low[i].x), code(low[i].z),
-                                                             code(high[i].x), code(high[i].z)));
-      store_shared_128(others + i * 32 * kPieceK, make_uint4(code(low[i].y), code(low[i].w),
-                                                             code(high[i].y), code(high[i].w)));
-    }
-  }
-};
-
 // Copies weights of the packed rows from `row` on, one row for each call.
 struct WeightCopies {
   const uint8_t* from;
@@ -109,18 +81,20 @@ struct WeightCopies {
 template <class T>
 QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMemory<T>& shared,
                             bool borders) {
-  constexpr int kEach = T::kOwnPixels / 32, kWarps = T::kStageProducers * (kWarpgroup / kWarp);
+  // Eight threads copy the codes of a pixel.
+  constexpr int kTogether = kWarpgroup / 8, kEach = T::kOwnPixels / kTogether;
+  constexpr int kWarps = T::kStageProducers * (kWarpgroup / kWarp);
   // Packed rows of the tile, and how many of them a warp copies.
   constexpr int kAllRows = T::kFeatures / kLanes, kRows = (kAllRows + kWarps - 1) / kWarps;
   static_assert(T::kStages % T::kProducers == 0);
   const int producer = threadIdx.x / kWarpgroup - T::kConsumers;
-  const int thread = threadIdx.x % kWarpgroup, place = thread % 4;
-  const int share = producer % T::kStageProducers;  // which pixels of a stage
+  const int thread = threadIdx.x % kWarpgroup, place = thread % 8;  // of 16 codes in a pixel's 128
+  const int share = producer % T::kStageProducers;                  // which pixels of a stage
   const int weight_row = (share * (kWarpgroup / kWarp) + thread / kWarp) * kRows;
-  const int row = share * T::kOwnPixels + thread / 4;
-  const int firsts = row * kPieceK + ((place * 2) ^ (row & 7)) * 16, others = firsts ^ 16;
+  const int row = share * T::kOwnPixels + thread / 8;
+  const int pixel_offset = row * kPieceK + (place ^ (row & 7)) * 16;
   const uint32_t border = static_cast<uint8_t>(border_code(a)) * 0x01010101u;
-  const uint8_t* const image = a.image;
+  const uint8_t* const image = a.image + place % 2 * 16;
   const int64_t pixels = a.batch * a.pixels(), blocks = a.blocks();
   const int64_t codes = a.shape.k_padded * kLanes;
   ConvCorner* const known = shared.corners() + producer * T::kOwnPixels;
@@ -136,7 +110,7 @@ QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMem
     sync_some(4 + producer, kWarpgroup);
     ConvCorner corners[kEach];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) corners[i] = known[thread / 4 + i * 32];
+    for (int i = 0; i < kEach; ++i) corners[i] = known[thread / 8 + i * kTogether];
     const int64_t weights = first_row + weight_row;
     const int64_t left = min(blocks, first_row + kAllRows) - weights;
     const WeightCopies copies{a.packed + weights * a.shape.bytes, a.shape.bytes,
@@ -144,31 +118,65 @@ QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMem
 #pragma unroll 1
     for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
       if (T::kStageProducers == 1 && turn.stage % T::kProducers != producer) continue;
-      // What is loaded waits in registers until the stage is free.
-      const ConvChunk chunk = shared.chunks()[stage * kStageChunks + place];
-      Codes<kEach> pixel_codes;
-      pixel_codes.load(image, corners, chunk);
+      const ConvChunk chunk = shared.chunks()[stage * kStageChunks + place / 2];
       const int64_t begin = int64_t{shared.weight_pieces()[stage]} * kRowPieceBytes;
       const int bytes = static_cast<int>(min(codes - begin, int64_t{kRowPieceBytes}));
-      barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
       Barrier* const filled = shared.filled(turn.stage);
+      const uint8_t* const from = image + int64_t{chunk.offset} * int64_t{kCudaChunk};
+      barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
+      uint8_t* const to = shared.pixels(turn.stage) + pixel_offset;
+      const auto each_pixel = [&](const auto& body) {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          body(to + i * kTogether * kPieceK, from + int64_t{corners[i].at} * int64_t{kCudaChunk},
+               (corners[i].taps & chunk.tap) != 0);
+        }
+      };
+      if (border == 0) {
+        each_pixel(cp_async_cached);
+      } else {
+        const uint32_t outside = chunk.tap == 0 ? 0 : border;
+        each_pixel([&](uint8_t* pixel, const uint8_t* source, bool inside) {
+          if (inside) {
+            cp_async_cached(pixel, source, true);
+          } else {
+            store_shared_128(pixel, make_uint4(outside, outside, outside, outside));
+          }
+        });
+      }
+      barrier_arrive_copied(filled);
+      __syncwarp();
+      // Says that what the warp stored is there, too.
       if (thread % kWarp == 0) {
+        barrier_expect(filled, copies.rows * bytes);
         copies.copy(shared.weights(turn.stage) + weight_row * kRowPieceBytes, begin, bytes, filled);
       }
-      uint8_t* const to = shared.pixels(turn.stage);
-      pixel_codes.store(to + firsts, to + others, chunk.tap == 0 ? 0 : border);
-      shared_fence();
-      __syncwarp();
-      if (thread % kWarp == 0) barrier_expect(filled, copies.rows * bytes);
     }
   });
 }
 
 // ---- Products -----------------------------------------------------------------------------------
 
+// Of each 32 k of a packed row a thread has eight, and a product wants k 4t to 4t + 3 and 16 on from
+// it: the four threads of a row exchange two words.
+QK_DEVICE void order_weights(uint32_t (&a)[4], uint4 packed) {
+  const int lane = threadIdx.x % kWarp, t = lane % 4, base = lane - t;
+  const bool low = t < 2, even = t % 2 == 0;
+  const int one = base + t / 2 + (even ? 0 : 2), other = base + t / 2 + (even ? 2 : 0);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {  // rows g and g + 8
+    const uint32_t first = i == 0 ? packed.x : packed.z, second = i == 0 ? packed.y : packed.w;
+    const uint32_t v = shuffle(low ? first : second, one);
+    const uint32_t w = shuffle(low ? second : first, other);
+    a[i] = even ? v : w, a[i + 2] = even ? w : v;
+  }
+}
+
+using StageWeights = uint32_t[kStageChunks][4];
+
 // The sums of a tile; of outputs beyond the weight's last ones they are anything. `count`: adds up
-// weights too, what the thread has of outputs g and g + 8 of its warp, in `weight_sums`. A
-// warpgroup waits for its products after each stage; meanwhile those of the other one run.
+// weights too, what the thread has of outputs g and g + 8 of its warp, in `weight_sums`. While a
+// stage is multiplied, the next one's weights are brought to registers.
 template <class T>
 QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], int chunks,
                              bool count, const Tiles& tiles, const ConvMemory<T>& shared,
@@ -177,16 +185,21 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], 
   const int row = warpgroup % T::kAcross * 4 + threadIdx.x % kWarpgroup / kWarp;
   const int weight_offset = row * kRowPieceBytes + lane * 16;
   const int pixel_offset = warpgroup / T::kAcross * T::kColumns * kPieceK;
-#pragma unroll 1
-  for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
-    barrier_wait(shared.filled(turn.stage), turn.round);
-    const uint8_t* const weights = shared.weights(turn.stage) + weight_offset;
-    uint32_t a[kStageChunks][4];
+  const auto load = [&](StageWeights& to, const Turn<T>& from) {
+    barrier_wait(shared.filled(from.stage), from.round);
+    shared_fence();  // pixels were not written the way that products read
+    const uint8_t* const weights = shared.weights(from.stage) + weight_offset;
 #pragma unroll
     for (int chunk = 0; chunk < kStageChunks; ++chunk) {
-      const uint4 v = load_shared_128(weights + chunk * kCudaUnit);
-      a[chunk][0] = v.x, a[chunk][1] = v.z, a[chunk][2] = v.y, a[chunk][3] = v.w;
+      order_weights(to[chunk], load_shared_128(weights + chunk * kCudaUnit));
     }
+  };
+  StageWeights a, next;
+  load(next, turn);
+#pragma unroll 1
+  for (int stage = 0; stage < tiles.stages; ++stage) {
+#pragma unroll
+    for (int i = 0; i < kStageChunks * 4; ++i) a[i / 4][i % 4] = next[i / 4][i % 4];
     const uint64_t pixels = matrix_in_shared(shared.pixels(turn.stage) + pixel_offset);
     warpgroup_keep(sums);
     warpgroup_fence();
@@ -205,11 +218,15 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], 
         weight_sums[1] = dp4a(w[1], 0x01010101u, dp4a(w[3], 0x01010101u, weight_sums[1]));
       }
     }
+    Turn<T> ahead = turn;
+    ahead.next();
+    if (stage + 1 < tiles.stages) load(next, ahead);
     warpgroup_wait<0>();
     warpgroup_keep(sums);
 #pragma unroll
     for (int chunk = 0; chunk < kStageChunks; ++chunk) warpgroup_keep(a[chunk]);
     if (lane == 0) barrier_arrive(shared.emptied(turn.stage));
+    turn = ahead;
   }
 }
 
@@ -239,25 +256,30 @@ QK_DEVICE void multiply_tiles(const ConvArgs& a, const Tiles& tiles, const ConvM
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1)
+__global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     conv_warpgroups_kernel(const ConvArgs a, const Tiles tiles, bool borders) {
   if constexpr (QK_SM90A) {
     const ConvMemory<T> shared{shared_memory<uint8_t>()};
     if (threadIdx.x == 0) {
       for (int i = 0; i < T::kStages; ++i) {
-        barrier_init(shared.filled(i), T::kStageProducers * (kWarpgroup / kWarp));
+        // Each thread for its pixels, each warp for its weights.
+        barrier_init(shared.filled(i), T::kStageProducers * (kWarpgroup + kWarpgroup / kWarp));
         barrier_init(shared.emptied(i), T::kConsumers * (kWarpgroup / kWarp));
       }
       barrier_init_fence();
     }
-    if (threadIdx.x == kWarp) *shared.results() = load_conv_results(a);
     fill_chunks(a, tiles, shared.chunks(), shared.weight_pieces());
+    // The kernel before this one may write all that is read from here on; the next one may set up
+    // its blocks where this one's end.
+    wait_for_previous();
+    let_next_begin();
+    if (threadIdx.x == kWarp) *shared.results() = load_conv_results(a);
     __syncthreads();
     if (threadIdx.x < T::kConsumers * kWarpgroup) {
-      take_registers<168>();
+      take_registers<kConsumerRegisters>();
       multiply_tiles<T>(a, tiles, shared);
     } else {
-      give_registers<88>();
+      give_registers<kProducerRegisters>();
       gather_tiles<T>(a, tiles, shared, borders);
     }
   }
@@ -265,14 +287,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
 template <class T>
 void launch_as(const ConvArgs& a, bool borders, Stream stream) {
+  static_assert(registers_suffice(T::kThreads * T::kBlocks, T::kConsumers * kWarpgroup * T::kBlocks,
+                                  kConsumerRegisters, kProducerRegisters));
+  static_assert(T::kBlocks * (ConvMemory<T>::kBytes + 1024) <= 228 * 1024);
   const int stages = static_cast<int>(round_up(a.shape.k_padded, kPieceK) / kPieceK);
   const Tiles tiles{blocks_for(a.out_channels, T::kFeatures),
                     blocks_for(a.batch * a.pixels(), T::kPixels), stages,
                     a.group_channels % kPieceK == 0 ? static_cast<int>(a.taps()) : 1};
   const unsigned blocks =
-      min(tiles.features * tiles.pixels, static_cast<unsigned>(multiprocessors()));
-  launch(conv_warpgroups_kernel<T>, blocks, T::kThreads, ConvMemory<T>::kBytes, stream, a, tiles,
-         borders);
+      min(tiles.features * tiles.pixels, static_cast<unsigned>(multiprocessors() * T::kBlocks));
+  launch_with({.overlaps = true}, conv_warpgroups_kernel<T>, blocks, T::kThreads,
+              ConvMemory<T>::kBytes, stream, a, tiles, borders);
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "cuda/conv_int8.cuh"
 #include "cuda/conv_int8.h"
@@ -150,25 +152,40 @@ QK_DEVICE bool leaves_packed(const ConvArgs& a) {
          (a.epilogue == Epilogue::none || a.epilogue == Epilogue::relu);
 }
 
-// Results of kElement bytes, see leaves_packed.
-template <class T, int kElement>
-QK_DEVICE void store_packed(const ConvArgs& a, Encoder encoder, const WarpgroupSums<T>& sums,
-                            const ConvMemory<T>& shared, int64_t feature, int64_t pixel) {
+// What a thread's results need: of outputs g and g + 8 of its warp, and of its image if all images
+// have the same codes.
+struct PackedTables {
+  float scale[2], bias[2], image_scale;
+  int32_t weight_sum[2];
+  int zero;
+};
+
+inline constexpr float kMostSum = 2147483648.0f, kMostFloat = std::numeric_limits<float>::max();
+
+// Whether no result can be NaN, whatever its sum, so that none has to be looked at.
+QK_DEVICE bool never_nan(const PackedTables& tables, float inverse) {
+  bool never = true;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float most = std::fma(std::fabs(tables.image_scale),
+                                kMostSum * std::fabs(tables.scale[i]), std::fabs(tables.bias[i]));
+    never = never && most * std::fabs(inverse) <= kMostFloat;
+  }
+  return never;
+}
+
+// Results of kElement bytes, see leaves_packed. kPlain: all images have the same codes, and codes of
+// results are never those of NaN.
+template <class T, int kElement, bool kPlain>
+QK_DEVICE void store_packed(const ConvArgs& a, const Encoder& encoder, const PackedTables& tables,
+                            const WarpgroupSums<T>& sums, const ConvMemory<T>& shared,
+                            int64_t feature, int64_t pixel) {
   const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
-  const int warp = thread / kWarp, lane = thread % kWarp, g = lane / 4, t = lane % 4;
+  const int warp = thread / kWarp, lane = thread % kWarp, t = lane % 4;
   const int begin = warpgroup / T::kAcross * T::kColumns;  // pixels of the tile before its own
   const int features = warpgroup % T::kAcross * 64;
   const int64_t left = a.batch * a.pixels() - pixel - begin;
   const bool relu = a.epilogue == Epilogue::relu, bf16 = a.y_type == DType::bf16;
-  if (relu) encoder.low = std::fmax(encoder.low, 0.0f);  // scales are not negative
-  float scale[2], bias[2];
-  int32_t weight_sum[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int o = features + warp * kLanes + g + i * 8;
-    scale[i] = shared.scales()[o], bias[i] = shared.biases()[o];
-    weight_sum[i] = shared.weight_sums()[o];
-  }
   constexpr int kPitch = kPackedPitch<kElement>, kUnits = 4 * kElement;  // of 16 bytes
 #pragma unroll
   for (int round = 0; round < T::kColumns / kRoundPixels; ++round) {
@@ -177,18 +194,24 @@ QK_DEVICE void store_packed(const ConvArgs& a, Encoder encoder, const WarpgroupS
     uint32_t packed[kElement][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint4 v = load_shared_128(shared.images() + begin + first + j * 8 + 2 * t);
-      const float image_scale[2] = {bit_cast<float>(v.x), bit_cast<float>(v.z)};
-      const int zero[2] = {static_cast<int>(v.y), static_cast<int>(v.w)};
+      float image_scale[2] = {tables.image_scale, tables.image_scale};
+      int zero[2] = {tables.zero, tables.zero};
+      if constexpr (!kPlain) {
+        const uint4 v = load_shared_128(shared.images() + begin + first + j * 8 + 2 * t);
+        image_scale[0] = bit_cast<float>(v.x), image_scale[1] = bit_cast<float>(v.z);
+        zero[0] = static_cast<int>(v.y), zero[1] = static_cast<int>(v.w);
+      }
       float y[4];
       uint32_t codes[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {  // pixel 2t + e % 2, output g + e / 2 * 8
-        const int32_t sum = sums[(round * 4 + j) * 4 + e] - zero[e % 2] * weight_sum[e / 2];
-        y[e] = std::fma(image_scale[e % 2], static_cast<float>(sum) * scale[e / 2], bias[e / 2]);
+        const int32_t sum = sums[(round * 4 + j) * 4 + e] - zero[e % 2] * tables.weight_sum[e / 2];
+        y[e] = std::fma(image_scale[e % 2], static_cast<float>(sum) * tables.scale[e / 2],
+                        tables.bias[e / 2]);
         if constexpr (kElement == 1) {
           const float quotient = y[e] * encoder.inverse;
-          codes[e] = quotient != quotient ? encoder.zero : encode_low_byte(encoder, y[e]);
+          codes[e] =
+              !kPlain && quotient != quotient ? encoder.zero : encode_low_byte(encoder, y[e]);
         } else if (relu) {
           y[e] = y[e] < 0.0f ? 0.0f : y[e];
         }
@@ -221,6 +244,28 @@ QK_DEVICE void store_packed(const ConvArgs& a, Encoder encoder, const WarpgroupS
       const int64_t to = (pixel + begin + first + at) * a.out_channels + o;
       store_128(static_cast<uint8_t*>(a.y) + to * kElement, v);
     }
+  }
+}
+
+template <class T, int kElement>
+QK_DEVICE void store_packed(const ConvArgs& a, Encoder encoder, const WarpgroupSums<T>& sums,
+                            const ConvMemory<T>& shared, int64_t feature, int64_t pixel) {
+  const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / kWarp;
+  const int o = warpgroup % T::kAcross * 64 + warp * kLanes + threadIdx.x % kWarp / 4;
+  const uint2 image = load_shared_64(shared.images());
+  PackedTables tables{{}, {}, bit_cast<float>(image.x), {}, static_cast<int>(image.y)};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    tables.scale[i] = shared.scales()[o + i * 8], tables.bias[i] = shared.biases()[o + i * 8];
+    tables.weight_sum[i] = shared.weight_sums()[o + i * 8];
+  }
+  if (a.epilogue == Epilogue::relu)
+    encoder.low = std::fmax(encoder.low, 0.0f);  // scales are not < 0
+  const bool plain = a.codes == nullptr && (kElement > 1 || never_nan(tables, encoder.inverse));
+  if (warp_ballot(plain) == ~0u) {
+    store_packed<T, kElement, true>(a, encoder, tables, sums, shared, feature, pixel);
+  } else {
+    store_packed<T, kElement, false>(a, encoder, tables, sums, shared, feature, pixel);
   }
 }
 

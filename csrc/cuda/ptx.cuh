@@ -174,24 +174,6 @@ QK_DEVICE uint4 load_128(const void* at) {
 #endif
 }
 
-// The same if `there`, or else anything.
-QK_DEVICE uint4 load_128_if(bool there, const void* at) {
-#ifdef QKERNELS_HOST
-  return there ? host::aligned<uint4>("load_128_if", at) : make_uint4(~0u, ~0u, ~0u, ~0u);
-#else
-  uint4 v;
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.b32 there, %5, 0;\n"
-      "@there ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(at), "r"(static_cast<int>(there)));
-  return v;
-#endif
-}
-
 // As load_128, of bytes that are read once, such as weights: they leave L1 to the others.
 QK_DEVICE uint4 load_stream_128(const void* at) {
 #ifdef QKERNELS_HOST
@@ -326,6 +308,23 @@ QK_DEVICE void cp_async(void* to, const void* from, int valid = kBytes) {
                  : "r"(shared_address(to)), "l"(from), "n"(kBytes), "r"(valid)
                  : "memory");
   }
+#endif
+}
+
+// The same of 16 bytes by way of L1, where they are likely to be read again; zeros unless `there`.
+QK_DEVICE void cp_async_cached(void* to, const void* from, bool there) {
+#ifdef QKERNELS_HOST
+  cp_async<16>(to, from, there ? 16 : 0);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .pred missing;\n"
+      "setp.eq.b32 missing, %2, 0;\n"
+      "cp.async.ca.shared.global [%0], [%1], 16, missing;\n"
+      "}"
+      :
+      : "r"(shared_address(to)), "l"(from), "r"(static_cast<int>(there))
+      : "memory");
 #endif
 }
 

@@ -38,8 +38,8 @@ IN_PLACE = {
 # Channels that come in pieces of 32, for products of warpgroups: how many multiprocessors have the
 # tile of outputs x pixels that is named.
 WARPGROUPS = {
-    "64x256": (1, Geometry((9, 8), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 1, 32, 40, 5)),
-    "64x256, two taps a stage": (
+    "64x128": (1, Geometry((9, 8), (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 1, 32, 40, 5)),
+    "64x128, two taps a stage": (
         2,
         Geometry((17, 19), (3, 3), (2, 1), (1, 1), (1, 1), (1, 1), 1, 64, 64, 3),
     ),
@@ -176,6 +176,8 @@ def test_codes_by_warpgroups(ops: Any, warpgroups: Geometry) -> None:
         conv(ops, w, x, **given, activation=SYMMETRIC, y_scale=0.5, epilogue=1)
         conv(ops, w, x, torch.bfloat16, **given, activation=SYMMETRIC)
         conv(ops, w, x, **given, activation=ASYMMETRIC, x_zero=-7, y_scale=0.5, y_zero=9)
+        bad = {**given, "bias": given["bias"].clone().index_fill_(0, torch.tensor(0), torch.nan)}
+        conv(ops, w, x, **bad, activation=SYMMETRIC, y_scale=0.5, y_zero=9)
         conv(
             ops, w, x, torch.float16, **given, activation=ASYMMETRIC, x_zero=100,
             residual=residual, r_scale=0.1, r_zero=4, epilogue=6,
