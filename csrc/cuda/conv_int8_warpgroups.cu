@@ -10,7 +10,7 @@
 namespace qkernels::cuda {
 namespace {
 
-constexpr int kConsumerRegisters = 168, kProducerRegisters = 88;
+constexpr int kConsumerRegisters = 176, kProducerRegisters = 80;
 
 // One stage after the other, over all tiles of a block. A barrier's phase has the parity of
 // `round`.
@@ -237,8 +237,12 @@ QK_DEVICE void multiply_tiles(const ConvArgs& a, const Tiles& tiles, const ConvM
   const int row = threadIdx.x / kWarpgroup % T::kAcross * 64 +
                   threadIdx.x % kWarpgroup / kWarp * kLanes + threadIdx.x % kWarp / 4;
   Turn<T> turn;
+  int64_t known = -1;  // the first packed row of the tables
   each_tile<T>(tiles, [&](int64_t first_row, int64_t pixel) {
-    fill_tables(a, shared, first_row * kLanes, pixel, !a.symmetric);
+    if (first_row != known || a.codes != nullptr) {
+      fill_tables(a, shared, first_row * kLanes, pixel, !a.symmetric);
+      known = first_row;
+    }
     WarpgroupSums<T> sums;
     int32_t weight_sums[2] = {};
     multiply_tile<T>(sums, weight_sums, chunks, !a.symmetric, tiles, shared, turn);
