@@ -9,9 +9,9 @@
 
 namespace qkernels::cuda {
 
-// A tile of kConsumers warpgroups, each of which multiplies 64 outputs with kColumns pixels: kAcross
-// of them side by side in outputs, the others in pixels. A multiprocessor has kBlocks at a time:
-// while one stores its results, the other one multiplies.
+// A tile of kConsumers warpgroups, each of which multiplies 64 outputs with kColumns pixels:
+// kAcross of them side by side in outputs, the others in pixels. A multiprocessor has kBlocks at a
+// time: while one stores its results, the other one multiplies.
 template <int kConsumers_, int kProducers_, int kAcross_, int kColumns_, int kStages_, int kBlocks_>
 struct ConvWarpgroupTile {
   static constexpr int kConsumers = kConsumers_, kProducers = kProducers_;  // warpgroups

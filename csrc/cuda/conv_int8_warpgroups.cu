@@ -1,8 +1,8 @@
 // conv with int8 activations on sm_90a as an implicit matrix product: products of warpgroups,
 // weights from registers, pixels from shared memory.
 //
-// A block takes tiles of outputs x pixels, one after the other. Some of its warpgroups multiply; the
-// others gather pixels: they start copies by way of L1, where the taps of a kernel find a pixel
+// A block takes tiles of outputs x pixels, one after the other. Some of its warpgroups multiply;
+// the others gather pixels: they start copies by way of L1, where the taps of a kernel find a pixel
 // again, and go on to the next stage without waiting for them. So pixels keep the order that they
 // have in the image, and weights are brought into it in registers.
 #include "cuda/conv_int8_warpgroups.cuh"
@@ -157,8 +157,8 @@ QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMem
 
 // ---- Products -----------------------------------------------------------------------------------
 
-// Of each 32 k of a packed row a thread has eight, and a product wants k 4t to 4t + 3 and 16 on from
-// it: the four threads of a row exchange two words.
+// Of each 32 k of a packed row a thread has eight, and a product wants k 4t to 4t + 3 and 16 on
+// from it: the four threads of a row exchange two words.
 QK_DEVICE void order_weights(uint32_t (&a)[4], uint4 packed) {
   const int lane = threadIdx.x % kWarp, t = lane % 4, base = lane - t;
   const bool low = t < 2, even = t % 2 == 0;

@@ -174,8 +174,8 @@ QK_DEVICE bool never_nan(const PackedTables& tables, float inverse) {
   return never;
 }
 
-// Results of kElement bytes, see leaves_packed. kPlain: all images have the same codes, and codes of
-// results are never those of NaN.
+// Results of kElement bytes, see leaves_packed. kPlain: all images have the same codes, and codes
+// of results are never those of NaN.
 template <class T, int kElement, bool kPlain>
 QK_DEVICE void store_packed(const ConvArgs& a, const Encoder& encoder, const PackedTables& tables,
                             const WarpgroupSums<T>& sums, const ConvMemory<T>& shared,

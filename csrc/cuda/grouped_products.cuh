@@ -30,8 +30,8 @@ struct Codes {
     }
   }
 
-  // As A operands: of int4 16 * (code - 8), which is the nibble on the left of a byte with its first
-  // bit turned.
+  // As A operands: of int4 16 * (code - 8), which is the nibble on the left of a byte with its
+  // first bit turned.
   QK_DEVICE void widen(uint32_t (&a)[K::kRun][4]) const {
 #pragma unroll
     for (int i = 0; i < K::kRun; ++i) {

@@ -132,7 +132,8 @@ QK_DEVICE int packed_rows(const LinearArgs& a, int64_t row) {
 // ---- Copies -------------------------------------------------------------------------------------
 
 // By kCopyingWarps warps, a stage each in turn. All lanes go along, so that the compiler sees that
-// addresses are a warp's and not a lane's: those it would hand to each copy one lane after the other.
+// addresses are a warp's and not a lane's: those it would hand to each copy one lane after the
+// other.
 template <class K>
 QK_DEVICE void copy_stages(const LinearArgs& a, const Tiles& tiles, const SharedMemory<K>& shared,
                            int rank, int warp) {

@@ -206,8 +206,8 @@ inline FloatPlan float_plan(const LinearArgs& a, bool hopper) {
 // two together take as long, in the mean of the shapes that benchmarks/results/gpu-h200/gpu.json
 // has (tests/cuda/test_matmul.py computes it). float32 x: int4 stays with the kernels in all that
 // was measured; nf4 loses from 16 rows on, and up to 5 its rows of three parts are one tile of 16.
-// On Hopper 16-bit x has a faster kernel: from where the two together, 130 us for 512 rows of 8192 x
-// 8192, should take less.
+// On Hopper 16-bit x has a faster kernel: from where the two together, 130 us for 512 rows of 8192
+// x 8192, should take less.
 constexpr int64_t matmul_rows(Format format, DType x_type, bool hopper) {
   constexpr int64_t kNever = INT64_MAX;
   if (x_type == DType::f32) return format == Format::nf4 ? 6 : kNever;

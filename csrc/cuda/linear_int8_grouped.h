@@ -1,5 +1,5 @@
-// Tiles of warpgroups for int8 activations and weights in groups, and which one a shape takes. Plain
-// C++, so that `explain` can ask.
+// Tiles of warpgroups for int8 activations and weights in groups, and which one a shape takes.
+// Plain C++, so that `explain` can ask.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace qkernels::cuda {
 
-// A warpgroup multiplies 64 outputs, a packed row each warp, with kTokens. kTogether blocks that run
-// together, side by side in outputs, share their tokens.
+// A warpgroup multiplies 64 outputs, a packed row each warp, with kTokens. kTogether blocks that
+// run together, side by side in outputs, share their tokens.
 template <int kConsumers_, int kTokens_, int kTogether_, int kCycles_>
 struct GroupedWarpgroupTile {
   static constexpr int kConsumers = kConsumers_, kTokens = kTokens_, kTogether = kTogether_;

@@ -4,7 +4,8 @@
 // A block takes tiles, one after the other. A warpgroup multiplies 64 outputs with the tile's
 // tokens; while floats take up the exact sums of a group, the tensor cores work on the next one, or
 // where registers have no room for both, on the other half of the tokens. The last warpgroup keeps
-// copies under way. Blocks of a cluster work on the same tokens and copy a part of them each, to all.
+// copies under way. Blocks of a cluster work on the same tokens and copy a part of them each, to
+// all.
 #include "cuda/grouped_products.cuh"
 #include "cuda/grouped_warpgroups.cuh"
 
