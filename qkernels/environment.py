@@ -28,6 +28,11 @@ VARIABLES: dict[str, str] = {
         "number keeps the kernels, and with them results that do not depend on the other rows. "
         "Not set: the numbers in csrc/cuda/linear_float.h."
     ),
+    "QKERNELS_GROUPED_WGMMA": (
+        "1 lets a Hopper GPU run its own kernel for int8 activations and weights in groups. It is "
+        "more than twice as fast, and equal to the bit in all tests, but not cleared by "
+        "compute-sanitizer. Not set, or anything else: the kernel of the other GPUs."
+    ),
     "QKERNELS_CUDA": (
         "read when qkernels is built from source: 0 leaves the CUDA kernels out, 1 builds them and "
         "makes it an error if nvcc is missing. Not set: they are built where nvcc is found and "

@@ -141,7 +141,6 @@ struct Products {
   const SharedMemory<K>& shared;
   Turn<K::kStages>& turn;  // of the stage that is read next
   Turn<kPages>& page;
-  int rank;
   int runs;       // that have not begun
   int chunk = 0;  // of the stage, that is read next
   int left = 0;   // runs of the group that have not begun
@@ -152,8 +151,8 @@ struct Products {
   GroupEnd<K> end{};
 
   QK_DEVICE Products(const LinearArgs& a, const SharedMemory<K>& shared, Turn<K::kStages>& turn,
-                     Turn<kPages>& page, int rank, int runs)
-      : a(a), shared(shared), turn(turn), page(page), rank(rank), runs(runs) {}
+                     Turn<kPages>& page, int runs)
+      : a(a), shared(shared), turn(turn), page(page), runs(runs) {}
 
   struct Run {
     uint64_t tokens;    // matrix_in_shared
@@ -214,9 +213,7 @@ struct Products {
     ++group;
     if (group % kPageGroups != 0 && group != a.shape.groups) return;
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) {
-      barrier_arrive(shared.emptied(shared.kPage + page.place), rank);
-    }
+    if (threadIdx.x % kWarp == 0) barrier_arrive(shared.emptied(shared.kPage + page.place));
     page.next();
   }
 
@@ -272,20 +269,15 @@ struct GroupProducts {
   const SharedMemory<K>& shared;
   Turn<K::kStages>& turn;  // of the stage that is read next
   Turn<kPages>& page;
-  int rank, groups;
+  int groups;
   int32_t exact[2][kSums];
   uint32_t weights[2][K::kRun][4];
   Codes<K> codes;  // of the group whose products are to begin next
   GroupEnd<K> end{};
 
   QK_DEVICE GroupProducts(const LinearArgs& a, const SharedMemory<K>& shared,
-                          Turn<K::kStages>& turn, Turn<kPages>& page, int rank)
-      : a(a),
-        shared(shared),
-        turn(turn),
-        page(page),
-        rank(rank),
-        groups(static_cast<int>(a.shape.groups)) {}
+                          Turn<K::kStages>& turn, Turn<kPages>& page)
+      : a(a), shared(shared), turn(turn), page(page), groups(static_cast<int>(a.shape.groups)) {}
 
   struct Run {
     uint64_t tokens;  // matrix_in_shared
@@ -352,7 +344,7 @@ struct GroupProducts {
     first = now;
     if ((number + kCount) % kPageGroups != 0 && group + kCount != groups) return;
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.emptied(shared.kPage + page.place), rank);
+    if (lane == 0) barrier_arrive(shared.emptied(shared.kPage + page.place));
     page.next();
   }
 
@@ -372,13 +364,13 @@ struct GroupProducts {
 template <class K>
 QK_DEVICE void multiply_tile(float (&sums)[K::kPieces][K::kTokens / 2], const LinearArgs& a,
                              const Tiles& tiles, const SharedMemory<K>& shared,
-                             Turn<K::kStages>& turn, Turn<kPages>& page, int rank) {
+                             Turn<K::kStages>& turn, Turn<kPages>& page) {
   int runs = tiles.stages * K::kRuns;
   if (runs == 0) return;
   if constexpr (K::kWhole) {
-    GroupProducts<K>(a, shared, turn, page, rank).add(sums[0]);
+    GroupProducts<K>(a, shared, turn, page).add(sums[0]);
   } else {
-    Products<K> products(a, shared, turn, page, rank, runs);
+    Products<K> products(a, shared, turn, page, runs);
     auto run = products.load(0);
 #pragma unroll 1
     for (; runs >= kUnroll; runs -= kUnroll) products.template advance<kUnroll>(sums, run);

@@ -244,7 +244,7 @@ QK_DEVICE void copy_ends(const LinearArgs& a, const Tiles& tiles, const SharedMe
       const Outputs<1> o = load_outputs<1>(a, row * kLanes + i);
       shared.output_facts()[i] = {o.weight_sum[0], o.bias[0]};
     }
-    barrier_arrive(shared.filled(shared.kFacts), rank);
+    barrier_arrive(shared.filled(shared.kFacts));
     tile.next();
   });
 }

@@ -124,8 +124,8 @@ struct FloatPlan {
 };
 
 // A tile of rows of x: thread blocks that a multiprocessor holds at a time, and cycles in which
-// these do a step. From benchmarks/results/gpu-h200/gpu.json: 16 rows of 8192 x 8192, 128 rows of
-// the same, and 64 rows of 8192 x 28672.
+// these do a step. From benchmarks/results/gpu-h200-mma/gpu.json: 16 rows of 8192 x 8192, 128 rows
+// of the same, and 64 rows of 8192 x 28672.
 struct TileTime {
   int tiles, warps;
   int64_t resident, cycles;
@@ -203,21 +203,20 @@ inline FloatPlan float_plan(const LinearArgs& a, bool hopper) {
 // ---- Many rows ----------------------------------------------------------------------------------
 
 // Rows from which it is faster to dequantize W and to call torch's matmul: where our kernel and the
-// two together take as long, in the mean of the shapes that benchmarks/results/gpu-h200/gpu.json
-// has (tests/cuda/test_matmul.py computes it). float32 x: int4 stays with the kernels in all that
-// was measured; nf4 loses from 16 rows on, and up to 5 its rows of three parts are one tile of 16.
-// On Hopper 16-bit x has a faster kernel: from where the two together, 130 us for 512 rows of 8192
-// x 8192, should take less.
+// two together take as long, in the mean of the shapes that gpu.json has, in benchmarks/results/
+// gpu-h200 for Hopper's own kernels and gpu-h200-mma for those of the others
+// (tests/cuda/test_matmul.py computes it). float32 x has the same kernels everywhere: int4 stays
+// with them in all that was measured.
 constexpr int64_t matmul_rows(Format format, DType x_type, bool hopper) {
   constexpr int64_t kNever = INT64_MAX;
-  if (x_type == DType::f32) return format == Format::nf4 ? 6 : kNever;
+  if (x_type == DType::f32) return format == Format::nf4 ? 24 : kNever;
   switch (format) {
     case Format::int8:
-      return hopper ? 128 : 88;
+      return hopper ? 80 : 88;
     case Format::int4:
-      return hopper ? 256 : 112;
+      return hopper ? 104 : 112;
     default:
-      return hopper ? 192 : 64;
+      return hopper ? 96 : 64;
   }
 }
 

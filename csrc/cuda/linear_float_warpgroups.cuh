@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) float_warpgroups_kernel(const 
         multiply_slice<T>(a, part, shared, pairs_of, sums);
         put_sums<T>(shared, sums);
       }
-      cluster_sync();  // the others have read their stages, too
+      if (a.slices > 1) cluster_sync();  // the others have read their stages, too
       if (thread < a.slices && thread != rank) {
         copy_to_block(shared.sums_from(rank - (rank > thread ? 1 : 0), share),
                       shared.sums() + thread * share, share * 4, shared.received(), thread);
@@ -249,10 +249,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) float_warpgroups_kernel(const 
     } else {
       give_registers<32>();
       copy_operands<T>(a, part, shared);
-      cluster_sync();
+      if (a.slices > 1) cluster_sync();
     }
     // A block must not end while others copy from it.
-    cluster_sync();
+    if (a.slices > 1) cluster_sync();
   }
 }
 

@@ -70,11 +70,11 @@ QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
   Turn<1> tile;
   each_tile<typename K::T>(tiles, rank, [&](int64_t row, int64_t token) {
     float sums[K::kPieces][K::kTokens / 2] = {};
-    multiply_tile<K>(sums, a, tiles, shared, turn, page, rank);
+    multiply_tile<K>(sums, a, tiles, shared, turn, page);
     barrier_wait(shared.filled(shared.kFacts), tile.round);
     store_tile<K>(a, sums, shared, row, token);
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(shared.emptied(shared.kFacts), rank);
+    if (threadIdx.x % kWarp == 0) barrier_arrive(shared.emptied(shared.kFacts));
     tile.next();
   });
 }

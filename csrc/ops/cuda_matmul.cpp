@@ -18,7 +18,7 @@ namespace {
 #ifdef QKERNELS_HOST
 constexpr int64_t kPieceBytes = int64_t{8} << 10, kMostBytes = kPieceBytes;
 #else
-constexpr int64_t kPieceBytes = int64_t{128} << 20, kMostBytes = int64_t{128} << 20;
+constexpr int64_t kPieceBytes = int64_t{32} << 20, kMostBytes = int64_t{128} << 20;
 #endif
 constexpr int64_t kProductTiles = int64_t{128} * 128 * 256;
 

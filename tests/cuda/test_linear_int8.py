@@ -40,8 +40,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def sm90(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device has the instructions of sm_90a."""
+    """The device has the instructions of sm_90a, and all kernels that use them may run."""
     monkeypatch.setenv("QKERNELS_HOST_SM90", "1")
+    monkeypatch.setenv("QKERNELS_GROUPED_WGMMA", "1")
 
 
 def pack(ops: Any, w: Weight) -> tuple[Tensor, tuple[int, ...]]:

@@ -53,7 +53,7 @@ def on_an_h100(monkeypatch):
         (qk.W4A16(group_size=128), 111, torch.float16, "cuda mma 64x256"),
         (qk.W4A16(group_size=128), 112, torch.float16, "dequantize + matmul"),
         (qk.W4A16(group_size=128), 512, torch.float32, "cuda mma 64x256"),
-        (qk.NF4(), 6, torch.float32, "dequantize + matmul"),
+        (qk.NF4(), 24, torch.float32, "dequantize + matmul"),
         (qk.W8A16(), 88, torch.bfloat16, "dequantize + matmul"),
         (qk.W8A8(), 16, torch.bfloat16, "cuda skinny int8 mma"),
         (qk.W8A8(), 64, torch.bfloat16, "cuda int8 mma 64x64"),
@@ -74,6 +74,13 @@ def test_many_rows_on_hopper():
     layer = qk.nn.QLinear(8192, 8192)
     kernels = [layer.cuda_kernel_for(2048, torch.bfloat16, 132, hopper=h) for h in (False, True)]
     assert kernels == ["cuda int8 mma 128x128", "cuda int8 wgmma 128x256"]
+
+
+def test_a_kernel_that_has_to_be_asked_for(monkeypatch):
+    layer = qk.nn.QLinear(8192, 8192, scheme=qk.W4A8(group_size=128))
+    for value, kernel in (("", "cuda int8 mma 128x128"), ("1", "cuda int8 wgmma grouped 128x128")):
+        monkeypatch.setenv("QKERNELS_GROUPED_WGMMA", value)
+        assert layer.cuda_kernel_for(2048, torch.bfloat16, 132, hopper=True) == kernel
 
 
 def test_a_convolution_on_a_gpu(on_an_h100):
