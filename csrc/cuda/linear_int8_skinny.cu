@@ -9,17 +9,20 @@
 // each warp's part of it counts as one, and sums stay integers to the end.
 #include "cuda/int8.cuh"
 #include "cuda/linear_int8.cuh"
+#include "cuda/ptx_sm90.cuh"
 
 namespace qkernels::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 
-// Four blocks fit on a multiprocessor, two of those with the most tokens.
+// Four blocks fit on a multiprocessor, two of those with the most tokens; sm_80 is a register short
+// with 16 of int4.
 template <Format kFormat, int kTiles_>
 struct Skinny {
   static constexpr int kTiles = kTiles_;
-  static constexpr int kBlocks = kTiles == 4 ? 2 : 4;
+  static constexpr bool kShort = kTiles == 2 && kFormat == Format::int4 && !QK_SM90A;
+  static constexpr int kBlocks = kTiles == 4 ? 2 : kShort ? 3 : 4;
   static constexpr int kChunks = kFormat == Format::int8 ? 1 : 2;  // of 32 k, in a unit
   static constexpr int kRing = kTiles == 1 ? 8 : 4;                // units of a warp under way
   static constexpr int kRingBytes = kRing * kCudaUnit;             // of a warp
