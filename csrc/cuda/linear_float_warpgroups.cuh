@@ -263,8 +263,8 @@ void launch_warpgroups(const FloatPlan& plan, const FloatKernelArgs& a, Stream s
     const unsigned clusters =
         blocks_for(a.n, T::kWarps * kLanes / a.teams) * static_cast<unsigned>(a.row_tiles);
     const auto together = static_cast<unsigned>(a.slices);
-    launch_clusters(float_warpgroups_kernel<T>, clusters * together, together, T::kThreads,
-                    T::bytes(a.teams), stream, a);
+    launch_with({.cluster = together}, float_warpgroups_kernel<T>, clusters * together, T::kThreads,
+                T::bytes(a.teams), stream, a);
   };
   if (plan.tiles == 2) return run(FloatWarpgroups<kFormat, kAsymmetric, kType, 16>{});
   if (plan.tiles == 4) return run(FloatWarpgroups<kFormat, kAsymmetric, kType, 32>{});

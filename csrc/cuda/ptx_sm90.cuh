@@ -34,13 +34,6 @@ inline bool has_sm90a() {
 #endif
 }
 
-// `launch` with thread blocks in clusters of `cluster` along x.
-template <class... Params, class... Args>
-void launch_clusters(void (*kernel)(Params...), unsigned grid, unsigned cluster, dim3 block,
-                     int64_t shared_bytes, Stream stream, const Args&... args) {
-  launch_with({.cluster = cluster}, kernel, grid, block, shared_bytes, stream, args...);
-}
-
 // ---- Registers ----------------------------------------------------------------------------------
 
 // Of each thread of the warpgroup from here on: what one gives up, another can take. Who asks for

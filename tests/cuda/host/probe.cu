@@ -182,14 +182,14 @@ void copy(const Tensor& from, const Tensor& to, int64_t valid, bool wait, bool b
 }
 
 void cluster(const Tensor& from, const Tensor& to, bool wait) {
-  launch_clusters(cluster_kernel, 2, 2, 32, 64, nullptr,
-                  static_cast<const uint8_t*>(from.const_data_ptr()),
-                  static_cast<uint32_t*>(to.mutable_data_ptr()), wait);
+  launch_with({.cluster = 2}, cluster_kernel, 2, 32, 64, nullptr,
+              static_cast<const uint8_t*>(from.const_data_ptr()),
+              static_cast<uint32_t*>(to.mutable_data_ptr()), wait);
 }
 
 void store_async(const Tensor& to, bool wait) {
-  launch_clusters(store_async_kernel, 2, 2, 32, 64, nullptr,
-                  static_cast<uint32_t*>(to.mutable_data_ptr()), wait);
+  launch_with({.cluster = 2}, store_async_kernel, 2, 32, 64, nullptr,
+              static_cast<uint32_t*>(to.mutable_data_ptr()), wait);
 }
 
 void mistake(const std::string& which) {
