@@ -48,7 +48,8 @@ QK_DEVICE int piece_of(const Tiles& tiles, int stage) {
   return tap * (tiles.stages / tiles.taps) + channels;
 }
 
-QK_DEVICE void fill_chunks(const ConvArgs& a, const Tiles& tiles, ConvChunk* chunks, int* pieces) {
+[[maybe_unused]] QK_DEVICE void fill_chunks(const ConvArgs& a, const Tiles& tiles,
+                                            ConvChunk* chunks, int* pieces) {
   const int per_tap = static_cast<int>(a.group_channels) / kCudaChunk;
   for (int i = threadIdx.x; i < tiles.stages * kStageChunks; i += blockDim.x) {
     const int piece = piece_of(tiles, i / kStageChunks);
@@ -65,18 +66,19 @@ QK_DEVICE void fill_chunks(const ConvArgs& a, const Tiles& tiles, ConvChunk* chu
 
 // ---- Copies -------------------------------------------------------------------------------------
 
-// Copies weights of the packed rows from `row` on, one row for each call.
+// Weights of consecutive packed rows.
 struct WeightCopies {
   const uint8_t* from;
   int64_t pitch;
   int rows;
-
-  QK_DEVICE void copy(uint8_t* to, int64_t offset, int bytes, Barrier* filled) const {
-    for (int i = 0; i < rows; ++i) {
-      copy_bulk(to + i * kRowPieceBytes, from + i * pitch + offset, bytes, filled);
-    }
-  }
 };
+
+[[maybe_unused]] QK_DEVICE void copy_weights(const WeightCopies& copies, uint8_t* to,
+                                             int64_t offset, int bytes, Barrier* filled) {
+  for (int i = 0; i < copies.rows; ++i) {
+    copy_bulk(to + i * kRowPieceBytes, copies.from + i * copies.pitch + offset, bytes, filled);
+  }
+}
 
 template <class T>
 QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMemory<T>& shared,
@@ -149,7 +151,8 @@ QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMem
       // Says that what the warp stored is there, too.
       if (thread % kWarp == 0) {
         barrier_expect(filled, copies.rows * bytes);
-        copies.copy(shared.weights(turn.stage) + weight_row * kRowPieceBytes, begin, bytes, filled);
+        copy_weights(copies, shared.weights(turn.stage) + weight_row * kRowPieceBytes, begin, bytes,
+                     filled);
       }
     }
   });
@@ -159,7 +162,7 @@ QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMem
 
 // Of each 32 k of a packed row a thread has eight, and a product wants k 4t to 4t + 3 and 16 on
 // from it: the four threads of a row exchange two words.
-QK_DEVICE void order_weights(uint32_t (&a)[4], uint4 packed) {
+[[maybe_unused]] QK_DEVICE void order_weights(uint32_t (&a)[4], uint4 packed) {
   const int lane = threadIdx.x % kWarp, t = lane % 4, base = lane - t;
   const bool low = t < 2, even = t % 2 == 0;
   const int one = base + t / 2 + (even ? 0 : 2), other = base + t / 2 + (even ? 2 : 0);
