@@ -18,6 +18,7 @@ QK_DEVICE float fake_element(float x, const Affine& affine, bool symmetric) {
 template <Format kFormat, DType kElement>
 struct FakeJob {
   static constexpr DType kType = kElement;
+  static constexpr int kResident = kFormat == Format::nf4 ? 4 : 0;
   FakeQuantizeArgs args;
 
   QK_DEVICE Affine settle(const Range& range, int64_t, int64_t, bool) const {

@@ -74,9 +74,9 @@ inline constexpr int64_t kShortGroup = kWarp * kEight;
 
 // 2^log_width threads, up to a warp, take a group, and each of them kCount elements: 16 where rows
 // and groups consist of sixteens, because what a thread does once for its group is as much work as
-// encoding eight.
+// encoding eight. Job::kResident blocks shall fit an SM; 0 leaves that to the compiler.
 template <class Job, int kCount>
-__global__ void __launch_bounds__(kShortThreads)
+__global__ void __launch_bounds__(kShortThreads, Job::kResident)
     short_groups_kernel(const Job job, int64_t total, int log_width) {
   const auto& a = job.args;
   const int width = 1 << log_width, thread = static_cast<int>(threadIdx.x);

@@ -14,6 +14,7 @@ constexpr int kThreads = 256;
 template <Format kFormat, DType kElement>
 struct QuantizeJob {
   static constexpr DType kType = kElement;
+  static constexpr int kResident = 0;
   QuantizeArgs args;
 
   QK_DEVICE Affine settle(const Range& range, int64_t row, int64_t group, bool writes) const {
