@@ -23,6 +23,12 @@ struct Pairs {
 // Lines of 16 outputs and 16 k as rows of the panel: row p has, for each k, outputs 2p and 2p + 1.
 constexpr int kPairRows = kLanes / 2;
 
+// Loads spread and widen for nothing what GCC would take out of registers by shuffles.
+template <class T>
+SIMD void keep_in_memory(T& x) {
+  asm("" : "+m"(x));
+}
+
 // A 4-bit code of a group stands for one of 16 numbers, so 32 words are all that the codes of two
 // outputs can become. They are dequantized and rounded once; after that the words of a row come by
 // index: the code, and 16 more for the second output.
@@ -30,11 +36,13 @@ template <Format Fmt>
 struct Turn {
   I numbers[kPairRows];
 
-  INLINE inline void start(F scales, I zeros) {
+  INLINE void start(F scales, I zeros) {
     alignas(64) float scale[kLanes];
     alignas(64) int32_t zero[kLanes];
     store(scale, scales);
     store(zero, zeros);
+    keep_in_memory(scale);
+    keep_in_memory(zero);
     const I codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const auto all = [&](int lane) INLINE {
       return decode(make_decoder<Fmt>(scale[lane], zero[lane]), codes);
@@ -43,7 +51,7 @@ struct Turn {
                           INLINE { numbers[p] = Pairs::round_words(all(2 * p), all(2 * p + 1)); });
   }
 
-  INLINE inline void lines(const uint8_t* codes, float* row) const {
+  INLINE void lines(const uint8_t* codes, float* row) const {
     // Four outputs of a line are 16 bytes of eight k; twice the same, once for the high nibbles.
     const I shifts = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
     const I second = _mm512_set1_epi64(0x1010101000000000);
@@ -70,17 +78,19 @@ struct Turn<Format::int8> {
   F scale[kPairRows];
   I zero[kPairRows];
 
-  INLINE inline void start(F scales, I zeros) {
+  INLINE void start(F scales, I zeros) {
     alignas(64) int64_t scale_pairs[kPairRows], zero_pairs[kPairRows];
     _mm512_store_ps(scale_pairs, scales);
     _mm512_store_si512(zero_pairs, zeros);
+    keep_in_memory(scale_pairs);
+    keep_in_memory(zero_pairs);
     unroll<kPairRows>([&](int p) INLINE {
       scale[p] = floats(_mm512_set1_epi64(scale_pairs[p]));
       zero[p] = _mm512_set1_epi64(zero_pairs[p]);
     });
   }
 
-  INLINE inline void lines(const uint8_t* codes, float* row) const {
+  INLINE void lines(const uint8_t* codes, float* row) const {
     const I order =
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
     alignas(64) uint8_t pieces[4][kLine];  // eight k and two outputs are 16 bytes
@@ -90,6 +100,7 @@ struct Turn<Format::int8> {
       store_all(pieces[half], _mm512_shuffle_epi8(_mm512_unpacklo_epi32(even, odd), order));
       store_all(pieces[2 + half], _mm512_shuffle_epi8(_mm512_unpackhi_epi32(even, odd), order));
     });
+    keep_in_memory(pieces);
     unroll<kPairRows>([&](int p) INLINE {
       const auto number = [&](int half) INLINE {
         const I code = load_i8(pieces[p % 2 * 2 + half] + p / 2 * 16);
@@ -114,7 +125,11 @@ void Pairs::turn_lines(const PackedRows& w, int64_t n, int64_t count, Span colum
       const int64_t group_end = (g + 1) * s.group_size;
       const int64_t end = group_end < columns.end ? group_end : columns.end;
       for (; k < end; k += kWidth) {
-        turn.lines(packed + code_offset(Fmt, k, 0), row + panel_column<Pairs>(k - columns.begin));
+        const uint8_t* const codes = packed + code_offset(Fmt, k, 0);
+        // The same columns of the next 16 outputs: far off in memory, and soon needed.
+        unroll<Fmt == Format::int8 ? 4 : 2>(
+            [&](int line) INLINE { ask_for(codes + s.bytes + line * kLine); });
+        turn.lines(codes, row + panel_column<Pairs>(k - columns.begin));
       }
     }
   }
