@@ -32,6 +32,7 @@ namespace {
 #include "cpu/lines_avx512.inl"
 #include "cpu/matmul_avx512bf16.inl"
 #include "cpu/matmul.inl"
+#include "cpu/backward_avx512bf16.inl"
 
 }  // namespace
 }  // namespace avx512bf16

@@ -8,7 +8,7 @@
 //   feature [Products::kN][kBackwardColumns + kWidth]  W[n] before it is cut into strips
 //
 // A policy says how many n a product takes at once (they share the four bytes of an element of
-// panel and tile) and how it is added.
+// panel and tile), how it is added, and whether it has a faster way from lines to the panel.
 
 constexpr int kBackwardTile = 6;  // rows, times vectors of a strip, whose sums stay in registers
 constexpr int kBackwardVectors = kWidth == 16 ? 4 : 2;
@@ -25,6 +25,7 @@ static_assert((kBackwardRows + kBackwardPanel + 2) * kBackwardColumns + 2 * kWid
 // One n as a float.
 struct Singles {
   static constexpr int kN = 1;
+  static constexpr bool kTurnsLines = false;
   static INLINE void add_product(F& sum, F dy, F weight) { sum = fma(dy, weight, sum); }
   static INLINE F join(const F (&weights)[kN]) { return weights[0]; }
 };
@@ -66,34 +67,51 @@ void backward_rows(const float* dy, const float* panel, int64_t count, int64_t c
   }
 }
 
-// W[n .. n + count)[k_begin .. k_end) into the panel, by way of `feature`, whose floats past the
-// last column stay 0: the columns that fill up a vector are computed and dropped.
+// Where column k lies in a row of the panel.
 template <class Products>
-void dequantize_panel(const BackwardArgs& a, int64_t n, int64_t count, int64_t k_begin,
-                      int64_t k_end, float* feature, float* panel) {
+constexpr int64_t panel_column(int64_t k) {
+  return k / kStrip * (kBackwardPanel / Products::kN) * kStrip + k % kStrip;
+}
+
+// W[n .. n + count)[columns] into the panel, by way of `feature`, whose floats past the last column
+// stay 0: the columns that fill up a vector are computed and dropped.
+template <class Products, Format Fmt>
+void dequantize_features(const PackedRows& weight, int64_t n, int64_t count, Span columns,
+                         float* feature, float* panel) {
+  constexpr int kN = Products::kN;
+  constexpr int64_t kFeature = kBackwardColumns + kWidth;
+  for (int64_t i = 0; i < count; i += kN) {
+    for (int j = 0; j < kN; ++j) {
+      if (i + j < count) {
+        dequantize_feature<DType::f32, Fmt>(weight, n + i + j, columns.begin, columns.end,
+                                            feature + j * kFeature, 0);
+      } else {
+        std::memset(feature + j * kFeature, 0, sizeof(float) * kFeature);
+      }
+    }
+    float* const row = panel + i / kN * kStrip;
+    for (int64_t k = 0; k < columns.end - columns.begin; k += kWidth) {
+      F weights[kN];
+      unroll<kN>([&](int j) INLINE { weights[j] = load(feature + j * kFeature + k); });
+      store(row + panel_column<Products>(k), Products::join(weights));
+    }
+  }
+}
+
+template <class Products>
+void dequantize_panel(const BackwardArgs& a, int64_t n, int64_t count, Span columns, float* feature,
+                      float* panel) {
   const PackedRows weight{a.packed, a.layout, a.shape};
   with_format(a.layout.format, [&](auto code) {
     constexpr Format kFormat = decltype(code)::value;
     if constexpr (info(kFormat).packs) {
-      constexpr int kN = Products::kN;
-      constexpr int64_t kFeature = kBackwardColumns + kWidth;
-      for (int64_t i = 0; i < count; i += kN) {
-        for (int j = 0; j < kN; ++j) {
-          if (i + j < count) {
-            dequantize_feature<DType::f32, kFormat>(weight, n + i + j, k_begin, k_end,
-                                                    feature + j * kFeature, 0);
-          } else {
-            std::memset(feature + j * kFeature, 0, sizeof(float) * kFeature);
-          }
-        }
-        float* const row = panel + i / kN * kStrip;
-        for (int64_t k = 0; k < k_end - k_begin; k += kWidth) {
-          F weights[kN];
-          unroll<kN>([&](int j) INLINE { weights[j] = load(feature + j * kFeature + k); });
-          store(row + k / kStrip * (kBackwardPanel / kN) * kStrip + k % kStrip,
-                Products::join(weights));
+      if constexpr (Products::kTurnsLines) {
+        // Where 16 columns are all of one group.
+        if (a.shape.groups == 1 || a.shape.group_size % kWidth == 0) {
+          return Products::template turn_lines<kFormat>(weight, n, count, columns, panel);
         }
       }
+      dequantize_features<Products, kFormat>(weight, n, count, columns, feature, panel);
     }
   });
 }
@@ -136,7 +154,7 @@ void backward_as(const BackwardArgs& a, int64_t row_begin, int64_t row_end, int6
     std::memset(sums, 0, sizeof(float) * static_cast<size_t>(rows) * kBackwardColumns);
     for (int64_t n = 0; n < a.n; n += kBackwardPanel) {
       const int64_t count = a.n - n < kBackwardPanel ? a.n - n : kBackwardPanel;
-      dequantize_panel<Products>(a, n, count, k_begin, k_end, feature, panel);
+      dequantize_panel<Products>(a, n, count, {k_begin, k_end}, feature, panel);
       for (int64_t row = 0; row < rows; row += kBackwardTile) {
         const int64_t left = rows - row;
         const int height = static_cast<int>(left < kBackwardTile ? left : kBackwardTile);

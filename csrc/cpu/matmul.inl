@@ -18,7 +18,8 @@ SIMD void restore(const float* from, I* sum) { *sum = bits(load(from)); }
 constexpr int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
 // kWidth scales of group and lane `at` on.
-SIMD F load_scale(const LinearArgs& a, const uint8_t* weight, int64_t at) {
+template <class Args>
+SIMD F load_scale(const Args& a, const uint8_t* weight, int64_t at) {
   const uint8_t* scales = weight + a.shape.scales;
   switch (a.layout.scale) {
     case DType::f32:
@@ -31,7 +32,8 @@ SIMD F load_scale(const LinearArgs& a, const uint8_t* weight, int64_t at) {
 }
 
 // Zero points as the codes are stored, kWidth of them.
-SIMD I load_zero(const LinearArgs& a, const uint8_t* weight, int64_t at) {
+template <class Args>
+SIMD I load_zero(const Args& a, const uint8_t* weight, int64_t at) {
   if (a.layout.symmetric) return splat(symmetric_zero(a.layout.format));
   return load_i8(weight + a.shape.zeros + at);
 }

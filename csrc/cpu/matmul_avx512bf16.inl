@@ -6,20 +6,6 @@ SIMD void dot2_bf16(F& sum, I x, I weight) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weight));
 }
 
-// dx: two n at a time, weights rounded to bfloat16.
-struct Pairs {
-  static constexpr int kN = 2;
-  static INLINE void add_product(F& sum, F dy, F weight) { dot2_bf16(sum, bits(dy), bits(weight)); }
-  static INLINE F join(const F (&weights)[kN]) {
-    I words;  // those of weights[0], then those of weights[1]
-    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(weights[0]), "v"(weights[1]));
-    const I order = pair_words(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
-    return floats(_mm512_permutexvar_epi16(order, words));
-  }
-};
-
 // The bfloat16 of an integer that it holds exactly, or of an nf4 level.
 constexpr uint16_t bf16_of(float x) {
   const uint32_t b = __builtin_bit_cast(uint32_t, x);

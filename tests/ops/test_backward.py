@@ -67,16 +67,19 @@ def test_any_batch_rank(shape: tuple[int, ...]) -> None:
         check_input_gradient(weight(kind, 35, 70, 32), floats(shape))
 
 
+@pytest.mark.parametrize("group_size", [24, 48, -1])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_every_weight_is_at_its_place(kind: Kind) -> None:
-    w = weight(kind, 50, 150, 24)
-    got = ops.linear_backward_input(torch.eye(50), w.packed, *w.sizes)
-    rows = ops.dequantize(
-        w.data, w.scale_tensor, w.zero_tensor, kind.form.code, 24, 150, torch.float32
-    )
-    assert torch.equal(got, rows)
-    half = ops.linear_backward_input(torch.eye(50).bfloat16(), w.packed, *w.sizes)
-    assert torch.equal(half, rows.bfloat16())
+def test_every_weight_is_at_its_place(kind: Kind, group_size: int) -> None:
+    """With bfloat16 too, where groups of a multiple of 16 take a way of their own."""
+    for n, k in ((1, 1), (51, 150), (300, 601)):
+        w = weight(kind, n, k, group_size)
+        got = ops.linear_backward_input(torch.eye(n), w.packed, *w.sizes)
+        rows = ops.dequantize(
+            w.data, w.scale_tensor, w.zero_tensor, kind.form.code, group_size, k, torch.float32
+        )
+        assert torch.equal(got, rows)
+        half = ops.linear_backward_input(torch.eye(n).bfloat16(), w.packed, *w.sizes)
+        assert torch.equal(half, rows.bfloat16())
 
 
 def test_any_strides() -> None:
