@@ -1,6 +1,8 @@
 """transformers' own save_pretrained and from_pretrained, for models with quantized layers.
 
-Importing this module registers it with transformers, whose version 5 it needs.
+Importing this module registers it with transformers, whose version 5 it needs, and an attention
+function: `model.set_attn_implementation("qkernels")` has `qkernels::attention` compute where there
+is no gradient (`qkernels/hf_attention.py`).
 
 Example:
     >>> import qkernels.hf
@@ -41,6 +43,7 @@ except (ImportError, AttributeError) as missing:
 
 from qkernels.attention import attention_split
 from qkernels.fuse import apply_fusion
+from qkernels.hf_attention import NAME as _ATTENTION_NAME
 from qkernels.io.file import ModuleEntry
 from qkernels.io.load import shell_for
 from qkernels.io.save import entry_of, full_name, fused_layer
