@@ -41,9 +41,9 @@ except (ImportError, AttributeError) as missing:
         "with qk.save_model and load into the float model with qk.load_model"
     ) from missing
 
+from qkernels import hf_attention as hf_attention  # registers attention
 from qkernels.attention import attention_split
 from qkernels.fuse import apply_fusion
-from qkernels.hf_attention import NAME as _ATTENTION_NAME
 from qkernels.io.file import ModuleEntry
 from qkernels.io.load import shell_for
 from qkernels.io.save import entry_of, full_name, fused_layer

@@ -13,7 +13,7 @@ namespace qkernels {
 namespace {
 
 constexpr const char* kSequence = "op_sequence";
-enum Op : int64_t { kLinear, kLinearShared, kAttention, kAddNorm };  // qkernels/compiler/program.py
+enum Op : int64_t { kLinear, kLinearShared, kAttention, kAddNorm };  // qkernels/ops_sequence.py
 
 class Program {
  public:
@@ -57,6 +57,12 @@ class Program {
   }
 
   void make(const Tensor& result) { values_.emplace_back(result); }
+
+  void check_end() const {
+    if (factor_ != factors_.size()) {
+      fail(kSequence, "factors hold ", factors_.size() - factor_, " numbers that no step reads");
+    }
+  }
 
   Tensor result(int64_t value) { return *named(value); }
 
@@ -149,6 +155,7 @@ std::vector<Tensor> op_sequence(const std::vector<Tensor>& inputs,
              ", got ", op);
     }
   }
+  p.check_end();
   int64_t before = static_cast<int64_t>(inputs.size()) - 1;
   std::vector<Tensor> results;
   for (const int64_t value : outputs) {

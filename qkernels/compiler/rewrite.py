@@ -93,9 +93,7 @@ def _drop_views(graph: fx.Graph) -> None:
         source = node
         while (source := _viewed(source)) is not None:
             if _same(source.meta["val"], node.meta["val"]):
-                node.replace_all_uses_with(
-                    source, delete_user_cb=lambda user: user.op != "output"
-                )
+                node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
                 break
 
 
@@ -113,9 +111,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two views of the same memory are one tensor, whatever sizes may vary."""
     if a.dtype != b.dtype or a.dim() != b.dim():
         return False
-    pairs = [*zip(a.shape, b.shape), *zip(a.stride(), b.stride())]  # noqa: B905
-    pairs.append((a.storage_offset(), b.storage_offset()))
-    return all(statically_known_true(x == y) for x, y in pairs)
+    sizes = ((*t.shape, *t.stride(), t.storage_offset()) for t in (a, b))
+    return all(statically_known_true(x == y) for x, y in zip(*sizes, strict=True))
 
 
 # ---- Activation functions ------------------------------------------------------------------------

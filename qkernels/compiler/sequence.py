@@ -106,7 +106,7 @@ class _Program:
             self.count += 1
         else:
             for user in call.users:
-                self.value[user] = self.count + user.args[1]  # type: ignore[operator]
+                self.value[user] = self.count + int(user.args[1])  # type: ignore[arg-type]
             self.count += len(call.meta["val"])
 
     def _add_one(self, kind: str, item: Any) -> None:
