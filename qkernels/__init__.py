@@ -41,6 +41,7 @@ else:
     from qkernels import ops as ops
     from qkernels import ops_conv as ops_conv
     from qkernels import ops_int8 as ops_int8
+    from qkernels import ops_sequence as ops_sequence
     from qkernels import ops_transformer as ops_transformer
     from qkernels.attention import split_attention_
     from qkernels.calibrate import calibrate

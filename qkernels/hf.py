@@ -1,6 +1,8 @@
 """transformers' own save_pretrained and from_pretrained, for models with quantized layers.
 
-Importing this module registers it with transformers, whose version 5 it needs.
+Importing this module registers it with transformers, whose version 5 it needs, and an attention
+function: `model.set_attn_implementation("qkernels")` has `qkernels::attention` compute where there
+is no gradient (`qkernels/hf_attention.py`).
 
 Example:
     >>> import qkernels.hf
@@ -39,6 +41,7 @@ except (ImportError, AttributeError) as missing:
         "with qk.save_model and load into the float model with qk.load_model"
     ) from missing
 
+from qkernels import hf_attention as hf_attention  # registers attention
 from qkernels.attention import attention_split
 from qkernels.fuse import apply_fusion
 from qkernels.io.file import ModuleEntry

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/checks.h"
+#include "ops/transformer.h"
 #include "ops/workspace.h"
 
 namespace qkernels {
@@ -74,6 +75,8 @@ void gather_heads(AttentionArgs* a) {
   a->group = 1;
 }
 
+}  // namespace
+
 Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
                  const std::optional<Tensor>& mask, int64_t heads, double scale, bool causal) {
   const char* op = "attention";
@@ -135,7 +138,6 @@ Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
   return y;
 }
 
-}  // namespace
 }  // namespace qkernels
 
 QK_OPS(m) { m.impl("attention", TORCH_BOX(&qkernels::attention)); }

@@ -1,9 +1,8 @@
 // add_norm: checks, allocation and threads, for the CPU. On CUDA it is torch's own
 // (qkernels/ops_transformer.py).
-#include <tuple>
-
 #include "cpu/kernels.h"
 #include "ops/checks.h"
+#include "ops/transformer.h"
 
 namespace qkernels {
 namespace {
@@ -23,6 +22,8 @@ std::optional<Tensor> check_factor(const char* op, const char* name, const Tenso
   check_shape(op, name, *t, {x.size(x.dim() - 1)});
   return dense(*t);
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> add_norm(const Tensor& x_any, const std::optional<Tensor>& residual_any,
                                     const std::optional<Tensor>& weight_any,
@@ -70,7 +71,6 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x_any, const std::optional<Ten
   return {y, sum};
 }
 
-}  // namespace
 }  // namespace qkernels
 
 QK_OPS(m) { m.impl("add_norm", TORCH_BOX(&qkernels::add_norm)); }

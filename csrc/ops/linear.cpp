@@ -91,6 +91,8 @@ Tensor empty_result(const Tensor& x, LinearArgs* a) {
   return y;
 }
 
+}  // namespace
+
 Tensor linear(const Tensor& x_any, const Tensor& packed, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
               const std::optional<Tensor>& x_premul, const std::optional<Tensor>& k_perm,
@@ -158,7 +160,6 @@ std::vector<Tensor> linear_shared(const Tensor& x_any, const std::vector<Tensor>
   return ys;
 }
 
-}  // namespace
 }  // namespace qkernels
 
 QK_OPS(m) {

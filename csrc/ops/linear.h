@@ -6,6 +6,18 @@
 
 namespace qkernels {
 
+// The ops `linear` and `linear_shared`.
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& x_scale, const std::optional<Tensor>& x_zero_point,
+              const std::optional<Tensor>& x_premul, const std::optional<Tensor>& k_perm,
+              int64_t layout, int64_t in_features, int64_t out_features, int64_t group_size,
+              int64_t activation, int64_t epilogue);
+std::vector<Tensor> linear_shared(const Tensor& x, const std::vector<Tensor>& packed,
+                                  const std::vector<std::optional<Tensor>>& bias, int64_t layout,
+                                  int64_t in_features, const std::vector<int64_t>& out_features,
+                                  int64_t group_size, int64_t activation,
+                                  const std::vector<int64_t>& epilogue);
+
 // Allocates the workspace and computes y: on a CPU on torch's threads, on a GPU in the order of the
 // current stream. Everything in the arguments is set but the workspace.
 void run_linear(const LinearArgs& whole);

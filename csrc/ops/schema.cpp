@@ -99,4 +99,5 @@ QK_SCHEMAS(m) {
   m.def(
       "add_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, "
       "bool keep_sum) -> (Tensor y, Tensor sum)");
+  m.def("op_sequence(Tensor[] inputs, int[] program, float[] factors, int[] outputs) -> Tensor[]");
 }

@@ -133,6 +133,7 @@ def model_engines() -> list[ModelEngine]:
         dtype: torch.dtype,
         *,
         fused: bool = False,
+        attention: bool = False,
         backend: str | None = None,
     ) -> ModelEngine:
         def convert(model: nn.Module) -> Any:
@@ -140,6 +141,10 @@ def model_engines() -> list[ModelEngine]:
             if fused:
                 example = getattr(model, "dummy_inputs", None)  # of models of transformers
                 fuse_(model, run=None if example is None else lambda model: model(**example))
+            if attention:
+                import qkernels.hf  # noqa: F401 - registers it
+
+                model.set_attn_implementation("qkernels")  # type: ignore[operator]
             model = model.to(dtype)
             return model if backend is None else torch.compile(model, backend=backend)
 
@@ -154,6 +159,8 @@ def model_engines() -> list[ModelEngine]:
     for suffix, dtype in _DTYPES.items():
         name = f"W8A8 {suffix}"
         engines.append(engine(f"{name} fused", w8a8, dtype, fused=True))
+        own_attention = f"{name} fused with attention"
+        engines.append(engine(own_attention, w8a8, dtype, fused=True, attention=True))
         engines.append(engine(f"{name} compiled", w8a8, dtype, backend="inductor"))
         engines.append(engine(f"{name} compiled by qkernels", w8a8, dtype, backend="qkernels"))
     return engines

@@ -49,7 +49,8 @@ def backend(
 
     def put_together(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         rewrite(graph)
-        inner: Any = compile_fx(graph, examples, config_patches=patches)
+        # Fakes of the ops are tested, so there is no need to check each result in every call.
+        inner: Any = compile_fx(graph, examples, config_patches={"size_asserts": False, **patches})
 
         def boxed(args: list[Any]) -> Any:
             given = tuple(args)

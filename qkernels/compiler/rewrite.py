@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from qkernels.compiler.sequence import join_calls
 from qkernels.functional import EPILOGUES
 from qkernels.lowering.nodes import arguments, is_getitem, op_of, value_of
 
@@ -28,6 +30,7 @@ def rewrite(module: fx.GraphModule) -> dict[str, int]:
     - Quantized linear layers of one input become one call.
     - Attention reads queries, keys and values where the layers wrote them.
     - An addition and the layer norm that follows become one pass.
+    - All of these that follow each other become one call, `op_sequence`.
 
     The results are those of the ops put together, but for rounding; those of linear layers are the
     same to the bit.
@@ -37,7 +40,7 @@ def rewrite(module: fx.GraphModule) -> dict[str, int]:
             results' shapes (`meta["val"]`), as AOTAutograd makes it. It is changed.
 
     Returns:
-        How many times each was done: "activation", "shared", "attention", "norm".
+        How many times each was done: "activation", "shared", "attention", "norm", "sequence".
     """
     graph = module.graph
     _drop_copies(graph)
@@ -47,7 +50,9 @@ def rewrite(module: fx.GraphModule) -> dict[str, int]:
         "attention": sum(map(_fuse_attention, _nodes(graph, _FLASH))),
         "shared": _share_inputs(graph),
     }
+    _drop_views(graph)
     graph.eliminate_dead_code()
+    done["sequence"] = join_calls(graph)
     graph.lint()
     module.recompile()
     return done
@@ -80,6 +85,34 @@ def _drop_copies(graph: fx.Graph) -> None:
         alike = value is not None and before is not None and value.stride() == before.stride()
         if alike and all(op_of(user) in _READERS for user in node.users):
             node.replace_all_uses_with(source)  # type: ignore[arg-type]
+
+
+def _drop_views(graph: fx.Graph) -> None:
+    """Views of views that are what they began with, as heads that are split and put together."""
+    for node in list(graph.nodes):
+        source = node
+        while (source := _viewed(source)) is not None:
+            if _same(source.meta["val"], node.meta["val"]):
+                node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
+                break
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The node whose result a node's result is a view of, or None."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    value, before = value_of(node), value_of(source)
+    if value is None or before is None:
+        return None
+    alike = value.untyped_storage()._cdata == before.untyped_storage()._cdata
+    return source if alike else None  # type: ignore[return-value]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two views of the same memory are one tensor, whatever sizes may vary."""
+    if a.dtype != b.dtype or a.dim() != b.dim():
+        return False
+    sizes = ((*t.shape, *t.stride(), t.storage_offset()) for t in (a, b))
+    return all(statically_known_true(x == y) for x, y in zip(*sizes, strict=True))
 
 
 # ---- Activation functions ------------------------------------------------------------------------
@@ -139,6 +172,7 @@ def _share_inputs(graph: fx.Graph) -> int:
                     [given["epilogue"] for given in each],
                 ),
             )
+            together.meta["val"] = [node.meta["val"] for node in nodes]
             for i, node in enumerate(nodes):
                 _replace(node, graph.call_function(operator.getitem, (together, i)))
     return len(shared)
@@ -164,7 +198,10 @@ def _fuse_attention(node: fx.Node) -> bool:
 
         def merged(x: fx.Node) -> fx.Node:
             by_token = graph.call_function(torch.ops.aten.transpose.int, (x, 1, 2))
-            return graph.call_function(torch.flatten, (by_token, 2, 3))
+            together = graph.call_function(torch.flatten, (by_token, 2, 3))
+            by_token.meta["val"] = x.meta["val"].transpose(1, 2)
+            together.meta["val"] = by_token.meta["val"].flatten(2, 3)
+            return together
 
         y = graph.call_function(
             _ops.attention.default,
@@ -177,6 +214,8 @@ def _fuse_attention(node: fx.Node) -> bool:
             ),
         )
         split = graph.call_function(torch.unflatten, (y, 2, (heads, v.shape[3])))
+        split.meta["val"] = results[0].meta["val"].transpose(1, 2)
+        y.meta["val"] = split.meta["val"].flatten(2, 3)
         by_head = graph.call_function(torch.ops.aten.transpose.int, (split, 1, 2))
     _replace(results[0], by_head)
     return True
@@ -228,6 +267,7 @@ def _fuse_norm(node: fx.Node) -> bool:
             _ops.add_norm.default,
             (a, b, given["weight"], given["bias"], given["eps"], False, keep),
         )
+        both.meta["val"] = (results[0].meta["val"], added.meta["val"])
         y = graph.call_function(operator.getitem, (both, 0))
         total = graph.call_function(operator.getitem, (both, 1)) if keep else None
     _replace(results[0], y)

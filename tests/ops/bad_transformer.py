@@ -6,6 +6,8 @@ import torch
 
 from helpers.data import floats
 
+from .samples import encoder_layer
+
 ops = torch.ops.qkernels
 
 Q, KV = floats((2, 3, 24)), floats((2, 5, 12))  # 4 heads of 6, and 2 of them
@@ -24,7 +26,49 @@ def add_norm(x: Any = X, **change: Any) -> Any:
     return ops.add_norm(x, *{**rest, **change}.values(), False)
 
 
+def op_sequence(**change: Any) -> Any:
+    names = "inputs program factors outputs".split()
+    call = dict(zip(names, encoder_layer(torch.float32), strict=True))
+    assert change.keys() <= call.keys()
+    return ops.op_sequence(*{**call, **change}.values())
+
+
+PROGRAM = encoder_layer(torch.float32)[1]
+NORM = PROGRAM[-7:]  # of the values 8 and 0
+
+
 TABLE = """
+op_sequence:
+  op_sequence(program=[4])
+    program must name ops from 0 to 3, got 4
+  op_sequence(program=[-1])
+    program must name ops from 0 to 3, got -1
+  op_sequence(program=PROGRAM[:-1])
+    program ends before its last step does
+  op_sequence(program=[1, 2**63 - 1])
+    program ends before its last step does
+  op_sequence(program=NORM)
+    value 8 is named but there are 4 so far, or it was read for the last time before
+  op_sequence(program=[3, -3, *NORM[2:]])
+    value -1 is named but there are 4 so far
+  op_sequence(program=[3, -1, *NORM[2:]])
+    program names no tensor (-1) where a step needs one
+  op_sequence(program=[3, 1, 0, *NORM[3:]])
+    value 0 is named but there are 4 so far, or it was read for the last time before
+  op_sequence(factors=[0.4])
+    factors end before those of the last step
+  op_sequence(factors=[0.4, 1e-5, 1.0])
+    factors hold 1 numbers that no step reads
+  op_sequence(outputs=[9, 5])
+    outputs must be results, from 4 on, in order and each once, got (9, 5)
+  op_sequence(outputs=[5, 5])
+    outputs must be results, from 4 on, in order and each once, got (5, 5)
+  op_sequence(outputs=[3])
+    outputs must be results, from 4 on
+  op_sequence(outputs=[4])
+    value 4 is named but there are 11 so far, or it was read for the last time before
+  op_sequence(outputs=[11])
+    value 11 is named but there are 11 so far
 attention:
   attention(Q.double())
     q must be float32, bfloat16 or float16, got float64; convert it with .float()

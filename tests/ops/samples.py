@@ -312,4 +312,21 @@ def transformer_ops() -> list[Sample]:
                     args = (x, r, weight, None if rms else weight, 1e-5, rms, keep)
                     label = f"{name}-{rms}-{keep}-{r is not None}"
                     found.append(Sample(label, ops.add_norm.default, args, {}))
+        found.append(Sample(name, ops.op_sequence.default, encoder_layer(dtype), {}))
     return found
+
+
+def encoder_layer(dtype: torch.dtype) -> tuple[Any, ...]:
+    """Three layers of x, attention with their results, a layer, and x added to it and normed."""
+    w = weight(KINDS[0], 24, 24)
+    inputs = [floats((2, 5, 24), dtype), w.packed, floats((24,)), floats((24,), torch.float32, 1)]
+    x, packed, bias, factor = (2 * value for value in range(4))
+    last = [2 * value + 1 for value in range(9)]  # values that are read for the last time
+    shared = [1, 3, x, packed, packed, packed, bias, -1, bias, w.layout, 24, 24, 24, 24, -1, 1]
+    program = [
+        *(*shared, 0, 0, 2),
+        *(2, last[4], 2 * 5, last[6], -1, 4, 0),
+        *(0, last[7], packed, -1, -1, -1, -1, -1, w.layout, 24, 24, -1, 1, 0),
+        *(3, last[8], last[0], factor, last[3], 0, 1),
+    ]
+    return inputs, program, [0.4, 1e-5], [5, 9, 10]
