@@ -41,7 +41,7 @@ constexpr Words32<Fmt> words32() {
   return t;
 }
 
-// The two bytes of the bfloat16 of 1 to 127. Index 0 stands for 128, of which |code| & 127 is 0, too.
+// The two bytes of the bfloat16 of 1 to 127. Index 0 stands for 128, of which |code| & 127 is 0.
 struct Bytes128 {
   alignas(64) uint8_t low[128], high[128];
 };
@@ -87,8 +87,8 @@ struct A16 {
   using Sum = F;
   static constexpr bool kFloat = true;
   static constexpr int kPairs = Fmt == Format::int8 ? 2 : 4;  // units that a packed line holds
-  // Of them that are made together. Where there are many products beside it, `vpermi2b` takes more
-  // of their time than the other way.
+  // Of them that `weights` makes. A `vpermi2b` takes the time of 2.6 products, so with more rows the
+  // other way costs less.
   static constexpr int at_once(int rows) { return ByTable && rows <= 6 ? 2 : 1; }
   static constexpr Words32<Fmt> kWords = words32<Fmt>();
   static constexpr Bytes128 kBytes128 = bytes128();
@@ -123,8 +123,7 @@ struct A16 {
       const I size = _mm512_abs_epi8(code);
       const I low = lookup(kBytes128.low, size);
       const I high = lookup(kBytes128.high, size, _mm512_test_epi8_mask(code, code));
-      // high | (code & 0x80)
-      const I with_sign =
+      const I with_sign =  // high | (code & 0x80)
           _mm512_ternarylogic_epi32(high, code, splat(static_cast<int32_t>(0x80808080)), 0xf8);
       out[0] = _mm512_unpacklo_epi8(low, with_sign);
       out[1] = _mm512_unpackhi_epi8(low, with_sign);

@@ -121,7 +121,7 @@ def test_one_hot_rows_read_the_weight_itself(kind: Kind) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.form is ref.INT8], ids=str)
 def test_every_code_of_int8_is_exact(kind: Kind, dtype: torch.dtype) -> None:
-    """In every place of a line, for the number of rows of each tile, with and without zero points."""
+    """In every place of a line, for each number of rows of a tile and for many rows."""
     codes = (np.arange(256) + 37 * np.arange(20)[:, None]) % 256 - 128
     w = weight(kind, 20, 256, 32, codes=codes)
     want = torch.from_numpy(w.exact().T.astype(np.float32)).to(dtype)
