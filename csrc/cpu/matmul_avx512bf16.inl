@@ -87,7 +87,7 @@ struct A16 {
   using Sum = F;
   static constexpr bool kFloat = true;
   static constexpr int kPairs = Fmt == Format::int8 ? 2 : 4;  // units that a packed line holds
-  // Of them that `weights` makes. A `vpermi2b` takes the time of 2.6 products, so with more rows the
+  // Of them that `weights` makes. A `vpermi2b` takes the time of 2.6 products: with more rows the
   // other way costs less.
   static constexpr int at_once(int rows) { return ByTable && rows <= 6 ? 2 : 1; }
   static constexpr Words32<Fmt> kWords = words32<Fmt>();
