@@ -15,6 +15,15 @@
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 
+namespace qkernels {
+namespace {
+
+// Not asked for by dispatch.cpp: Cooper Lake has bfloat16 without it.
+bool has_vbmi() { return __builtin_cpu_supports("avx512vbmi") != 0; }
+
+}  // namespace
+}  // namespace qkernels
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")
 

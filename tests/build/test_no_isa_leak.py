@@ -34,8 +34,8 @@ AFTER_SSE2 = re.compile(
 FORBIDDEN_IN_AVX2 = re.compile(r"vpdp|vpmadd52|vsha|vsm[34]|vaes|vgf2p8|vpclmul|.*bf16")
 # On 256 bits vpdpbusd and nothing else, in the encoding of AVX-VNNI or in that of AVX-512.
 FORBIDDEN_IN_AVXVNNI = re.compile(rf"(?!vpdpbusd$)({FORBIDDEN_IN_AVX2.pattern})")
-# AVX-512 F, BW, DQ, VL and VNNI are asked for, and BF16 in a namespace of its own; VBMI, FP16 and
-# the others are not.
+# AVX-512 F, BW, DQ, VL and VNNI are asked for, and BF16 in a namespace of its own, where vpermi2b
+# of VBMI stands behind a question of its own; the rest of VBMI, FP16 and the others are not.
 FORBIDDEN_IN_AVX512 = re.compile(
     r".*bf16|vperm([it]2)?b|vpmultishiftqb|vp(compress|expand)[bw]|vpsh[lr]dv?[wdq]|vpopcnt"
     r"|vpshufbitqmb|vgf2p8|vaes|vpclmul|vpmadd52|vp2intersect|v\w+(ph|sh)$|t(dp|ile)"
@@ -108,7 +108,11 @@ def fault(instruction: Instruction) -> str:
         if instruction.encoding not in (expected, "legacy"):
             return f"{instruction.encoding} for {mnemonic} in {isa}"
         return "not in AVX2, FMA or F16C" if FORBIDDEN_IN_AVXVNNI.match(mnemonic) else ""
-    allowed = {"vcvtps2ph"} | ({"vdpbf16ps", "vcvtne2ps2bf16"} if isa == "avx512bf16" else set())
+    allowed = {"vcvtps2ph"}
+    if isa == "avx512bf16":
+        allowed |= {"vdpbf16ps", "vcvtne2ps2bf16"}
+        # Only in what is made for int8 by table: A16<Format::int8, true>.
+        allowed |= {"vpermi2b"} if "A16ILNS_6FormatE0ELb1EE" in instruction.function else set()
     forbidden = FORBIDDEN_IN_AVX512.match(mnemonic) and mnemonic not in allowed
     return "more than AVX-512 F, BW, DQ, VL and VNNI" if forbidden else ""
 
@@ -205,6 +209,16 @@ EVEX_VNNI = "62 f2 75 28 50 c2\tvpdpbusd %ymm2,%ymm1,%ymm0"
             "more than AVX-512 F, BW, DQ, VL and VNNI",
         ),
         ("_ZN8qkernels10avx512bf161fEv", "62 f2 76 48 52 c2\tvdpbf16ps %zmm2,%zmm1,%zmm0", ""),
+        (
+            "_ZN8qkernels10avx512bf161fEv",
+            "62 f2 75 48 75 c2\tvpermi2b %zmm2,%zmm1,%zmm0",
+            "more than AVX-512 F, BW, DQ, VL and VNNI",
+        ),
+        (
+            "_ZN8qkernels10avx512bf164tileINS0_3A16ILNS_6FormatE0ELb1EEELi1ELi6EEEvv",
+            "62 f2 75 48 75 c2\tvpermi2b %zmm2,%zmm1,%zmm0",
+            "",
+        ),
         ("_ZN8qkernels6avx5121fEv", "c4 e3 7d 1d c1 00\tvcvtps2ph $0x0,%ymm0,%xmm1", ""),
     ],
 )

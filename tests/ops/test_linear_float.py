@@ -118,6 +118,19 @@ def test_one_hot_rows_read_the_weight_itself(kind: Kind) -> None:
         np.testing.assert_allclose(got.numpy(), expected, rtol=1.01 * 2.0**-7, atol=0)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.form is ref.INT8], ids=str)
+def test_every_code_of_int8_is_exact(kind: Kind, dtype: torch.dtype) -> None:
+    """In every place of a line, for each number of rows of a tile and for many rows."""
+    codes = (np.arange(256) + 37 * np.arange(20)[:, None]) % 256 - 128
+    w = weight(kind, 20, 256, 32, codes=codes)
+    want = torch.from_numpy(w.exact().T.astype(np.float32)).to(dtype)
+    x = torch.eye(256).to(dtype)
+    for rows in (1, 2, 3, 6, 7, 8, 47, 48, 128):
+        got = torch.cat([w.linear(part.contiguous()) for part in x.split(rows)])
+        assert torch.equal(got, want), rows
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_long_rows(kind: Kind) -> None:
     """Sums where an accumulation in another type would show, of more than is read at once."""
