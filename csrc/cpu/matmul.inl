@@ -157,8 +157,9 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
       scale[v] = load_scale(a, weight + v / kParts * s.bytes, lane);
       // A line for each group, too far from each other to be expected: the next column's now.
       if (kCut) {
-        ask_for(weight + (v / kParts + Blocks) * s.bytes + s.scales +
-                lane * bytes_of(a.layout.scale));
+        const uint8_t* next = weight + (v / kParts + Blocks) * s.bytes + s.scales;
+        _mm_prefetch(reinterpret_cast<const char*>(next + lane * bytes_of(a.layout.scale)),
+                     _MM_HINT_T0);
       }
     });
     if (directly && g + 1 == s.groups) {
