@@ -107,7 +107,7 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
   constexpr int kAcross = Blocks * kLanes;
   alignas(64) float own[kCut ? 1 : Rows * kAcross];
   float* const total = kCut ? part.total : own;
-  if (s.groups == 0) std::memset(total, 0, Rows * kAcross * sizeof(float));
+  if (s.k_padded == 0) std::memset(total, 0, Rows * kAcross * sizeof(float));
   const bool directly = finishes_directly(a, block, Blocks);
   int64_t g = part.begin == 0 ? 0 : part.begin / s.group_padded;
   for (int64_t at = part.begin; at < part.end; ++g) {
