@@ -68,32 +68,59 @@ SIMD void fold(const LinearArgs& a, typename Tile::Sum sum, F scale, bool is_fir
   }
 }
 
-// What a tile asks for while it computes: `part` bytes of each block for every 8 k, from `codes`
-// on. Policies without kLooksAhead see to that themselves.
-struct Ahead {
-  const uint8_t* codes;
-  int64_t part;
+// So many rows at a time that their panel stays in the cache while the weights stream by.
+template <class Tile>
+constexpr int64_t kSlab = 32 * Tile::kRows;
+
+template <class Tile>
+constexpr bool kLooksAhead = requires { Tile::kLooksAhead; };
+
+template <class Tile>
+struct TileScratch {
+  static constexpr int64_t kSums = kSlab<Tile> * Tile::blocks(Tile::kRows) * kLanes;
+  alignas(64) float sums[kSums];
+  alignas(64) float total[kSums];
+};
+
+// Padded k [begin, end) of a tile: all of them, or a part of a column that is too long for the
+// cache. Then the sums of a group that goes on in the next part, and the totals of the groups before
+// it, wait in `sums` and `total`, [rows][blocks * 16] each.
+//
+// While it computes, a tile asks for `share` bytes of each block for every 8 k, from `next` on.
+// Policies without kLooksAhead see to that themselves, and take all k at once.
+struct Part {
+  int64_t begin, end;
+  const uint8_t* next;
+  int64_t share;
+  float *sums, *total;
 };
 
 template <class Tile, int Rows, int Blocks>
 void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Finish finish,
-          Ahead ahead) {
+          const Part& part) {
+  // Tiles of more blocks are those of few rows, which are alone and take all k.
+  constexpr bool kCut = kLooksAhead<Tile> && Blocks <= Tile::blocks(Tile::kRows);
   const BlockShape& s = a.shape;
   const uint8_t* weight = a.packed + block * s.bytes;
   const uint8_t* panel = a.panel + row * s.k_padded * kBytes<Tile>;
   const int32_t* group_sums = a.group_sums + row * s.groups;
   constexpr int kParts = kLanes / kWidth;  // vectors of a block
   constexpr int kVectors = Blocks * kParts;
-  alignas(64) float total[Rows][Blocks * kLanes];
-  if (s.groups == 0) std::memset(total, 0, sizeof(total));
+  constexpr int kAcross = Blocks * kLanes;
+  alignas(64) float own[kCut ? 1 : Rows * kAcross];
+  float* const total = kCut ? part.total : own;
+  if (s.k_padded == 0) std::memset(total, 0, Rows * kAcross * sizeof(float));
   const bool directly = finishes_directly(a, block, Blocks);
-  for (int64_t g = 0; g < s.groups; ++g) {
-    const int64_t begin = s.padded_begin(g);
+  int64_t g = part.begin == 0 ? 0 : part.begin / s.group_padded;
+  for (int64_t at = part.begin; at < part.end; ++g) {
+    const int64_t group_begin = s.padded_begin(g);
+    const int64_t group_end = group_begin + s.padded_length(g);
+    const int64_t end = kCut && part.end < group_end ? part.end : group_end;
     const uint8_t* codes[Blocks];
-    unroll<Blocks>([&](int b) INLINE {
-      codes[b] = weight + b * s.bytes + code_offset(Tile::kFormat, begin, 0);
-    });
-    const int64_t steps = s.padded_length(g) / kGroupPad;
+    unroll<Blocks>(
+        [&](int b) INLINE { codes[b] = weight + b * s.bytes + code_offset(Tile::kFormat, at, 0); });
+    const uint8_t* x = panel + at * Rows * kBytes<Tile>;
+    const int64_t steps = (end - at) / kGroupPad;
     typename Tile::Sum sums[kVectors][Rows];
     if constexpr (Tile::kFloat) {
       I zero[kVectors];
@@ -101,35 +128,53 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
         zero[v] = load_zero(a, weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth);
         unroll<Rows>([&](int r) INLINE { sums[v][r] = splat(0.0f); });
       });
-      Tile::accumulate(sums, zero, panel + begin * Rows * kBytes<Tile>, codes, steps);
+      Tile::accumulate(sums, zero, x, codes, steps);
     } else {
-      unroll<kVectors>([&](int v) INLINE {
-        start<Tile>(a, weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth,
-                    group_sums + g * Rows, sums[v]);
-      });
-      const uint8_t* x = panel + begin * Rows * kBytes<Tile>;
-      if constexpr (requires { Tile::kLooksAhead; }) {
-        const uint8_t* next = ahead.codes + begin / kGroupPad * ahead.part;
-        Tile::accumulate(sums, x, codes, steps, next, ahead.part);
+      if (kCut && at != group_begin) {
+        unroll<kVectors>([&](int v) INLINE {
+          unroll<Rows>([&](int r)
+                           INLINE { restore(part.sums + r * kAcross + v * kWidth, &sums[v][r]); });
+        });
+      } else {
+        unroll<kVectors>([&](int v) INLINE {
+          start<Tile>(a, weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth,
+                      group_sums + g * Rows, sums[v]);
+        });
+      }
+      if constexpr (kLooksAhead<Tile>) {
+        const uint8_t* next = part.next + (at - part.begin) / kGroupPad * part.share;
+        Tile::accumulate(sums, x, codes, steps, next, part.share);
       } else {
         Tile::accumulate(sums, x, codes, steps);
       }
     }
+    if (kCut && end != group_end) {
+      return unroll<kVectors>([&](int v) INLINE {
+        unroll<Rows>([&](int r) INLINE { keep(sums[v][r], part.sums + r * kAcross + v * kWidth); });
+      });
+    }
     F scale[kVectors];
     unroll<kVectors>([&](int v) INLINE {
-      const int64_t at = g * kLanes + v % kParts * kWidth;
-      scale[v] = load_scale(a, weight + v / kParts * s.bytes, at);
+      const int64_t lane = g * kLanes + v % kParts * kWidth;
+      scale[v] = load_scale(a, weight + v / kParts * s.bytes, lane);
+      // A line for each group, too far from each other to be expected: the next column's now.
+      if (kCut) {
+        const uint8_t* next = weight + (v / kParts + Blocks) * s.bytes + s.scales;
+        _mm_prefetch(reinterpret_cast<const char*>(next + lane * bytes_of(a.layout.scale)),
+                     _MM_HINT_T0);
+      }
     });
     if (directly && g + 1 == s.groups) {
-      return finish_last_group<Tile>(a, sums, scale, &total[0][0], bias, row, block * kLanes);
+      return finish_last_group<Tile>(a, sums, scale, total, bias, row, block * kLanes);
     }
     unroll<kVectors>([&](int v) INLINE {
       unroll<Rows>([&](int r) INLINE {
-        fold<Tile>(a, sums[v][r], scale[v], g == 0, &total[r][v * kWidth]);
+        fold<Tile>(a, sums[v][r], scale[v], g == 0, total + r * kAcross + v * kWidth);
       });
     });
+    at = end;
   }
-  finish(a, {&total[0][0], bias, row, block, Rows, Blocks});
+  if (part.end == s.k_padded) finish(a, {total, bias, row, block, Rows, Blocks});
 }
 
 // ---- Many rows ----------------------------------------------------------------------------------
@@ -141,10 +186,6 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
 // Unpacked weights are lines of 64 bytes, [k / Tile::kUnit][blocks]: what a unit of x meets.
 
 constexpr int64_t kUnpackedBytes = kWidth == 16 ? 24 * 1024 : 16 * 1024;
-
-// So many rows at a time that their panel stays in the cache while the weights stream by.
-template <class Tile>
-constexpr int64_t kSlab = 32 * Tile::kRows;
 
 template <class Tile>
 struct WideScratch {
@@ -351,7 +392,7 @@ void wide(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t r
 // ---- Choosing a tile ----------------------------------------------------------------------------
 
 using TileKernel = void (*)(const LinearArgs&, int64_t block, int64_t row, const float* bias,
-                            Finish, Ahead);
+                            Finish, const Part&);
 
 template <class Tile>
 struct TileKernels {
@@ -364,26 +405,37 @@ constexpr TileKernels<Tile> tile_kernels(std::integer_sequence<int, Index...>) {
                 least(Index % kBlocks + 1, Tile::blocks(Index / kBlocks + 1))>...}};
 }
 
-// Of a tile of `rows` among the `all` that have the same columns, `blocks` blocks from `block` on,
-// with `before` rows before it. The first tile would wait for memory and the others leave it idle:
-// so each asks for a part of the next columns, by its rows, as far as the L2 cache can keep them. A
-// tile alone asks for what it needs itself a little later.
-SIMD Ahead look_ahead(const LinearArgs& a, int64_t block, int64_t blocks, bool is_last,
-                      int64_t before, int64_t rows, int64_t all) {
-  constexpr int64_t kMostBytes = 256 * 1024;
-  const BlockShape& s = a.shape;
+// How many k of columns of `blocks` blocks tiles of `rows` rows in all take at a time: as many as
+// the L2 cache can keep beside those that come next.
+template <class Tile>
+int64_t part_length(const BlockShape& s, int64_t blocks, int64_t rows) {
+  constexpr int64_t kMostBytes = 200 * 1024;
+  const int64_t parts = (blocks * s.bytes + kMostBytes - 1) / kMostBytes;
+  if (!kLooksAhead<Tile> || rows <= Tile::kRows || parts <= 1) return s.k_padded;
+  return round_up((s.k_padded + parts - 1) / parts, kGroupPad);
+}
+
+// What a tile of `rows` rows among the `all` that have the same columns, with `before` rows before
+// it, asks for. The first tile would wait for memory and the others leave it idle: so each asks for
+// a part of what comes next, by its rows. A tile alone asks for what it needs itself a little later.
+SIMD void look_ahead(const LinearArgs& a, const uint8_t* codes, const uint8_t* next, int64_t before,
+                     int64_t rows, int64_t all, Part* part) {
   const int64_t step = code_offset(a.layout.format, kGroupPad, 0);
-  const uint8_t* const codes = a.packed + block * s.bytes;
-  if (rows == all || blocks * s.bytes > kMostBytes) return {codes + 512, step};
-  const int64_t first = before * (s.k_padded / kGroupPad) * step / all;
-  return {codes + (is_last ? 0 : blocks * s.bytes) + first, (step * rows + all - 1) / all};
+  if (rows == all) {
+    part->next = codes + 512;
+    part->share = step;
+  } else {
+    part->next = next + before * ((part->end - part->begin) / kGroupPad) * step / all;
+    part->share = (step * rows + all - 1) / all;
+  }
 }
 
 template <class Tile>
 void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t row_begin,
                int64_t row_end) {
+  const BlockShape& s = a.shape;
   if constexpr (Tile::kWideRows > 0) {
-    if (row_end - row_begin >= Tile::kWideRows && a.shape.k_padded > 0) {
+    if (row_end - row_begin >= Tile::kWideRows && s.k_padded > 0) {
       return wide<Tile>(a, block_begin, block_end, row_begin, row_end);
     }
   }
@@ -391,22 +443,32 @@ void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int6
       tile_kernels<Tile>(std::make_integer_sequence<int, Tile::kRows * Tile::kBlocks>{});
   const Finish finish = finish_for(a);
   alignas(64) float bias[Tile::kBlocks * kLanes];
+  TileScratch<Tile> scratch;
   const int step = Tile::blocks(least(a.rows, Tile::kRows));
   for (int64_t begin = row_begin; begin < row_end; begin += kSlab<Tile>) {
     const int64_t end = begin + kSlab<Tile> < row_end ? begin + kSlab<Tile> : row_end;
+    const int64_t length = part_length<Tile>(s, step, end - begin);
     for (int64_t block = block_begin; block < block_end; block += step) {
       const int blocks = least(block_end - block, step);
       load_bias(a, block * kLanes, blocks * kLanes, bias);
-      for (int64_t row = begin; row < end; row += Tile::kRows) {
-        const int rows = tile_rows<Tile>(a, row);
-        const Ahead ahead =
-            look_ahead(a, block, blocks, block + step >= block_end, row - begin, rows, end - begin);
-        for (int b = 0; b < blocks; b += Tile::blocks(rows)) {
-          const int width = least(blocks - b, Tile::blocks(rows));
-          kernels.of[rows - 1][width - 1](a, block + b, row, bias + b * kLanes, finish,
-                                          {ahead.codes + b * a.shape.bytes, ahead.part});
+      const uint8_t* const codes = a.packed + block * s.bytes;
+      const bool is_last = block + step >= block_end;
+      Part part{};
+      do {
+        part.end = part.begin + length < s.k_padded ? part.begin + length : s.k_padded;
+        const uint8_t* const next = part.end < s.k_padded
+                                        ? codes + code_offset(Tile::kFormat, part.end, 0)
+                                        : codes + (is_last ? 0 : blocks * s.bytes);
+        for (int64_t row = begin; row < end; row += Tile::kRows) {
+          const int rows = tile_rows<Tile>(a, row);
+          look_ahead(a, codes, next, row - begin, rows, end - begin, &part);
+          const int64_t kept = length < s.k_padded ? (row - begin) * blocks * kLanes : 0;
+          part.sums = scratch.sums + kept;
+          part.total = scratch.total + kept;
+          kernels.of[rows - 1][blocks - 1](a, block, row, bias, finish, part);
         }
-      }
+        part.begin = part.end;
+      } while (part.begin < s.k_padded);
     }
   }
 }

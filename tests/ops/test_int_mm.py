@@ -34,6 +34,13 @@ def test_shapes(m: int) -> None:
             check(codes(m, k), codes(k, n))
 
 
+@pytest.mark.parametrize("k", [4096, 4249, 9001, 17_000])
+def test_long_columns(k: int) -> None:
+    """Kernels cut them into parts and keep the sums meanwhile."""
+    for m in (8, 9, 16, 33, 270):
+        check(codes(m, k), codes(k, 50))
+
+
 @pytest.mark.parametrize("x", [-128, -127, 127])
 @pytest.mark.parametrize("w", [-128, -127, 127])
 def test_extremes(x: int, w: int) -> None:

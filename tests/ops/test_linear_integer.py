@@ -51,6 +51,16 @@ def test_rows(kind: Kind, m: int) -> None:
         same_bits(w.linear(x, activation=SYMMETRIC), w.integer(x, None, SYMMETRIC))
 
 
+@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
+def test_long_columns(kind: Kind) -> None:
+    """Columns that kernels cut into parts: inside of a group, between groups, just one too long."""
+    for m, k, group_size in ((13, 9003, -1), (33, 17_001, 1000), (9, 17_400, 24), (300, 8740, 9)):
+        w = weight(kind, 49, k, group_size)
+        x = awkward((m, k), seed="long")
+        for activation in (SYMMETRIC, ASYMMETRIC):
+            same_bits(w.linear(x, activation=activation), w.integer(x, None, activation))
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("activation", [SYMMETRIC, ASYMMETRIC])
