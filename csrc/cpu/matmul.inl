@@ -84,8 +84,8 @@ struct TileScratch {
 };
 
 // Padded k [begin, end) of a tile: all of them, or a part of a column that is too long for the
-// cache. Then the sums of a group that goes on in the next part, and the totals of the groups before
-// it, wait in `sums` and `total`, [rows][blocks * 16] each.
+// cache. Then the sums of a group that goes on in the next part, and the totals of the groups
+// before it, wait in `sums` and `total`, [rows][blocks * 16] each.
 //
 // While it computes, a tile asks for `share` bytes of each block for every 8 k, from `next` on.
 // Policies without kLooksAhead see to that themselves.
@@ -418,8 +418,8 @@ int64_t part_length(const BlockShape& s, int64_t blocks, int64_t rows) {
 
 // What a tile of `rows` rows among the `all` that have the same columns, with `before` rows before
 // it, asks for. The first tile would wait for memory and the others leave it idle: so each asks for
-// a part of what comes next, by its rows. A tile alone asks for what it needs itself a little later,
-// and so do all where what comes next does not fit the cache.
+// a part of what comes next, by its rows. A tile alone asks for what it needs itself a little
+// later, and so do all where what comes next does not fit the cache.
 SIMD void look_ahead(const LinearArgs& a, const uint8_t* codes, const uint8_t* next, int64_t before,
                      int64_t rows, int64_t all, bool fits, Part* part) {
   const int64_t step = code_offset(a.layout.format, kGroupPad, 0);
