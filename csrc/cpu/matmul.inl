@@ -74,6 +74,9 @@ constexpr int64_t kSlab = 32 * Tile::kRows;
 
 template <class Tile>
 constexpr bool kLooksAhead = requires { Tile::kLooksAhead; };
+// Long columns are cut into parts. With few registers, tiles that can do that are slower.
+template <class Tile>
+constexpr bool kCutsColumns = requires { Tile::kCutsColumns; };
 
 template <class Tile>
 struct TileScratch {
@@ -83,11 +86,11 @@ struct TileScratch {
 };
 
 // Padded k [begin, end) of a tile: all of them, or a part of a column that is too long for the
-// cache. Then the sums of a group that goes on in the next part, and the totals of the groups before
-// it, wait in `sums` and `total`, [rows][blocks * 16] each.
+// cache. Then the sums of a group that goes on in the next part, and the totals of the groups
+// before it, wait in `sums` and `total`, [rows][blocks * 16] each.
 //
 // While it computes, a tile asks for `share` bytes of each block for every 8 k, from `next` on.
-// Policies without kLooksAhead see to that themselves, and take all k at once.
+// Policies without kLooksAhead see to that themselves.
 struct Part {
   int64_t begin, end;
   const uint8_t* next;
@@ -99,7 +102,7 @@ template <class Tile, int Rows, int Blocks>
 void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Finish finish,
           const Part& part) {
   // Tiles of more blocks are those of few rows, which are alone and take all k.
-  constexpr bool kCut = kLooksAhead<Tile> && Blocks <= Tile::blocks(Tile::kRows);
+  constexpr bool kCut = kCutsColumns<Tile> && Blocks <= Tile::blocks(Tile::kRows);
   const BlockShape& s = a.shape;
   const uint8_t* weight = a.packed + block * s.bytes;
   const uint8_t* panel = a.panel + row * s.k_padded * kBytes<Tile>;
@@ -411,17 +414,18 @@ template <class Tile>
 int64_t part_length(const BlockShape& s, int64_t blocks, int64_t rows) {
   constexpr int64_t kMostBytes = 200 * 1024;
   const int64_t parts = (blocks * s.bytes + kMostBytes - 1) / kMostBytes;
-  if (!kLooksAhead<Tile> || rows <= Tile::kRows || parts <= 1) return s.k_padded;
+  if (!kCutsColumns<Tile> || rows <= Tile::kRows || parts <= 1) return s.k_padded;
   return round_up((s.k_padded + parts - 1) / parts, kGroupPad);
 }
 
 // What a tile of `rows` rows among the `all` that have the same columns, with `before` rows before
 // it, asks for. The first tile would wait for memory and the others leave it idle: so each asks for
-// a part of what comes next, by its rows. A tile alone asks for what it needs itself a little later.
+// a part of what comes next, by its rows. A tile alone asks for what it needs itself a little
+// later, and so do all where what comes next does not fit the cache.
 SIMD void look_ahead(const LinearArgs& a, const uint8_t* codes, const uint8_t* next, int64_t before,
-                     int64_t rows, int64_t all, Part* part) {
+                     int64_t rows, int64_t all, bool fits, Part* part) {
   const int64_t step = code_offset(a.layout.format, kGroupPad, 0);
-  if (rows == all) {
+  if (rows == all || !fits) {
     part->next = codes + 512;
     part->share = step;
   } else {
@@ -447,6 +451,7 @@ void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int6
   const int step = Tile::blocks(least(a.rows, Tile::kRows));
   for (int64_t begin = row_begin; begin < row_end; begin += kSlab<Tile>) {
     const int64_t end = begin + kSlab<Tile> < row_end ? begin + kSlab<Tile> : row_end;
+    const bool fits = kCutsColumns<Tile> || step * s.bytes <= 256 * 1024;
     const int64_t length = part_length<Tile>(s, step, end - begin);
     for (int64_t block = block_begin; block < block_end; block += step) {
       const int blocks = least(block_end - block, step);
@@ -461,7 +466,7 @@ void linear_as(const LinearArgs& a, int64_t block_begin, int64_t block_end, int6
                                         : codes + (is_last ? 0 : blocks * s.bytes);
         for (int64_t row = begin; row < end; row += Tile::kRows) {
           const int rows = tile_rows<Tile>(a, row);
-          look_ahead(a, codes, next, row - begin, rows, end - begin, &part);
+          look_ahead(a, codes, next, row - begin, rows, end - begin, fits, &part);
           const int64_t kept = length < s.k_padded ? (row - begin) * blocks * kLanes : 0;
           part.sums = scratch.sums + kept;
           part.total = scratch.total + kept;

@@ -32,7 +32,7 @@ struct W8A8 {
     return rows <= 4 ? "matmul_w8a8_avx512_4x96" : "matmul_w8a8_avx512_8x48";
   }
   using Sum = I;
-  static constexpr bool kFloat = false, kFlipped = true, kLooksAhead = true;
+  static constexpr bool kFloat = false, kFlipped = true, kLooksAhead = true, kCutsColumns = true;
 
   static INLINE void store_units(uint8_t* out, I codes) {
     store_i8(out, bit_xor(codes, splat(0x80)));
@@ -102,7 +102,7 @@ struct W4A8 {
     return rows <= 4 ? "matmul_w4a8_avx512_4x96" : "matmul_w4a8_avx512_8x48";
   }
   using Sum = I;
-  static constexpr bool kFloat = false, kFlipped = false, kLooksAhead = true;
+  static constexpr bool kFloat = false, kFlipped = false, kLooksAhead = true, kCutsColumns = true;
 
   static INLINE void store_units(uint8_t* out, I codes) { store_i8(out, codes); }
   static INLINE I add_units(I sums, I units) {
