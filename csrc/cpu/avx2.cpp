@@ -30,6 +30,8 @@ namespace {
 #include "cpu/matmul_avx2.inl"
 #include "cpu/tiles.inl"
 #include "cpu/matmul.inl"
+#include "cpu/matmul_wide.inl"
+#include "cpu/matmul_table.inl"
 #include "cpu/conv_image.inl"
 #include "cpu/conv_finish.inl"
 #include "cpu/conv.inl"

@@ -41,6 +41,8 @@ namespace {
 #include "cpu/lines_avx512.inl"
 #include "cpu/matmul_avx512bf16.inl"
 #include "cpu/matmul.inl"
+#include "cpu/matmul_wide.inl"
+#include "cpu/matmul_table.inl"
 #include "cpu/backward_avx512bf16.inl"
 
 }  // namespace

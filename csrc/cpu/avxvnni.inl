@@ -27,6 +27,8 @@ namespace {
 #include "cpu/prepare.inl"
 #include "cpu/matmul_avxvnni.inl"
 #include "cpu/matmul.inl"
+#include "cpu/matmul_wide.inl"
+#include "cpu/matmul_table.inl"
 #include "cpu/conv_image.inl"
 #include "cpu/conv_finish.inl"
 #include "cpu/conv.inl"
