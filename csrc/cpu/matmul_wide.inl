@@ -1,7 +1,7 @@
-// y = x . W with many rows. From Tile::kWideRows rows on, the weights of Tile::kWideBlocks blocks are
-// unpacked once for a slab of rows, as many k at a time as stay in the L1 cache. Of a tile's rows
-// Tile::kWideTile are taken at once, so few that their totals stay in registers beside their sums.
-// The order of the sums is that of `tile`.
+// y = x . W with many rows. From Tile::kWideRows rows on, the weights of Tile::kWideBlocks blocks
+// are unpacked once for a slab of rows, as many k at a time as stay in the L1 cache. Of a tile's
+// rows Tile::kWideTile are taken at once, so few that their totals stay in registers beside their
+// sums. The order of the sums is that of `tile`.
 //
 // Unpacked weights are lines of 64 bytes, [k / Tile::kUnit][blocks]: what a unit of x meets.
 
