@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,24 @@ class ModelEngine:
     convert: Callable[[nn.Module], Any]
     own: bool = False
     compiled: bool = False
+
+
+def compile_alone(model: nn.Module, **options: Any) -> Any:
+    """`torch.compile` as in a program with one model of a class.
+
+    Of several, torch tries in every call what it compiled for the others first, unless told not to
+    (which 2.13 and newer releases can be).
+
+    Args:
+        model: to be compiled.
+        options: of `torch.compile`.
+
+    Returns:
+        The compiled model.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return torch.compile(model, **options)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from qkernels.bench.engines import (
     ConvTask,
     LinearEngine,
     ModelEngine,
+    compile_alone,
 )
 from qkernels.formats import format_of
 from qkernels.fuse import fuse_
@@ -146,7 +147,7 @@ def model_engines() -> list[ModelEngine]:
 
                 model.set_attn_implementation("qkernels")  # type: ignore[operator]
             model = model.to(dtype)
-            return model if backend is None else torch.compile(model, backend=backend)
+            return model if backend is None else compile_alone(model, backend=backend)
 
         return ModelEngine(name, _kind(scheme), convert, own=True, compiled=backend is not None)
 

@@ -17,6 +17,7 @@ from qkernels.bench.engines import (
     ConvTask,
     LinearEngine,
     ModelEngine,
+    compile_alone,
 )
 
 
@@ -44,11 +45,11 @@ def model_engines() -> list[ModelEngine]:
     return [
         ModelEngine("torch fp32", "float", lambda model: model),
         ModelEngine("torch bf16", "float", lambda model: model.to(torch.bfloat16)),
-        ModelEngine("torch fp32 compiled", "float", torch.compile, compiled=True),
+        ModelEngine("torch fp32 compiled", "float", compile_alone, compiled=True),
         ModelEngine(
             "torch bf16 compiled",
             "float",
-            lambda model: torch.compile(model.to(torch.bfloat16)),
+            lambda model: compile_alone(model.to(torch.bfloat16)),
             compiled=True,
         ),
     ]

@@ -14,7 +14,14 @@ from torchao.quantization import (
     quantize_,
 )
 
-from qkernels.bench.engines import Call, CnnEngine, LinearEngine, ModelEngine, by_shape
+from qkernels.bench.engines import (
+    Call,
+    CnnEngine,
+    LinearEngine,
+    ModelEngine,
+    by_shape,
+    compile_alone,
+)
 
 _GROUP = 128
 
@@ -109,6 +116,6 @@ def cnn_engines() -> list[CnnEngine]:
 def model_engines() -> list[ModelEngine]:
     def convert(model: nn.Module) -> Any:
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
-        return torch.compile(model)
+        return compile_alone(model)
 
     return [ModelEngine("torchao W8A8 compiled", "8 bits", convert, compiled=True)]
