@@ -19,6 +19,7 @@ class Format:
         bits: bits of one stored code.
         storage_dtype: element type of stored codes; 4-bit codes are two in a byte.
         has_zero_point: whether asymmetric quantization exists for it.
+        zero_steps: a stored zero point counts in 1 / zero_steps of a code: int4's in eighths.
         packs: whether it can be a packed weight; the others only quantize and dequantize.
 
     Example:
@@ -31,6 +32,7 @@ class Format:
     bits: int
     storage_dtype: torch.dtype
     has_zero_point: bool
+    zero_steps: int
     packs: bool
 
     def storage_features(self, features: int) -> int:
@@ -45,6 +47,7 @@ FORMATS: dict[str, Format] = {
         bits=row["bits"],
         storage_dtype=getattr(torch, row["storage"]),
         has_zero_point=row["has_zero_point"],
+        zero_steps=row["zero_steps"],
         packs=row["packs"],
     )
     for row in _C.formats()

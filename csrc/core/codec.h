@@ -113,8 +113,24 @@ QK_HD static inline void extend(Range* range, float x) {
 struct Affine {
   float scale;     // as stored: already rounded to the scale's type
   float inverse;   // 1 / scale
-  int zero_point;  // added to the rounded quotient
+  int zero_point;  // in steps of the format: 1 / info(format).zero_steps of a code
 };
+
+// A zero point as the code next to it and what is left, at most half a code.
+struct ZeroParts {
+  int whole;
+  float fraction;
+};
+QK_HD static inline ZeroParts zero_parts(int zero_point, Format format) {
+  if (format != Format::int4) return {zero_point, 0.0f};
+  const int whole = (zero_point + 4) >> 3;
+  return {whole, static_cast<float>(zero_point - 8 * whole) * 0.125f};
+}
+
+// The zero point of a symmetric group.
+QK_HD static inline int symmetric_zero(Format format) {
+  return format == Format::int4 ? kInt4Offset * 8 : 0;
+}
 
 static inline constexpr float kSmallestScale = 0x1p-126f;  // FLT_MIN
 
@@ -156,38 +172,52 @@ QK_HD static inline int round_clamp(float value, int low, int high) {
 #endif
 }
 
+// The zero point nearest to a number of codes.
+QK_HD static inline int to_zero_point(float codes, Format format) {
+  const FormatInfo f = info(format);
+  return round_clamp(codes * static_cast<float>(f.zero_steps), f.asymmetric_min * f.zero_steps,
+                     f.asymmetric_max * f.zero_steps);
+}
+
 // The scale and zero point of a group. All zero: scale 1. NaN or Inf inside: scale NaN, so that
 // what is computed from the group is NaN and never a plausible number.
 QK_HD static inline Affine choose_affine(const Range& range, Format format, bool symmetric,
                                          DType scale_type) {
   const FormatInfo f = info(format);
-  const int offset = format == Format::int4 ? kInt4Offset : 0;
-  if (!range.finite()) return {NAN, NAN, symmetric ? offset : 0};
-  if (range.magnitude == 0) return {1.0f, 1.0f, symmetric ? offset : 0};
+  const int middle = symmetric ? symmetric_zero(format) : 0;
+  if (!range.finite()) return {NAN, NAN, middle};
+  if (range.magnitude == 0) return {1.0f, 1.0f, middle};
   if (symmetric) {
     float scale = bit_cast<float>(range.magnitude) / f.symmetric_range;
     scale = round_scale(scale < kSmallestScale ? kSmallestScale : scale, scale_type);
-    return {scale, 1.0f / scale, offset};
+    return {scale, 1.0f / scale, middle};
   }
   // Divided one by one: max - min may overflow.
   const float steps = static_cast<float>(f.asymmetric_max - f.asymmetric_min);
   float scale = range.max / steps - range.min / steps;
   scale = round_scale(scale < kSmallestScale ? kSmallestScale : scale, scale_type);
   const float inverse = 1.0f / scale;
-  const float low = static_cast<float>(f.asymmetric_min);
-  return {scale, inverse,
-          round_clamp(low - range.min * inverse, f.asymmetric_min, f.asymmetric_max)};
+  const float zero = static_cast<float>(f.asymmetric_min) - range.min * inverse;
+  return {scale, inverse, to_zero_point(zero, format)};
 }
 
 // ---- Codes --------------------------------------------------------------------------------------
 
 // The quotient is x * inverse, rounded half to even, plus the zero point, saturated. NaN gives the
-// zero point (value 0).
+// zero point (value 0). For formats whose zero points are codes.
 QK_HD static inline int encode_integer(float x, const Affine& affine, int low, int high) {
   const float quotient = x * affine.inverse;
   if (quotient != quotient) return affine.zero_point;
   const int zero = affine.zero_point;
   return round_clamp(quotient, low - zero, high - zero) + zero;
+}
+
+// The same where a zero point has a fraction, which is added to the quotient before it is rounded.
+QK_HD static inline int encode_int4(float x, const Affine& affine) {
+  const float quotient = x * affine.inverse;
+  const ZeroParts zero = zero_parts(affine.zero_point, Format::int4);
+  if (quotient != quotient) return zero.whole;
+  return round_clamp(quotient + zero.fraction, -zero.whole, 15 - zero.whole) + zero.whole;
 }
 
 // The nearest NF4 level; a tie goes to the lower one. NaN gives the code of 0.
@@ -202,6 +232,7 @@ QK_HD static inline int encode_nf4(float x, float inverse) {
 
 QK_HD static inline int encode(float x, Format format, const Affine& affine, bool symmetric) {
   if (format == Format::nf4) return encode_nf4(x, affine.inverse);
+  if (format == Format::int4) return encode_int4(x, affine);
   return encode_integer(x, affine, code_min(format, symmetric), code_max(format, symmetric));
 }
 
@@ -213,10 +244,25 @@ QK_HD static inline float nf4_level(int code) {
 
 // What a code stands for in units of the scale.
 QK_HD static inline float code_value(int code, Format format, int zero_point) {
-  return format == Format::nf4 ? nf4_level(code) : static_cast<float>(code - zero_point);
+  if (format == Format::nf4) return nf4_level(code);
+  if (format == Format::int4) return static_cast<float>(8 * code - zero_point) * 0.125f;
+  return static_cast<float>(code - zero_point);
 }
 
-// (code - zero_point) * scale: the difference is exact, the product is rounded once.
+// The sum of the values of `count` codes that add up to `sum`.
+QK_HD static inline float value_sum(int64_t sum, int64_t count, Format format, int zero_point) {
+  const int64_t steps = info(format).zero_steps;
+  return static_cast<float>(steps * sum - zero_point * count) / static_cast<float>(steps);
+}
+
+// The value of a group of an int4 weight from exact sums of codes of x, and of their products with
+// the weight's codes less 8: a zero point other than 8 adds its distance times the sum.
+QK_HD static inline float int4_dot(int32_t products, int32_t codes, int zero_point) {
+  const float distance = static_cast<float>(symmetric_zero(Format::int4) - zero_point) * 0.125f;
+  return std::fma(distance, static_cast<float>(codes), static_cast<float>(products));
+}
+
+// code_value * scale: the value is exact, the product is rounded once.
 QK_HD static inline float decode(int code, Format format, float scale, int zero_point) {
   return code_value(code, format, zero_point) * scale;
 }
@@ -237,8 +283,8 @@ QK_HD static inline FakeSlopes fake_slopes(float x, float grad, Format format, c
                                            bool symmetric) {
   const bool levels = format == Format::nf4;
   const int zero = affine.zero_point;
-  const float low = levels ? -1.0f : static_cast<float>(code_min(format, symmetric) - zero);
-  const float high = levels ? 1.0f : static_cast<float>(code_max(format, symmetric) - zero);
+  const float low = levels ? -1.0f : code_value(code_min(format, symmetric), format, zero);
+  const float high = levels ? 1.0f : code_value(code_max(format, symmetric), format, zero);
   const float quotient = x * affine.inverse;
   const float value = code_value(encode(x, format, affine, symmetric), format, zero);
   if (quotient < low || quotient > high) return {0.0f, value, grad};
@@ -303,11 +349,6 @@ QK_HD static inline void store_zero_point(void* zeros, Format format, int64_t i,
   } else {
     static_cast<int8_t*>(zeros)[i] = static_cast<int8_t>(value);
   }
-}
-
-// The zero point of a symmetric group, as the codes are stored.
-QK_HD static inline int symmetric_zero(Format format) {
-  return format == Format::int4 ? kInt4Offset : 0;
 }
 
 // ---- Epilogue functions -------------------------------------------------------------------------

@@ -28,14 +28,15 @@ struct FormatInfo {
   // step outside of [-8, 7] on either side, which costs less than leaving code -8 unused.
   float symmetric_range;
   bool has_zero_point;  // the format knows asymmetric quantization
+  int zero_steps;       // zero points count in 1 / zero_steps of a code
   bool packs;           // the format can be a packed weight
 };
 
 inline constexpr FormatInfo kFormats[] = {
-    {Format::int8, "int8", 8, -127, 127, -128, 127, 127.0f, true, true},
-    {Format::int4, "int4", 4, -8, 7, 0, 15, 7.5f, true, true},
-    {Format::nf4, "nf4", 4, 0, 15, 0, 15, 1.0f, false, true},
-    {Format::int16, "int16", 16, -32767, 32767, -32768, 32767, 32767.0f, true, false},
+    {Format::int8, "int8", 8, -127, 127, -128, 127, 127.0f, true, 1, true},
+    {Format::int4, "int4", 4, -8, 7, 0, 15, 7.5f, true, 8, true},
+    {Format::nf4, "nf4", 4, 0, 15, 0, 15, 1.0f, false, 1, true},
+    {Format::int16, "int16", 16, -32767, 32767, -32768, 32767, 32767.0f, true, 1, false},
 };
 inline constexpr int kFormatCount = sizeof(kFormats) / sizeof(kFormats[0]);
 
@@ -115,7 +116,7 @@ struct Layout {
 
 inline constexpr int kDeviceX86 = 1;
 inline constexpr int kDeviceCuda = 2;
-inline constexpr int kLayoutVersion = 1;
+inline constexpr int kLayoutVersion = 2;  // 1: int4 zero points were whole codes
 
 QK_HD inline constexpr int64_t encode_layout(const Layout& layout) {
   return static_cast<int64_t>(layout.version) | static_cast<int64_t>(layout.device) << 8 |
@@ -143,7 +144,7 @@ QK_HD inline constexpr bool decode_layout(int64_t id, Layout* layout) {
 //   codes   int8: per 4 k one 64-byte line,  byte[lane * 4 + k % 4] = code
 //           4 bit: per 8 k one 64-byte line, byte[lane * 4 + k % 4] = code(k) | code(k + 4) << 4
 //   scales  [groups][16] in their stored type
-//   zeros   [groups][16] bytes, asymmetric only
+//   zeros   [groups][16] bytes, asymmetric only; int4: in eighths of a code
 //   sums    [groups][16] int32, sum of the codes, int8 only: undoes the sign flip for vpdpbusd
 //   bias    [16] float, integer formats only: sum over k of the dequantized weight, which turns an
 //           activation's zero point into one multiplication
@@ -153,7 +154,7 @@ QK_HD inline constexpr bool decode_layout(int64_t id, Layout* layout) {
 //
 // On CUDA the same without sums, and codes in the order in which the 32 threads of a warp feed the
 // tensor cores. Groups are padded to chunks of 32 k, and 4-bit rows to two chunks, with the code of
-// value 0 (asymmetric: the group's zero point; nf4: level 7). Of a chunk, thread g * 4 + t holds
+// value 0 (asymmetric: the group's zero point, int4: rounded; nf4: level 7). Of a chunk, thread g * 4 + t holds
 // the eight consecutive k from 8 * t on, e0 to e7, of the lanes g and g + 8. It reads 16 bytes, and
 // the warp 512:
 //

@@ -41,7 +41,7 @@ struct FakeQuantizeArgs {
   const void* scale;
   DType scale_type;
   const void* zero_point;  // null when symmetric, or chosen
-  bool float_zeros;  // zero points are float32 and count as the codes they round to; CUDA alone
+  bool float_zeros;  // zero points are float32, in codes, and rounded to steps; CUDA alone
   int64_t cols, groups, group_size;
   Format format;
   bool symmetric;

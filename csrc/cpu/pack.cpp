@@ -126,8 +126,7 @@ void pack_block(const PackArgs& a, int64_t block) {
         zero = load_zero_point(a.zero_point, format, from);
         row[s.zeros + to] = static_cast<uint8_t>(zero);
       }
-      const int64_t exact = sums[lane] - static_cast<int64_t>(zero) * s.group_length(g);
-      weight_sums[lane] = std::fma(static_cast<float>(exact),
+      weight_sums[lane] = std::fma(value_sum(sums[lane], s.group_length(g), format, zero),
                                    load_float(a.scale, a.layout.scale, from), weight_sums[lane]);
     }
     if (format == Format::int8) std::memcpy(row + s.sums + g * kLanes * 4, sums, sizeof(sums));

@@ -177,16 +177,25 @@ void prepare(const LinearArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Exact sum over a group of code(x) * (code(w) - zero(w)).
-int32_t dot(const LinearArgs& a, const uint8_t* weight, int64_t row, int64_t g, int lane) {
+// Exact sum over a group of code(x) * (code(w) - offset).
+int32_t dot(const LinearArgs& a, const uint8_t* weight, int64_t row, int64_t g, int lane,
+            int offset) {
   const int64_t begin = a.shape.padded_begin(g);
   const int8_t* x = reinterpret_cast<const int8_t*>(a.panel) + row * a.shape.k_padded + begin;
   int32_t sum = 0;
   for (int64_t i = 0; i < a.shape.padded_length(g); ++i) {
     sum += x[i] * packed_code(weight, a.layout.format, begin + i, lane);
   }
+  return sum - offset * a.group_sums[row * a.shape.groups + g];
+}
+
+float dot_int8(const LinearArgs& a, const uint8_t* weight, int64_t row, int64_t g, int lane) {
   const int zero = packed_zero(weight, a.layout, a.shape, g, lane);
-  return sum - zero * a.group_sums[row * a.shape.groups + g];
+  if (a.layout.format == Format::int8) {
+    return static_cast<float>(dot(a, weight, row, g, lane, zero));
+  }
+  const int32_t codes = a.group_sums[row * a.shape.groups + g];
+  return int4_dot(dot(a, weight, row, g, lane, kInt4Offset), codes, zero);
 }
 
 float dot_float(const LinearArgs& a, const uint8_t* weight, int64_t row, int64_t g, int lane) {
@@ -209,13 +218,13 @@ void linear(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t
       for (int lane = 0; lane < kLanes && block * kLanes + lane < a.n; ++lane) {
         const int64_t n = block * kLanes + lane;
         if (a.y_type == DType::i32) {
-          static_cast<int32_t*>(a.y)[row * a.n + n] = dot(a, weight, row, 0, lane);
+          static_cast<int32_t*>(a.y)[row * a.n + n] = dot(a, weight, row, 0, lane, 0);
           continue;
         }
         float sum = 0.0f;
         for (int64_t g = 0; g < a.shape.groups; ++g) {
           const float part = is_float(a) ? dot_float(a, weight, row, g, lane)
-                                         : static_cast<float>(dot(a, weight, row, g, lane));
+                                         : dot_int8(a, weight, row, g, lane);
           sum = std::fma(part, packed_scale(weight, a.layout, a.shape, g, lane), sum);
         }
         const float bias = a.bias == nullptr ? 0.0f : load_float(a.bias, a.bias_type, n);

@@ -145,14 +145,14 @@ inline ScalarType storage_type(Format format) {
   return format == Format::int8 ? ScalarType::Char : ScalarType::Byte;
 }
 
-// int4 zero points are codes; a larger one would spill into the neighbouring nibble. On a GPU the
-// kernels take the low four bits instead.
+// int4 zero points lie between codes 0 and 15, in eighths. On a GPU the kernels take the low seven
+// bits instead.
 inline void check_zero_points(const char* op, const Tensor& zero_point, Format format) {
   if (!kReadable || format != Format::int4) return;
   const uint8_t* at = zero_point.const_data_ptr<uint8_t>();
   for (int64_t i = 0; i < zero_point.numel(); ++i) {
-    if (at[i] > 15) {
-      fail(op, "zero_point must hold int4 codes from 0 to 15, got ", static_cast<int>(at[i]),
+    if (at[i] > 15 * info(format).zero_steps) {
+      fail(op, "zero_point must hold eighths of int4 codes, from 0 to 120, got ", static_cast<int>(at[i]),
            "; take it from quantize, or clamp it");
     }
   }

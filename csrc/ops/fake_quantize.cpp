@@ -21,9 +21,8 @@ Args args_for(const Cut& cut, const Tensor& x, Format format) {
   return a;
 }
 
-// A zero point that is being learned is a float; what counts is the code that it rounds to.
-Tensor as_codes(const char* op, const Tensor& zero_point, Format format) {
-  const FormatInfo f = info(format);
+// A zero point that is being learned is a float, in codes; what counts is the step next to it.
+Tensor as_steps(const char* op, const Tensor& zero_point, Format format) {
   const Tensor from = dense(zero_point);
   Tensor to = empty_on_device(shape_of(from), storage_type(format));
   const float* values = from.const_data_ptr<float>();
@@ -32,8 +31,7 @@ Tensor as_codes(const char* op, const Tensor& zero_point, Format format) {
       fail(op, "zero_point holds NaN; training has diverged, so lower the learning rate or clip ",
            "the gradients");
     }
-    store_zero_point(to.mutable_data_ptr(), format, i,
-                     round_clamp(values[i], f.asymmetric_min, f.asymmetric_max));
+    store_zero_point(to.mutable_data_ptr(), format, i, to_zero_point(values[i], format));
   }
   return to;
 }
@@ -45,7 +43,7 @@ Given check_fake(const char* op, const Cut& cut, Format format, const Tensor& sc
                       zero_point->scalar_type() == ScalarType::Float;
   if (!floats) return check_given(op, cut, format, scale, zero_point);
   check_device(op, "zero_point", *zero_point);
-  if (kReadable) return check_given(op, cut, format, scale, as_codes(op, *zero_point, format));
+  if (kReadable) return check_given(op, cut, format, scale, as_steps(op, *zero_point, format));
   return check_given(op, cut, format, scale, zero_point, ScalarType::Float);
 }
 

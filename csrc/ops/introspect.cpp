@@ -41,6 +41,7 @@ py::list formats() {
     row["asymmetric_max"] = f.asymmetric_max;
     row["symmetric_range"] = f.symmetric_range;
     row["has_zero_point"] = f.has_zero_point;
+    row["zero_steps"] = f.zero_steps;
     row["packs"] = f.packs;
     row["storage"] = f.format == Format::int16  ? "int16"
                      : f.format == Format::int8 ? "int8"

@@ -117,7 +117,7 @@ class ConvWeight:
         scale, zero = (ref.spread(p, columns, self.group_size) for p in (self.scale, self.zero))
         if self.kind.form is ref.NF4:
             return ref.NF4_LEVELS[self.codes].astype(np.float64) * scale
-        return (self.codes - zero) * scale.astype(np.float64)
+        return self.kind.form.values(self.codes, zero) * scale
 
     def conv(
         self,
@@ -199,9 +199,10 @@ def conv_weight(geometry: Geometry, kind: Kind, group_size: int = -1, seed: Any 
     groups = len(ref.group_edges(columns, group_size))
     scale = np.float32(2.0) ** random.uniform(-9, -3, (g.outputs, groups)).astype(np.float32)
     scale = ref.round_to(scale, kind.scale_dtype)
-    zero = np.full((g.outputs, groups), kind.form.offset)
+    zero = np.full((g.outputs, groups), kind.form.middle)
     if not kind.symmetric:
-        zero = random.integers(low, high + 1, (g.outputs, groups))
+        steps = kind.form.steps
+        zero = random.integers(low * steps, high * steps + 1, (g.outputs, groups))
     stored = tensors(codes, scale, zero, kind)
     sizes = (g.taps, g.group_channels, g.groups, group_size)
     packed = ops.pack_conv(*stored, kind.layout, *sizes)

@@ -124,7 +124,7 @@ class Weight:
         )
         if self.kind.form is ref.NF4:
             return ref.NF4_LEVELS[self.codes].astype(np.float64) * scale
-        return (self.codes - zero) * scale.astype(np.float64)
+        return self.kind.form.values(self.codes, zero) * scale
 
     def linear(
         self,
@@ -156,7 +156,7 @@ class Weight:
         quantized = ref.quantize_activations(a, activation == 1, x_scale, x_zero)
         given = None if bias is None else ref.values(bias)
         weight = (self.codes, self.scale, self.zero, self.group_size)
-        return ref.linear_integer(quantized, *weight, given, activation == 2)
+        return ref.linear_integer(quantized, *weight, given, activation == 2, self.kind.form)
 
 
 def tensors(
@@ -180,9 +180,10 @@ def weight(
     groups = len(ref.group_edges(k, group_size))
     scale = np.float32(2.0) ** random.uniform(-9, -3, (n, groups)).astype(np.float32)
     scale = ref.round_to(scale, kind.scale_dtype)
-    zero = np.full((n, groups), kind.form.offset)
+    zero = np.full((n, groups), kind.form.middle)
     if not kind.symmetric:
-        zero = random.integers(low, high + 1, (n, groups))
+        steps = kind.form.steps
+        zero = random.integers(low * steps, high * steps + 1, (n, groups))
     data, scale_tensor, zero_tensor = tensors(codes, scale, zero, kind)
     packed = torch.ops.qkernels.pack(data, scale_tensor, zero_tensor, kind.layout, k, group_size)
     stored = (data, scale_tensor, zero_tensor, packed)

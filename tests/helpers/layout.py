@@ -13,7 +13,7 @@ def up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def layout_id(form: Format, scale_code: int, symmetric: bool, device: int = 1, version: int = 1):
+def layout_id(form: Format, scale_code: int, symmetric: bool, device: int = 1, version: int = 2):
     return version | device << 8 | scale_code << 12 | (not symmetric) << 16 | form.code << 20
 
 
@@ -53,8 +53,8 @@ def pack(
             if form.bits == 8:
                 code_sum = np.array([codes[row, begin:end].sum()], np.int32)
                 block[at_sums + at * 4 :][:4] = code_sum.view(np.uint8)
-            middle = form.offset if zero is None else int(zero[row, g])
-            exact = int(codes[row, begin:end].sum()) - middle * (end - begin)
+            middle = form.middle if zero is None else int(zero[row, g])
+            exact = form.values(codes[row, begin:end], middle).sum()
             column_sum = fma(F32(exact), scale[row, g], column_sum)
         if form is not NF4:
             block[at_bias + lane * 4 :][:4] = np.array([column_sum], F32).view(np.uint8)
@@ -105,15 +105,15 @@ def pack_cuda(
         for g, (begin, end) in enumerate(edges):
             if not exists:
                 continue
-            middle = fill if zero is None else int(zero[row, g])
+            middle = form.middle if zero is None else int(zero[row, g])
             start = int(starts[g])
-            line[start:] = middle
+            line[start:] = fill if zero is None else (middle + form.steps // 2) // form.steps
             line[start : start + end - begin] = codes[row, begin:end]
             at = g * LANES + lane
             block[at_scales + at * width :][:width] = scale_bytes[row, g]
             if zero is not None:
                 block[at_zeros + at] = zero[row, g] & 0xFF
-            exact = int(codes[row, begin:end].sum()) - middle * (end - begin)
+            exact = form.values(codes[row, begin:end], middle).sum()
             column_sum = fma(F32(exact), scale[row, g], column_sum)
         for kp, code in enumerate(line):
             byte, bit = cuda_place(form, kp, lane)

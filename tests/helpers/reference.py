@@ -23,12 +23,22 @@ class Format:
     asymmetric: tuple[int, int] | None
     range: float  # a symmetric scale is amax / range
     offset: int  # stored code of zero when symmetric
+    steps: int  # of zero points in a code
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric group."""
+        return self.offset * self.steps
+
+    def values(self, codes: np.ndarray, zero: np.ndarray) -> np.ndarray:
+        """What codes of integers stand for in units of the scale: exact in float64."""
+        return codes - zero / self.steps
 
 
-INT8 = Format("int8", 0, 8, (-127, 127), (-128, 127), 127.0, 0)
-INT4 = Format("int4", 1, 4, (0, 15), (0, 15), 7.5, 8)
-NF4 = Format("nf4", 2, 4, (0, 15), None, 1.0, 0)
-INT16 = Format("int16", 3, 16, (-32767, 32767), (-32768, 32767), 32767.0, 0)
+INT8 = Format("int8", 0, 8, (-127, 127), (-128, 127), 127.0, 0, 1)
+INT4 = Format("int4", 1, 4, (0, 15), (0, 15), 7.5, 8, 8)
+NF4 = Format("nf4", 2, 4, (0, 15), None, 1.0, 0, 1)
+INT16 = Format("int16", 3, 16, (-32767, 32767), (-32768, 32767), 32767.0, 0, 1)
 FORMATS = (INT8, INT4, NF4, INT16)
 
 # QLoRA (Dettmers et al., 2023), appendix E.
@@ -111,21 +121,24 @@ def choose(
             rounded = np.minimum(rounded, F32(3.3895313892515355e38))
         if scale_dtype == torch.float16:
             rounded = np.clip(rounded, F32(2.0**-24), F32(65504))
-        zero = np.full(len(x), form.offset)
+        zero = np.full(len(x), form.middle)
         if not symmetric:
             inverse = F32(1) / rounded
-            shifted = np.nan_to_num(F32(low) - least * inverse)
-            zero = np.clip(np.rint(shifted), low, high).astype(np.int64)
+            shifted = np.nan_to_num(F32(low) - least * inverse) * F32(form.steps)
+            zero = np.clip(np.rint(shifted), low * form.steps, high * form.steps).astype(np.int64)
     empty, broken = amax == 0, ~np.isfinite(x).all(1)
     scale = np.where(broken, F32(np.nan), np.where(empty, F32(1), rounded))
-    zero = np.where(empty | broken, form.offset if symmetric else 0, zero)
+    zero = np.where(empty | broken, form.middle if symmetric else 0, zero)
     return scale.astype(F32), zero.astype(np.int64)
 
 
 def encode(
     x: np.ndarray, form: Format, symmetric: bool, scale: np.ndarray, zero: np.ndarray
 ) -> np.ndarray:
-    """Codes as stored; scale and zero broadcast against x."""
+    """Codes as stored; scale and zero broadcast against x.
+
+    A zero point is the code next to it, the upper one of two, and a fraction.
+    """
     with np.errstate(all="ignore"):
         quotient = x * (F32(1) / scale)
         if form is NF4:
@@ -133,8 +146,10 @@ def encode(
             codes = (quotient[..., None] > middles.astype(F32)).sum(-1)
             return np.where(np.isnan(quotient), 7, codes)
         low, high = form.symmetric if symmetric else form.asymmetric
-        codes = np.clip(np.rint(quotient).astype(np.float64) + zero, low, high)
-        return np.where(np.isnan(quotient), zero, np.nan_to_num(codes)).astype(np.int64)
+        whole = np.floor(zero / form.steps + 0.5)
+        fraction = (zero / form.steps - whole).astype(F32)
+        codes = np.clip(np.rint(quotient + fraction).astype(np.float64) + whole, low, high)
+        return np.where(np.isnan(quotient), whole, np.nan_to_num(codes)).astype(np.int64)
 
 
 def spread(per_group: np.ndarray, cols: int, group_size: int) -> np.ndarray:
@@ -177,7 +192,7 @@ def decode(codes: np.ndarray, form: Format, scale: np.ndarray, zero: np.ndarray)
     with np.errstate(all="ignore"):
         if form is NF4:
             return NF4_LEVELS[codes] * scale
-        return (codes - zero).astype(F32) * scale
+        return form.values(codes, zero).astype(F32) * scale
 
 
 # ---- Storage -------------------------------------------------------------------------------------
@@ -217,7 +232,7 @@ def group_sums(x: np.ndarray, w: np.ndarray, group_size: int) -> list[np.ndarray
 
 
 def scaled_sum(sums: list[np.ndarray], scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Group sums times scale [N, G], added up in order of the groups, one fma each."""
+    """Sums of groups times scale [N, G], added up in order of the groups, one fma each."""
     total = np.zeros(shape, F32)
     for g, part in enumerate(sums):
         total = fma(part.astype(F32), scale[:, g], total)
@@ -246,6 +261,27 @@ def quantize_activations(
     return Activations(codes, np.where(broken, F32(np.nan), scale), zero)
 
 
+def group_values(
+    a_codes: np.ndarray, w_codes: np.ndarray, w_zero: np.ndarray, group_size: int, form: Format
+) -> list[np.ndarray]:
+    """Products of codes of x [M, K] and values of w, by group, float32 [M, N].
+
+    int4: products with codes less 8, exact, and the distance of the zero point from 8 times the sum
+    of the codes of x, added by an fma.
+    """
+    middle = w_zero if form is INT8 else np.full_like(w_zero, form.offset)
+    centered = w_codes - spread(middle, w_codes.shape[1], group_size)
+    products = group_sums(a_codes, centered, group_size)
+    if form is INT8:
+        return [part.astype(F32) for part in products]
+    sums = group_sums(a_codes, np.ones((1, w_codes.shape[1]), np.int64), group_size)
+    distance = ((form.middle - w_zero) / form.steps).astype(F32)
+    return [
+        fma(distance[:, g], total.astype(F32), part.astype(F32))
+        for g, (part, total) in enumerate(zip(products, sums, strict=True))
+    ]
+
+
 def linear_integer(
     a: Activations,
     w_codes: np.ndarray,
@@ -254,13 +290,16 @@ def linear_integer(
     group_size: int,
     bias: np.ndarray | None,
     asymmetric: bool,
+    form: Format,
 ) -> np.ndarray:
     """Before the activation function, float32 [M, N]; w_codes as stored [N, K], the rest [N, G]."""
-    centered = w_codes - spread(w_zero, w_codes.shape[1], group_size)
     shape = (len(a.codes), len(w_codes))
-    total = scaled_sum(group_sums(a.codes, centered, group_size), w_scale, shape)
+    parts = group_values(a.codes, w_codes, w_zero, group_size, form)
+    total = scaled_sum(parts, w_scale, shape)
     if asymmetric:
-        ones = np.ones((1, w_codes.shape[1]), np.int64)
-        column = scaled_sum(group_sums(ones, centered, group_size), w_scale, (1, len(w_codes)))
+        values = form.values(w_codes, spread(w_zero, w_codes.shape[1], group_size))
+        edges = group_edges(w_codes.shape[1], group_size)
+        sums = [values[:, i:j].sum(1)[None] for i, j in edges]
+        column = scaled_sum(sums, w_scale, (1, len(w_codes)))
         total = fma(-a.zero.astype(F32), column, total)
     return fma(a.scale, total, F32(0) if bias is None else bias)
