@@ -26,7 +26,6 @@ class BuildInfo(TypedDict):
     version: str
     compiler: str
     torch_abi: str
-    layout_version: int
     hopper: bool
 
 BLOCK_ROWS: int

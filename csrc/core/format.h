@@ -116,7 +116,12 @@ struct Layout {
 
 inline constexpr int kDeviceX86 = 1;
 inline constexpr int kDeviceCuda = 2;
-inline constexpr int kLayoutVersion = 2;  // 1: int4 zero points were whole codes
+
+// The version that this build writes and reads. It rises for what has changed, so that all else is
+// still read: in version 1, int4 zero points were whole codes.
+QK_HD inline constexpr int layout_version(Format format, bool symmetric) {
+  return format == Format::int4 && !symmetric ? 2 : 1;
+}
 
 QK_HD inline constexpr int64_t encode_layout(const Layout& layout) {
   return static_cast<int64_t>(layout.version) | static_cast<int64_t>(layout.device) << 8 |

@@ -118,7 +118,6 @@ SIMD F round_scale(F scale, DType type) {
 template <Format Fmt, bool Symmetric>
 SIMD Affines choose_affines(const Ranges& r, DType scale_type) {
   const FormatInfo& f = info(Fmt);
-  const int offset = Symmetric && Fmt == Format::int4 ? kInt4Offset : 0;
   const float steps = static_cast<float>(f.asymmetric_max - f.asymmetric_min);
   F scale = Symmetric ? div(floats(r.magnitude), splat(f.symmetric_range))
                       : sub(div(r.max, splat(steps)), div(r.min, splat(steps)));
@@ -127,20 +126,27 @@ SIMD Affines choose_affines(const Ranges& r, DType scale_type) {
   const M broken = greater(r.magnitude, splat(0x7f7fffff));  // NaN or Inf
   scale = select(empty, splat(1.0f), select(broken, splat(NAN), scale));
   const F inverse = div(splat(1.0f), scale);
-  if constexpr (Symmetric) return {scale, inverse, splat(offset)};
+  if constexpr (Symmetric) return {scale, inverse, splat(symmetric_zero(Fmt))};
   const F low = splat(static_cast<float>(f.asymmetric_min));
   const F high = splat(static_cast<float>(f.asymmetric_max));
-  const I zero = round_int(min(max(sub(low, mul(r.min, inverse)), low), high));
+  const F zero_codes = min(max(sub(low, mul(r.min, inverse)), low), high);
+  const I zero = round_int(mul(zero_codes, splat(static_cast<float>(f.zero_steps))));
   return {scale, inverse, select(empty, splat(0), select(broken, splat(0), zero))};
 }
 
 // ---- Numbers to codes and back ------------------------------------------------------------------
 
-// The bounds are taken before the zero point is added.
+// The bounds are taken before the zero point's whole code is added, and after its fraction.
 template <Format Fmt>
 struct Encoder {
   F inverse, low, high;
   I zero;
+};
+template <>
+struct Encoder<Format::int4> {
+  F inverse, low, high;
+  I zero;
+  F fraction;
 };
 template <>
 struct Encoder<Format::nf4> {
@@ -160,9 +166,14 @@ SIMD Encoder<Fmt> make_encoder(float inverse, int zero_point, bool symmetric) {
   if constexpr (Fmt == Format::nf4) {
     return {splat(inverse), table16(kNf4Middles.at)};
   } else {
-    const I zero = splat(zero_point);
-    return {splat(inverse), to_float(sub(splat(code_min(Fmt, symmetric)), zero)),
-            to_float(sub(splat(code_max(Fmt, symmetric)), zero)), zero};
+    const ZeroParts zero = zero_parts(zero_point, Fmt);
+    const F low = splat(static_cast<float>(code_min(Fmt, symmetric) - zero.whole));
+    const F high = splat(static_cast<float>(code_max(Fmt, symmetric) - zero.whole));
+    if constexpr (Fmt == Format::int4) {
+      return {splat(inverse), low, high, splat(zero.whole), splat(zero.fraction)};
+    } else {
+      return {splat(inverse), low, high, splat(zero.whole)};
+    }
   }
 }
 template <Format Fmt>
@@ -179,28 +190,31 @@ SIMD I encode(const Encoder<Fmt>& e, F x) {
     const I guess = round_int(nf4_guess(value));
     return increment(guess, greater(value, lookup(e.middles, guess)));
   } else {
-    return add(round_int(min(max(quotient, e.low), e.high)), e.zero);
+    F moved = quotient;
+    if constexpr (Fmt == Format::int4) moved = add(quotient, e.fraction);
+    return add(round_int(min(max(moved, e.low), e.high)), e.zero);
   }
 }
 
 // The same for finite numbers whose quotients are far from the ends of int32; the code is not yet
 // brought into its range (nf4's always is).
-template <Format Fmt, bool HasZero>
+template <Format Fmt, bool Symmetric>
 SIMD I encode_tame(const Encoder<Fmt>& e, F x) {
   const F quotient = mul(x, e.inverse);
   if constexpr (Fmt == Format::nf4) {
     const I guess = round_int(nf4_guess(quotient));
     return increment(guess, greater(quotient, lookup(e.middles, guess)));
   } else {
-    const I code = round_int(quotient);
-    return HasZero ? add(code, e.zero) : code;
+    F moved = quotient;
+    if constexpr (Fmt == Format::int4 && !Symmetric) moved = add(quotient, e.fraction);
+    const I code = round_int(moved);
+    return Symmetric && Fmt == Format::int8 ? code : add(code, e.zero);
   }
 }
 
 template <Format Fmt>
 struct Decoder {
-  F scale;
-  I zero;
+  F scale, zero;
 };
 template <>
 struct Decoder<Format::nf4> {
@@ -213,7 +227,8 @@ SIMD Decoder<Fmt> make_decoder(float scale, int zero_point) {
   if constexpr (Fmt == Format::nf4) {
     return {splat(scale), table16(kNf4Levels.at)};
   } else {
-    return {splat(scale), splat(zero_point)};
+    constexpr float kStep = 1.0f / static_cast<float>(info(Fmt).zero_steps);
+    return {splat(scale), splat(static_cast<float>(zero_point) * kStep)};
   }
 }
 
@@ -222,7 +237,7 @@ SIMD F decode(const Decoder<Fmt>& d, I code) {
   if constexpr (Fmt == Format::nf4) {
     return mul(lookup(d.levels, code), d.scale);
   } else {
-    return mul(to_float(sub(code, d.zero)), d.scale);
+    return mul(sub(to_float(code), d.zero), d.scale);
   }
 }
 

@@ -31,7 +31,6 @@ template <DType T, Format Fmt, bool Symmetric>
 SIMD int64_t encode_tame_span(const void* x, int64_t at, const Affine& affine, Span span,
                               uint8_t* out, const char* next, int64_t share, bool streamed) {
   constexpr int kBlock = 4 * kWidth;
-  constexpr bool kHasZero = !(Symmetric && Fmt == Format::int8);
   const Encoder<Fmt> encoder = make_encoder<Fmt>(affine, Symmetric);
   const int64_t step = kBlock * bytes_of(T) / share;
   int64_t k = span.begin;
@@ -45,7 +44,7 @@ SIMD int64_t encode_tame_span(const void* x, int64_t at, const Affine& affine, S
     }
     I codes[4];
     unroll<4>([&](int i) INLINE {
-      codes[i] = encode_tame<Fmt, kHasZero>(encoder, load_as<T>(x, at + k + i * kWidth));
+      codes[i] = encode_tame<Fmt, Symmetric>(encoder, load_as<T>(x, at + k + i * kWidth));
     });
     const I bytes = clamp_bytes(narrow(codes[0], codes[1], codes[2], codes[3]),
                                 code_min(Fmt, Symmetric), code_max(Fmt, Symmetric));

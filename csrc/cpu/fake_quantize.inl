@@ -1,10 +1,16 @@
 // fake_quantize and its gradient: x to codes and back in one pass over memory, no code stored. A
-// code minus its zero point is the clipped quotient, rounded, so the zero point is never added.
+// code minus its zero point is the clipped quotient, rounded, so the zero point is never added: only
+// its fraction is, and taken away again.
 
 // The bounds are those of a code minus its zero point, or of the NF4 levels.
 template <Format Fmt>
 struct Faker {
   F inverse, scale, low, high;
+};
+template <>
+struct Faker<Format::int4> {
+  F inverse, scale, low, high;
+  F fraction;
 };
 template <>
 struct Faker<Format::nf4> {
@@ -20,14 +26,24 @@ SIMD Faker<Fmt> make_faker(const Affine& affine, bool symmetric) {
         inverse, scale, splat(-1.0f), splat(1.0f), table16(kNf4Middles.at), table16(kNf4Levels.at)};
   } else {
     const int zero = affine.zero_point;
-    return {inverse, scale, splat(static_cast<float>(code_min(Fmt, symmetric) - zero)),
-            splat(static_cast<float>(code_max(Fmt, symmetric) - zero))};
+    const F low = splat(code_value(code_min(Fmt, symmetric), Fmt, zero));
+    const F high = splat(code_value(code_max(Fmt, symmetric), Fmt, zero));
+    if constexpr (Fmt == Format::int4) {
+      return {inverse, scale, low, high, splat(zero_parts(zero, Fmt).fraction)};
+    } else {
+      return {inverse, scale, low, high};
+    }
   }
 }
 
 // The value of a quotient's code in units of the scale. By way of an integer, which has no -0.
 template <Format Fmt>
 SIMD F nearest(const Faker<Fmt>& f, F quotient) {
+  if constexpr (Fmt == Format::int4) {
+    const F low = add(f.low, f.fraction), high = add(f.high, f.fraction);
+    const F moved = add(zero_nan(quotient), f.fraction);
+    return sub(to_float(round_int(min(max(moved, low), high))), f.fraction);
+  }
   const F inside = min(max(zero_nan(quotient), f.low), f.high);
   if constexpr (Fmt == Format::nf4) {
     const I guess = round_int(nf4_guess(inside));

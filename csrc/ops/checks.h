@@ -206,9 +206,10 @@ inline Layout check_layout(const char* op, int64_t id) {
          ") but the call runs on the ", kDeviceName, "; unpack it there, or move the module with ",
          kMoveToDevice);
   }
-  if (layout.version != kLayoutVersion) {
+  const int version = layout_version(layout.format, layout.symmetric);
+  if (layout.version != version) {
     fail(op, "the weight is packed in layout version ", layout.version, " but this build reads ",
-         kLayoutVersion, "; load the model from its file again");
+         version, "; load the model from its file again");
   }
   return layout;
 }

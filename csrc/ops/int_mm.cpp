@@ -27,7 +27,7 @@ Tensor int_mm(const Tensor& a_any, const Tensor& b) {
   a.x_type = DType::i8;
   a.rows = a_any.size(0);
   a.n = n;
-  a.layout = {Format::int8, DType::f32, true, kDeviceFamily, kLayoutVersion};
+  a.layout = {Format::int8, DType::f32, true, kDeviceFamily, layout_version(Format::int8, true)};
   a.shape = block_shape(a.layout, k, -1);
   a.activation = Activation::int8_symmetric;
   a.y = y.mutable_data_ptr();

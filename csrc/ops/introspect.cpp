@@ -64,7 +64,8 @@ int64_t layout(int format, int scale_dtype, bool symmetric, const std::string& d
     throw std::invalid_argument("device must be 'cpu' or 'cuda', got '" + device + "'");
   }
   const Layout wanted{static_cast<Format>(format), static_cast<DType>(scale_dtype), symmetric,
-                      device == "cuda" ? kDeviceCuda : kDeviceX86, kLayoutVersion};
+                      device == "cuda" ? kDeviceCuda : kDeviceX86,
+                      layout_version(static_cast<Format>(format), symmetric)};
   Layout checked;
   if (format < 0 || scale_dtype < 0 || !decode_layout(encode_layout(wanted), &checked)) {
     throw std::invalid_argument(
@@ -203,7 +204,6 @@ py::dict build_info() {
   result["version"] = QKERNELS_VERSION;
   result["compiler"] = "g++ " __VERSION__;
   result["torch_abi"] = "stable, torch >= 2.10";
-  result["layout_version"] = kLayoutVersion;
 #ifdef QKERNELS_SM90A
   result["hopper"] = true;  // the CUDA kernels have code of Hopper
 #else

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from helpers.reference import F32, NF4, Format, fma, group_edges, unstore
+from helpers.reference import F32, INT4, NF4, Format, fma, group_edges, unstore
 
 LANES, LINE, PAD = 16, 64, 8
 
@@ -13,7 +13,11 @@ def up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def layout_id(form: Format, scale_code: int, symmetric: bool, device: int = 1, version: int = 2):
+def layout_id(
+    form: Format, scale_code: int, symmetric: bool, device: int = 1, version: int | None = None
+) -> int:
+    if version is None:
+        version = 2 if form is INT4 and not symmetric else 1
     return version | device << 8 | scale_code << 12 | (not symmetric) << 16 | form.code << 20
 
 

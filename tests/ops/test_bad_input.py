@@ -177,8 +177,8 @@ quantize_with:
     zero_point must have the shape of scale, (3, 1), got (3, 2)
   ops.quantize_with(X, S8, Z4[:, :1], NF4)
     format nf4 has no zero point; pass zero_point=None
-  ops.quantize_with(X, S4, torch.full_like(Z4, 16), INT4, 4)
-    zero_point must hold int4 codes from 0 to 15, got 16
+  ops.quantize_with(X, S4, torch.full_like(Z4, 121), INT4, 4)
+    zero_point must hold eighths of int4 codes, from 0 to 120, got 121
   ops.quantize_with(X, S8, None, 9)
     format must be a code from 0 to 3, got 9
   ops.quantize_with(X, S8, None, INT8, 0)
@@ -219,8 +219,8 @@ fake_quantize_with:
     format nf4 has no zero point; pass zero_point=None
   ops.fake_quantize_with(X, S8, S8 * torch.nan, INT8)
     zero_point holds NaN; training has diverged
-  ops.fake_quantize_with(X, S4, torch.full_like(Z4, 16), INT4, 4)
-    zero_point must hold int4 codes from 0 to 15, got 16
+  ops.fake_quantize_with(X, S4, torch.full_like(Z4, 121), INT4, 4)
+    zero_point must hold eighths of int4 codes, from 0 to 120, got 121
   ops.fake_quantize_with(X, S8.to("meta"), None, INT8)
     scale is on meta but the first argument is on cpu
 fake_quantize_backward:
@@ -254,7 +254,7 @@ dequantize:
   dequantize(D4, S4, Z4[:2], INT4, 4)
     zero_point must have the shape of scale, (3, 2), got (2, 2)
   dequantize(D4, S4, torch.full_like(Z4, 255), INT4, 4)
-    zero_point must hold int4 codes from 0 to 15, got 255
+    zero_point must hold eighths of int4 codes, from 0 to 120, got 255
   dequantize(group_size=-3)
     group_size must be -1
   dequantize(format=7)
@@ -284,8 +284,8 @@ pack:
     the layout is asymmetric but zero_point is None; pass zero_point
   pack(zero=G.zero_tensor.char())
     zero_point must be uint8, got int8
-  pack(zero=torch.full_like(G.zero_tensor, 16))
-    zero_point must hold int4 codes from 0 to 15, got 16
+  pack(zero=torch.full_like(G.zero_tensor, 121))
+    zero_point must hold eighths of int4 codes, from 0 to 120, got 121
   pack(zero=G.zero_tensor[:18])
     zero_point must have shape (19, 2), got (18, 2)
   pack(layout=SYMMETRIC)
@@ -492,8 +492,8 @@ pack_conv:
     zero_point is given but the layout is symmetric
   pack_conv(w=C4, zero=C4.stored[2][1:])
     zero_point must have shape (18, 6), got (17, 6)
-  pack_conv(w=C4, zero=C4.stored[2] + 16)
-    zero_point must hold int4 codes from 0 to 15
+  pack_conv(w=C4, zero=C4.stored[2] | 128)
+    zero_point must hold eighths of int4 codes, from 0 to 120
   ops.pack_conv(*C4.stored[:2], None, C4.kind.layout, 6, 4, 2, 4)
     the layout is asymmetric but zero_point is None
   pack_conv(layout=-3)

@@ -1,4 +1,4 @@
-"""dequantize: (code - zero point) * scale, rounded to float32 and then to the result's type."""
+"""dequantize: (code - zero point) * scale, the zero point in steps of the format, rounded to float32 and then to the result's type."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def drawn(form: ref.Format, rows: int, cols: int, groups: int, scale_dtype: torc
     low, high = {8: (-128, 127), 16: (-32768, 32767), 4: (0, 15)}[form.bits]
     codes = random.integers(low, high + 1, (rows, cols))
     scale = np.float32(10.0) ** random.uniform(-6, 4, (rows, groups)).astype(np.float32)
-    zero = random.integers(low, high + 1, (rows, groups))
+    zero = random.integers(low * form.steps, high * form.steps + 1, (rows, groups))
     return codes, ref.round_to(scale, scale_dtype), zero
 
 
@@ -38,7 +38,7 @@ def test_values(form: ref.Format, dtype: torch.dtype) -> None:
             for asymmetric in (False, True):
                 if asymmetric and form is ref.NF4:
                     continue
-                middle = zero if asymmetric else np.full_like(zero, form.offset)
+                middle = zero if asymmetric else np.full_like(zero, form.middle)
                 wide = (ref.spread(part, cols, group_size) for part in (scale, middle))
                 want = ref.decode(codes, form, *wide)
                 given_zero = torch.from_numpy(zero.astype(ref.storage_dtype(form)))
@@ -57,7 +57,7 @@ def test_every_code_with_every_kind_of_scale(form: ref.Format) -> None:
     low, high = {8: (-128, 127), 16: (-32768, 32767), 4: (0, 15)}[form.bits]
     codes = np.arange(low, high + 1)
     for scale in (1.0, 0.1, 2.0**-126, 1e-45, 3e38, np.inf, np.nan, 0.0, -2.0):
-        want = ref.decode(codes, form, np.float32(scale), np.int64(form.offset))
+        want = ref.decode(codes, form, np.float32(scale), np.int64(form.middle))
         for dtype in FLOATS:
             got = ops.dequantize(
                 stored(codes, form), torch.tensor(scale), None, form.code, None, len(codes), dtype
@@ -127,7 +127,7 @@ def test_drawn(form, rows, cols, group_size, dtype, scale_dtype, seed) -> None:
     groups = len(ref.group_edges(cols, group_size))
     codes, scale, _ = drawn(form, rows, cols, groups, scale_dtype, seed)
     wide = ref.spread(scale, cols, group_size)
-    want = ref.decode(codes, form, wide, np.int64(form.offset))
+    want = ref.decode(codes, form, wide, np.int64(form.middle))
     scales = torch.from_numpy(scale).to(scale_dtype)
     got = ops.dequantize(stored(codes, form), scales, None, form.code, group_size, cols, dtype)
     same_bits(got, want)

@@ -252,11 +252,13 @@ def test_types_of_gradients(dtype):
     assert scale.grad.any()
 
 
-@pytest.mark.parametrize(("code", "low", "high"), [(0, -128, 127), (1, 0, 15), (3, -32768, 32767)])
-def test_float_zero_points_are_rounded_to_codes(code, low, high):
-    numbers = torch.tensor([low - 9.0, low + 0.5, low + 1.5, 3.2, high - 0.5, high + 0.7])
-    codes = numbers.round().clamp(low, high)
-    stored = {0: torch.int8, 1: torch.uint8, 3: torch.int16}[code]
+@pytest.mark.parametrize("form", [ref.INT8, ref.INT4, ref.INT16], ids=lambda form: form.name)
+def test_float_zero_points_are_rounded_to_steps(form):
+    code, (low, high) = form.code, form.asymmetric
+    halves = torch.tensor([0.5, 1.5, 2.5]) / form.steps
+    numbers = torch.cat([torch.tensor([low - 9.0, 3.2, high + 0.7]), low + halves])
+    codes = (numbers * form.steps).round().clamp(low * form.steps, high * form.steps)
+    stored = getattr(torch, ref.storage_dtype(form).__name__)
     x = floats((6, 20)) * 30
     scale = torch.full((6, 1), 0.7)
     want = ops.fake_quantize_with(x, scale, codes.to(stored)[:, None], code)

@@ -160,8 +160,8 @@ def test_values_are_off_by_half_a_step_at_most(form: ref.Format, symmetric: bool
         best = (x[..., None] - levels).abs().amin(-1)
         assert ((x - y).abs() <= best + 1e-6 * step).all()
         return
-    # An asymmetric zero point is rounded too, which may put the range's end half a step outside.
-    steps = 0.5 if symmetric else 1.0
+    # An asymmetric zero point is rounded too, which may put the range's end outside.
+    steps = 0.5 if symmetric else 0.5 + 0.5 / form.steps
     assert ((x - y).abs() <= steps * step + x.abs() * 2.0**-22).all()
 
 
@@ -173,7 +173,8 @@ def test_ties_go_to_even_and_then_saturate(form: ref.Format, symmetric: bool) ->
     x = torch.cat([halves, big, -big, torch.nextafter(halves, torch.tensor(torch.inf))])
     low, high = form.symmetric if symmetric else form.asymmetric
     for zero in [form.offset] if symmetric else [low, low + 3, 7, high - 1, high]:
-        given_zero = None if symmetric else torch.tensor([zero]).to(_storage(form))
+        stored = torch.tensor([zero * form.steps]).to(_storage(form))
+        given_zero = None if symmetric else stored
         for width in (len(x), 5):  # a vector part with a tail, and a tail only
             part = x[-width:]
             data = ops.quantize_with(part, torch.ones(1), given_zero, form.code, None)
@@ -206,7 +207,7 @@ def test_every_half_precision_value(dtype: torch.dtype) -> None:
     for form in ref.FORMATS:
         for scale in (1.0, 0.37, 2.0**-126, 3e38):
             data = ops.quantize_with(x, torch.tensor(scale), None, form.code, None)
-            want = ref.encode(ref.values(x), form, True, np.float32(scale), np.int64(form.offset))
+            want = ref.encode(ref.values(x), form, True, np.float32(scale), np.int64(form.middle))
             same_codes(data, ref.store(want, form))
 
 
@@ -216,7 +217,7 @@ def test_a_foolish_scale_still_gives_codes_in_range(scale: float) -> None:
     for form in ref.FORMATS:
         data = ops.quantize_with(x, torch.tensor(scale), None, form.code, None)
         with np.errstate(all="ignore"):
-            want = ref.encode(ref.values(x), form, True, np.float32(scale), np.int64(form.offset))
+            want = ref.encode(ref.values(x), form, True, np.float32(scale), np.int64(form.middle))
         same_codes(data, ref.store(want, form))
 
 
