@@ -191,7 +191,7 @@ def test_the_longest_sum(kind: Kind) -> None:
     if not kind.symmetric:
         for code, zero in ((low, high), (high, low)):
             scale = torch.ones(2, 1, dtype=kind.scale_dtype)
-            zeros = torch.full((2, 1), zero, dtype=w.data.dtype)
+            zeros = torch.full((2, 1), zero * kind.form.steps, dtype=w.data.dtype)
             data = torch.from_numpy(ref.store(np.full((2, k), code), kind.form))
             packed = torch.ops.qkernels.pack(data, scale, zeros, kind.layout, k, -1)
             x = torch.full((1, k), -128.0)
