@@ -112,12 +112,14 @@ struct LinearArgs {
   void* y;       // [rows, n]
   DType y_type;  // i32: raw sums (int_mm), no epilogue
 
-  // Workspace, for all rows. `panel` holds `panel_bytes` of the ISA; the others are unused when the
-  // activations stay float.
+  // Workspace, for all rows. `panel` holds `panel_bytes` of the ISA; the scales and zero points
+  // are unused when the activations stay float.
   uint8_t* panel;
   float* row_scale;     // [rows]; NaN for a row that held NaN or Inf
   float* row_zero;      // [rows]; zero points as floats
-  int32_t* group_sums;  // sums of the rows' codes by group, in an order that the ISA chooses
+  // [rows * groups], in an order that the ISA chooses: sums of the rows' codes by group; where x
+  // stays float, of x as the bits of floats, and there only if int4 weights have zero points.
+  int32_t* group_sums;
 };
 
 // Columns [k_begin, k_end) of packed matrices [n, k], one behind the other, as floats; CUDA alone.

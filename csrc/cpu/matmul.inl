@@ -1,17 +1,14 @@
 // y = x . W, tiles of rows by blocks of 16 output features. A policy (matmul_avx2.inl,
 // matmul_avx512.inl) computes a group's dot products; here they are scaled and added up in the one
-// order that every ISA and every tile size keeps, per output: S = fma(sum, scale, S), group after
+// order that every ISA and every tile size keeps, per output: S = fma(value, scale, S), group after
 // group from 0.
 
-// A sum as the int32 that int_mm wants (whose sums are integers).
-SIMD I bits_of(F sum) { return bits(sum); }
-SIMD I bits_of(I sum) { return sum; }
+SIMD F float_of(F sum) { return sum; }
+SIMD F float_of(I sum) { return to_float(sum); }
 
 // A sum that is not finished, to memory and back.
-SIMD void keep(F sum, float* to) { store(to, sum); }
-SIMD void keep(I sum, float* to) { store(to, floats(sum)); }
-SIMD void clear(F* sum) { *sum = splat(0.0f); }
-SIMD void clear(I* sum) { *sum = splat(0); }
+SIMD void keep(F sum, float* to) { store(to, raw(sum)); }
+SIMD void keep(I sum, float* to) { store(to, raw(sum)); }
 SIMD void restore(const float* from, F* sum) { *sum = load(from); }
 SIMD void restore(const float* from, I* sum) { *sum = bits(load(from)); }
 
@@ -31,7 +28,7 @@ SIMD F load_scale(const Args& a, const uint8_t* weight, int64_t at) {
   }
 }
 
-// Zero points as the codes are stored, kWidth of them.
+// kWidth zero points, in steps of the format: codes of int8, eighths of a code of int4.
 template <class Args>
 SIMD I load_zero(const Args& a, const uint8_t* weight, int64_t at) {
   if (a.layout.symmetric) return splat(symmetric_zero(a.layout.format));
@@ -39,7 +36,8 @@ SIMD I load_zero(const Args& a, const uint8_t* weight, int64_t at) {
 }
 
 // Where the accumulators of `Rows` rows start: minus what their products count too much, that is
-// the weight's zero point times the row's codes and the flip of those codes times the weight's.
+// the weight's zero point (int4: the middle, see kLateZero) times the row's codes and the flip of
+// those codes times the weight's.
 template <class Tile, int Rows>
 SIMD void start(const LinearArgs& a, const uint8_t* weight, int64_t at, const int32_t* group_sums,
                 I (&out)[Rows]) {
@@ -48,23 +46,37 @@ SIMD void start(const LinearArgs& a, const uint8_t* weight, int64_t at, const in
     const uint8_t* sums = weight + a.shape.sums;
     first = sub(first, shift_left<7>(load(reinterpret_cast<const int32_t*>(sums) + at)));
   }
-  if (!a.layout.symmetric) {
+  if constexpr (Tile::kFormat == Format::int4) {
+    unroll<Rows>([&](int r) INLINE { out[r] = splat(-kInt4Offset * group_sums[r]); });
+  } else if (!a.layout.symmetric) {
     const I zero = load_i8(weight + a.shape.zeros + at);
     unroll<Rows>([&](int r) INLINE { out[r] = sub(first, multiply(zero, splat(group_sums[r]))); });
-  } else if constexpr (Tile::kFormat == Format::int4) {
-    unroll<Rows>([&](int r) INLINE { out[r] = splat(-kInt4Offset * group_sums[r]); });
   } else {
     unroll<Rows>([&](int r) INLINE { out[r] = first; });
   }
 }
 
-// Keeps `folded`; int_mm's sums are kept as they are.
+// What a row's x adds up to in a group, from prepare.inl.
 template <class Tile>
-SIMD void fold(const LinearArgs& a, typename Tile::Sum sum, F scale, bool is_first, float* total) {
-  if (a.y_type == DType::i32) {
-    store(reinterpret_cast<int32_t*>(total), bits_of(sum));
+SIMD F group_sum(int32_t sum) {
+  if constexpr (Tile::kFloat) return splat(bit_cast<float>(sum));
+  return to_float(splat(sum));
+}
+
+// A group's values, from finished sums of `Rows` rows and kWidth outputs: late zero points add
+// their distance from the middle, as far as x adds up.
+template <class Tile, int Rows>
+SIMD void finish_group(const LinearArgs& a, const uint8_t* weight, int64_t at,
+                       const int32_t* group_sums, const typename Tile::Sum (&sums)[Rows],
+                       F (&out)[Rows]) {
+  if (kLateZero<Tile> && !a.layout.symmetric) {
+    const I steps = sub(splat(symmetric_zero(Format::int4)), load_zero(a, weight, at));
+    const F distance = mul(to_float(steps), splat(1.0f / info(Format::int4).zero_steps));
+    unroll<Rows>([&](int r) INLINE {
+      out[r] = fma(distance, group_sum<Tile>(group_sums[r]), float_of(sums[r]));
+    });
   } else {
-    store(total, folded(float_of(sum), scale, is_first, total));
+    unroll<Rows>([&](int r) INLINE { out[r] = float_of(sums[r]); });
   }
 }
 
@@ -156,10 +168,19 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
         unroll<Rows>([&](int r) INLINE { keep(sums[v][r], part.sums + r * kAcross + v * kWidth); });
       });
     }
-    F scale[kVectors];
+    if (a.y_type == DType::i32) {  // int_mm's sums, as they are
+      unroll<kVectors>([&](int v) INLINE {
+        unroll<Rows>([&](int r) INLINE { keep(sums[v][r], total + r * kAcross + v * kWidth); });
+      });
+      at = end;
+      continue;
+    }
+    F scale[kVectors], values[kVectors][Rows];
     unroll<kVectors>([&](int v) INLINE {
       const int64_t lane = g * kLanes + v % kParts * kWidth;
       scale[v] = load_scale(a, weight + v / kParts * s.bytes, lane);
+      finish_group<Tile>(a, weight + v / kParts * s.bytes, lane, group_sums + g * Rows, sums[v],
+                         values[v]);
       // A line for each group, too far from each other to be expected: the next column's now.
       if (kCut) {
         const uint8_t* next = weight + (v / kParts + Blocks) * s.bytes + s.scales;
@@ -168,11 +189,12 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
       }
     });
     if (directly && g + 1 == s.groups) {
-      return finish_last_group<Tile>(a, sums, scale, total, bias, row, block * kLanes);
+      return finish_last_group<Tile>(a, values, scale, total, bias, row, block * kLanes);
     }
     unroll<kVectors>([&](int v) INLINE {
       unroll<Rows>([&](int r) INLINE {
-        fold<Tile>(a, sums[v][r], scale[v], g == 0, total + r * kAcross + v * kWidth);
+        float* const to = total + r * kAcross + v * kWidth;
+        store(to, folded(values[v][r], scale[v], g == 0, to));
       });
     });
     at = end;

@@ -197,15 +197,22 @@ struct A16 {
     }
     const I code = _mm256_srli_epi32(half, k % 4 * 8 + k / 4 * 4);
     if constexpr (Fmt == Format::nf4) return lookup(levels, code);
-    return to_float(sub(bit_and(code, splat(0xf)), zero));
+    return sub(to_float(bit_and(code, splat(0xf))), floats(zero));
+  }
+
+  // Zero points as `weight` takes them away: of int4, codes as floats.
+  static INLINE I spread_zero(I zero) {
+    if constexpr (Fmt != Format::int4) return zero;
+    return bits(mul(to_float(zero), splat(1.0f / info(Fmt).zero_steps)));
   }
 
   template <int Rows, int Vectors>
-  static INLINE void accumulate(F (&sums)[Vectors][Rows], const I (&zero)[Vectors],
-                                const uint8_t* panel, const uint8_t* const* codes, int64_t steps) {
+  static INLINE void accumulate(F (&sums)[Vectors][Rows], I (&zero)[Vectors], const uint8_t* panel,
+                                const uint8_t* const* codes, int64_t steps) {
     constexpr int kPerLine = Fmt == Format::int8 ? 4 : 8;
     const float* x = reinterpret_cast<const float*>(panel);
     const Table16 levels = table16(kNf4Levels.at);
+    unroll<Vectors>([&](int v) INLINE { zero[v] = spread_zero(zero[v]); });
     for (int64_t line = 0; line < steps * 8 / kPerLine; ++line) {
       unroll<Vectors / 2>([&](int b) INLINE { prefetch(codes[b] + line * 64); });
       unroll<kPerLine>([&](int k) INLINE {
@@ -227,11 +234,12 @@ struct A16 {
     constexpr int kPerLine = Fmt == Format::int8 ? 4 : 8;
     const Table16 levels = table16(kNf4Levels.at);
     float* to = reinterpret_cast<float*>(out);
+    const I spread[2] = {spread_zero(zero[0]), spread_zero(zero[1])};
     for (int64_t line = 0; line < steps * 8 / kPerLine; ++line) {
       unroll<2>([&](int v) INLINE {
         const I half = load_half(codes + line * 64 + v * 32);
         unroll<kPerLine>([&](int k) INLINE {
-          store(to + (line * kPerLine + k) * kLanes + v * kWidth, weight(half, k, levels, zero[v]));
+          store(to + (line * kPerLine + k) * kLanes + v * kWidth, weight(half, k, levels, spread[v]));
         });
       });
     }

@@ -181,17 +181,21 @@ struct A16 {
   using Sum = F;
   static constexpr bool kFloat = true;
 
-  // The weights of k of a line, from its codes and zero points (int4: from 2^23 + zero points).
+  // The weights of k of a line, from its codes and zero points (int4: as floats, from 2^20 on).
   static INLINE F weight(I line, int k, const Table16& levels, I zero) {
     if constexpr (Fmt == Format::int8) {
       return to_float(sub(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - k * 8), 24), zero));
     }
-    const I code = _mm512_srli_epi32(line, k % 4 * 8 + k / 4 * 4);
-    if constexpr (Fmt == Format::nf4) return lookup(levels, code);
-    // A code in the low bits of 2^23 is the float 2^23 + code; the difference is exact.
-    const I shifted = _mm512_ternarylogic_epi32(code, splat(0xf), splat(0x4b000000), 0xea);
-    return sub(floats(shifted), floats(zero));
+    const int at = k % 4 * 8 + k / 4 * 4;
+    if constexpr (Fmt == Format::nf4) return lookup(levels, _mm512_srli_epi32(line, at));
+    // The lowest bits of 2^20 are eighths, as zero points count: with a code three bits up it is the
+    // float 2^20 + code, and the difference is exact.
+    const I code = at == 0 ? _mm512_slli_epi32(line, 3) : _mm512_srli_epi32(line, at - 3);
+    const I number = _mm512_ternarylogic_epi32(code, splat(0x78), splat(k2To20), 0xea);
+    return sub(floats(number), floats(zero));
   }
+  static constexpr int32_t k2To20 = 0x49800000;
+  static_assert(info(Format::int4).zero_steps == 8, "");
 
   template <int Rows, int Blocks>
   static INLINE void accumulate(F (&sums)[Blocks][Rows], I (&zero)[Blocks], const uint8_t* panel,
@@ -200,7 +204,7 @@ struct A16 {
     const float* x = reinterpret_cast<const float*>(panel);
     const Table16 levels = table16(kNf4Levels.at);
     if (Fmt == Format::int4) {
-      unroll<Blocks>([&](int b) INLINE { zero[b] = bits(add(to_float(zero[b]), splat(0x1p23f))); });
+      unroll<Blocks>([&](int b) INLINE { zero[b] = bit_or(zero[b], splat(k2To20)); });
     }
     for (int64_t line = 0; line < steps * 8 / kPerLine; ++line) {
       unroll<Blocks>([&](int b) INLINE { prefetch(codes[b] + line * 64); });

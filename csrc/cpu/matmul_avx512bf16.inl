@@ -1,6 +1,7 @@
 // Dot products of a tile for bfloat16 activations that stay floats, by vdpbf16ps: two products
-// added to a float32. A code minus its zero point is a whole number below 256 in magnitude, which
-// bfloat16 holds exactly, so weights lose nothing; only the levels of nf4 are rounded.
+// added to a float32. A code of int8 minus its zero point, or of int4 minus 8, is a whole number
+// below 256 in magnitude, which bfloat16 holds exactly, so weights lose nothing; only the levels of
+// nf4 are rounded.
 
 SIMD void dot2_bf16(F& sum, I x, I weight) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weight));
@@ -12,7 +13,7 @@ constexpr uint16_t bf16_of(float x) {
   return static_cast<uint16_t>((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 
-// What an index of five bits stands for: a 4-bit code minus its zero point, modulo 32, or a level.
+// What a 4-bit code stands for, at an index of five bits: the highest is the lowest of another code.
 template <Format Fmt>
 struct Words32 {
   alignas(64) uint16_t of[32];
@@ -22,7 +23,7 @@ constexpr Words32<Fmt> words32() {
   Words32<Fmt> t{};
   for (int i = 0; i < 32; ++i) {
     t.of[i] = bf16_of(Fmt == Format::nf4 ? kNf4Levels.at[i % 16]
-                                         : static_cast<float>(i < 16 ? i : i - 32));
+                                         : static_cast<float>(i % 16 - kInt4Offset));
   }
   return t;
 }
@@ -93,13 +94,13 @@ struct A16 {
     }
   }
 
-  // Zero points as `weights` takes them away: from bytes, or from words.
-  static INLINE I spread_zero(I zero) {
-    if constexpr (Fmt == Format::int8) return pair_words(zero, zero);
-    return _mm512_mullo_epi32(zero, splat(0x01010101));
+  // sums + the numbers of a unit.
+  static INLINE F add_units(F sums, I units) {
+    dot2_bf16(sums, units, _mm512_set1_epi16(bf16_of(1.0f)));
+    return sums;
   }
 
-  // Units of a packed line from `pair` on.
+  // Units of a packed line from `pair` on; `zero` as words, of int8 alone.
   template <int Count>
   static INLINE void weights(I line, int pair, I words, I zero, I (&out)[Count]) {
     if constexpr (Count == 2) {
@@ -125,10 +126,7 @@ struct A16 {
       const F high = to_float(_mm512_srai_epi32(number, 16));
       return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(bits(low), 16), bits(high));
     }
-    const I shifted = _mm512_srli_epi32(line, pair % 2 * 8 + pair / 2 * 4);
-    if constexpr (Fmt == Format::nf4) return _mm512_permutexvar_epi16(shifted, words);
-    const I number = _mm512_sub_epi8(bit_and(shifted, _mm512_set1_epi8(0xf)), zero);
-    return _mm512_permutexvar_epi16(number, words);
+    return _mm512_permutexvar_epi16(_mm512_srli_epi32(line, pair % 2 * 8 + pair / 2 * 4), words);
   }
 
   template <int Rows, int Blocks>
@@ -136,7 +134,7 @@ struct A16 {
                                 const uint8_t* const* codes, int64_t steps) {
     constexpr int kAtOnce = at_once(Rows);
     const I words = _mm512_load_si512(kWords.of);
-    unroll<Blocks>([&](int b) INLINE { zero[b] = spread_zero(zero[b]); });
+    unroll<Blocks>([&](int b) INLINE { zero[b] = pair_words(zero[b], zero[b]); });
     for (int64_t line = 0; line < steps * 4 / kPairs; ++line) {
       unroll<Blocks>([&](int b) INLINE { prefetch(codes[b] + line * 64); });
       unroll<kPairs / kAtOnce>([&](int part) INLINE {
@@ -160,7 +158,7 @@ struct A16 {
                             int64_t stride) {
     constexpr int kAtOnce = at_once(1);
     const I words = _mm512_load_si512(kWords.of);
-    const I spread = spread_zero(zero[0]);
+    const I spread = pair_words(zero[0], zero[0]);
     for (int64_t line = 0; line < steps * 4 / kPairs; ++line) {
       const I bytes = load_line(codes + line * 64);
       prefetch(codes + line * 64);

@@ -44,11 +44,6 @@ void unpack_chunk(const LinearArgs& a, const WideChunk& c, int blocks, uint8_t* 
   }
 }
 
-// Up to here, products of 4-bit codes with int8, their sums and what `start` takes away from them
-// are exact as floats.
-constexpr int64_t kExactGroup = 8192;
-static_assert(kExactGroup * 15 * 128 < 1 << 24, "");
-
 // Rows [First, First + Count) of a tile of `Rows`.
 template <class Tile, int Rows, int Blocks, int First, int Count>
 SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_t slab_row,
@@ -62,8 +57,6 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
   const uint8_t* unpacked = scratch->unpacked;
   float* const partial = scratch->partial + (slab_row + First) * kAcross;
   float* const totals = scratch->total + (slab_row + First) * kAcross;
-  // The weight's zero points are then taken into account when a group is finished, by an fma.
-  const bool late_zero = !Tile::kFloat && !a.layout.symmetric && s.group_padded <= kExactGroup;
   F total[kVectors][Count];
   unroll<kVectors>([&](int v) INLINE {
     unroll<Count>([&](int r) INLINE {
@@ -82,10 +75,11 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
         unroll<Count>([&](int r)
                           INLINE { restore(partial + r * kAcross + v * kWidth, &sums[v][r]); });
       });
-    } else if (Tile::kFloat || late_zero) {
-      unroll<kVectors>([&](int v)
-                           INLINE { unroll<Count>([&](int r) INLINE { clear(&sums[v][r]); }); });
-    } else if constexpr (!Tile::kFloat) {
+    } else if constexpr (Tile::kFloat) {
+      unroll<kVectors>([&](int v) INLINE {
+        unroll<Count>([&](int r) INLINE { sums[v][r] = splat(0.0f); });
+      });
+    } else {
       unroll<kVectors>([&](int v) INLINE {
         start<Tile>(a, c.weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth,
                     group_sums, sums[v]);
@@ -104,16 +98,9 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
         const uint8_t* weight = c.weight + v / kParts * s.bytes;
         const int64_t lane = g * kLanes + v % kParts * kWidth;
         const F scale = load_scale(a, weight, lane);
-        if (late_zero) {
-          const F zero = negate(to_float(load_i8(weight + s.zeros + lane)));
-          unroll<Count>([&](int r) INLINE {
-            const F sum = fma(zero, to_float(splat(group_sums[r])), float_of(sums[v][r]));
-            total[v][r] = fma(sum, scale, total[v][r]);
-          });
-        } else {
-          unroll<Count>(
-              [&](int r) INLINE { total[v][r] = fma(float_of(sums[v][r]), scale, total[v][r]); });
-        }
+        F values[Count];
+        finish_group<Tile>(a, weight, lane, group_sums, sums[v], values);
+        unroll<Count>([&](int r) INLINE { total[v][r] = fma(values[r], scale, total[v][r]); });
       });
     }
     at = end;

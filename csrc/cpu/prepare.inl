@@ -5,10 +5,17 @@
 //   unit[k_padded / k per unit][rows]      a unit is 4 bytes, what one broadcast reads
 //
 // The tile's policy (matmul_*.inl) says what a unit holds: four int8 codes, two int16 codes or
-// bfloat16, or one float. group_sums of a tile is [groups][rows].
+// bfloat16, or one float. group_sums of a tile is [groups][rows]: sums of the int8 codes, or floats
+// where x stays as it is.
 
 template <class Tile>
 constexpr int64_t kBytes = 4 / Tile::kUnit;  // of a k of a row
+
+// Products of int4 weights are those of the codes less 8, the middle. What other zero points than
+// the middle add is the same for all of a group, times x: it is added when the group is finished.
+// Only policies that cannot sum x up take each code's zero point away.
+template <class Tile>
+constexpr bool kLateZero = Tile::kFormat == Format::int4 && requires { &Tile::add_units; };
 
 template <class Tile>
 int tile_rows(const LinearArgs& a, int64_t row) {
@@ -184,20 +191,23 @@ void copy_piece(const LinearArgs& a, int64_t row, int64_t begin, int64_t count, 
   std::memset(units + count * 4, 0, static_cast<size_t>(round_up(count, kGroupPad) - count) * 4);
 }
 
-// Sums of the codes of each group and row of a tile, from the finished panel.
+// A sum as four bytes.
+SIMD F raw(F sum) { return sum; }
+SIMD F raw(I sum) { return floats(sum); }
+
+// Sums of each group and row of a tile, from the finished panel.
 template <class Tile>
 void sum_groups(const BlockShape& s, const uint8_t* panel, int rows, int32_t* sums) {
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t units = s.padded_length(g) / Tile::kUnit;
     const float* unit =
         reinterpret_cast<const float*>(panel + s.padded_begin(g) * rows * kBytes<Tile>);
-    I even = splat(0);
-    I odd = splat(0);
+    typename Tile::Sum even{}, odd{};
     for (int64_t u = 0; u < units; u += 2) {  // groups are padded to an even number of units
       even = Tile::add_units(even, bits(load_as<DType::f32>(unit, u * rows, rows)));
       odd = Tile::add_units(odd, bits(load_as<DType::f32>(unit, (u + 1) * rows, rows)));
     }
-    store_as<DType::f32>(sums, g * rows, floats(add(even, odd)), rows);
+    store_as<DType::f32>(sums, g * rows, raw(add(even, odd)), rows);
   }
 }
 
@@ -256,9 +266,9 @@ void prepare_tile(const LinearArgs& a, int64_t row, int rows) {
                (end - chunk) / Tile::kUnit,
                reinterpret_cast<uint32_t*>(panel + chunk * rows * kBytes<Tile>));
   }
-  if constexpr (!Tile::kFloat) {
-    // Where the weight's zero points are 0, nothing reads the sums.
-    if (!a.layout.symmetric || a.layout.format == Format::int4) {
+  if constexpr (!Tile::kFloat || kLateZero<Tile>) {
+    // Of symmetric weights only int4 codes that meet int8 ones have something to be taken away.
+    if (!a.layout.symmetric || (!Tile::kFloat && Tile::kFormat == Format::int4)) {
       sum_groups<Tile>(s, panel, rows, a.group_sums + row * s.groups);
     }
   }

@@ -127,15 +127,16 @@ void run_linears(std::vector<LinearArgs> products) {
   const int64_t rows = workspace_rows(chunk);
   const int64_t panel = table.panel_bytes(a);
   const int64_t groups = whole.shape.groups;
-  Workspace workspace(
-      Workspace::bytes<uint8_t>(panel) +
-      (integer ? 2 * Workspace::bytes<float>(rows) + Workspace::bytes<int32_t>(rows * groups) : 0));
+  const bool sums = integer || (a.layout.format == Format::int4 && !a.layout.symmetric);
+  Workspace workspace(Workspace::bytes<uint8_t>(panel) +
+                      (integer ? 2 * Workspace::bytes<float>(rows) : 0) +
+                      (sums ? Workspace::bytes<int32_t>(rows * groups) : 0));
   a.panel = workspace.take<uint8_t>(panel);
   if (integer) {
     a.row_scale = workspace.take<float>(rows);
     a.row_zero = workspace.take<float>(rows);
-    a.group_sums = workspace.take<int32_t>(rows * groups);
   }
+  if (sums) a.group_sums = workspace.take<int32_t>(rows * groups);
   for (LinearArgs& each : products) {
     each.panel = a.panel;
     each.row_scale = a.row_scale;

@@ -75,7 +75,9 @@ def float_path_bound(x: np.ndarray, w: np.ndarray, groups: int) -> np.ndarray:
 def bf16_instruction_bound(
     x: np.ndarray, w: np.ndarray, scale: np.ndarray, is_nf4: bool
 ) -> np.ndarray:
-    """What vdpbf16ps adds to it: levels of nf4 are rounded, and subnormal numbers count as 0."""
+    """What vdpbf16ps adds to it: levels of nf4 are rounded, and subnormal numbers count as 0; `w`
+    is what is added up.
+    """
     rounding = 2.0**-8 * (np.abs(x) @ np.abs(w).T) if is_nf4 else 0.0
     lost = np.abs(w).sum(axis=1) + x.shape[1] * np.abs(scale).max(axis=1, initial=0)
     return rounding * (1 + 2.0**-20) + 2.0**-126 * lost

@@ -126,6 +126,17 @@ class Weight:
             return ref.NF4_LEVELS[self.codes].astype(np.float64) * scale
         return self.kind.form.values(self.codes, zero) * scale
 
+    def from_middle(self) -> np.ndarray:
+        """Magnitudes that a kernel adds up which takes int4's codes less 8 and adds what the zero
+        points' distance from 8 makes of x; in float64.
+        """
+        scale, zero = (
+            ref.spread(part, self.k, self.group_size) for part in (self.scale, self.zero)
+        )
+        form = self.kind.form
+        distance = np.abs(form.middle - zero) / form.steps
+        return (np.abs(form.values(self.codes, np.asarray(form.middle))) + distance) * scale
+
     def linear(
         self,
         x: Tensor,

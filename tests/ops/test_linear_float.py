@@ -38,9 +38,11 @@ def check(
     a = (a if perm is None else a[:, perm.numpy()]).astype(np.float64)
     exact = w.exact()
     want = a @ exact.T
-    bound = float_path_bound(a, exact, w.scale.shape[1])
-    if _C.isa() == "avx512bf16" and x.dtype == torch.bfloat16 and premul is None:
-        bound = bound + bf16_instruction_bound(a, exact, w.scale, w.kind.form is ref.NF4)
+    by_instruction = _C.isa() == "avx512bf16" and x.dtype == torch.bfloat16 and premul is None
+    added = w.from_middle() if by_instruction and w.kind.form is ref.INT4 else exact
+    bound = float_path_bound(a, added, w.scale.shape[1])
+    if by_instruction:
+        bound = bound + bf16_instruction_bound(a, added, w.scale, w.kind.form is ref.NF4)
     if bias is not None:
         want = want + ref.values(bias)
         bound = bound + 2.0**-23 * np.abs(ref.values(bias))
@@ -103,6 +105,21 @@ def test_premul_and_perm(kind: Kind, dtype: torch.dtype) -> None:
         perm = torch.from_numpy(rng("perm", k).permutation(k))
         for by, at in ((premul, None), (None, perm), (premul, perm)):
             check(w, x, None, by, at)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "kind", [k for k in KINDS if k.form is ref.INT4 and not k.symmetric], ids=str
+)
+def test_far_from_zero(kind: Kind, dtype: torch.dtype) -> None:
+    """Activations that are all near 3: what a zero point adds is most of the result."""
+    for n, k, group_size in ((50, 320, 32), (33, 1030, -1), (100, 70, 24)):
+        w = weight(kind, n, k, group_size)
+        x = floats((97, k), dtype) * 0.1 + 3
+        whole = w.linear(x)
+        for rows in (1, 2, 5, 16, 97):
+            check(w, x[:rows])
+            same_tensor(w.linear(x[:rows]), whole[:rows])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
