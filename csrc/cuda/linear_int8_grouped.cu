@@ -103,17 +103,19 @@ QK_DEVICE void fold(const Sums<T>& exact, float (&sums)[T::kRows][T::kColumns][4
         float sum = 0.0f;
         if constexpr (kShort) {
           sum = std::fma(bit_cast<float>(exact[i][j][e]), kUnit, -kSumStart * kUnit);
-          // Exact: below 2^24.
+          // Exact: below 2^24, or eighths below 2^21.
           if constexpr (kZeros) {
             sum = std::fma(static_cast<float>(zero_factor<kFormat>(end.zeros[i][e / 2])),
                            static_cast<float>(end.codes[j][e % 2]), sum);
           }
         } else {
-          int32_t whole = exact[i][j][e] >> kSumShift<kFormat>;
+          const int32_t products = exact[i][j][e] >> kSumShift<kFormat>;
           if constexpr (kZeros) {
-            whole += zero_factor<kFormat>(end.zeros[i][e / 2]) * end.codes[j][e % 2];
+            sum = group_value<kFormat>(products, end.codes[j][e % 2],
+                                       zero_factor<kFormat>(end.zeros[i][e / 2]));
+          } else {
+            sum = static_cast<float>(products);
           }
-          sum = static_cast<float>(whole);
         }
         sums[i][j][e] = std::fma(sum, scales[i][e / 2], sums[i][j][e]);
       }
