@@ -54,19 +54,15 @@ struct Codes {
 template <class K>
 struct GroupEnd {
   float scales[2];
-  int zeros[2];              // zero_factor as exact sums count, in sixteenths of int4
   const uint8_t* code_sums;  // of the tile's tokens
-  bool shifted;              // exact sums have to lose what `widen` multiplied them by
+  ZeroFactor<K::kFormat> zeros[2];
+  bool shifted;  // exact sums have to lose what `widen` multiplied them by
 
-  static constexpr int kFactor = 1 << kSumShift<K::kFormat>;
-
-  // That factor is taken from the scales, if it leaves no bit behind. Integers then add what the
-  // zero point is worth, in groups so short that floats would have rounded nothing before they had
-  // the sum.
-  QK_DEVICE void shift(int64_t group_padded) {
+  // That factor is taken from the scales, if it leaves no bit behind, and given to zero points.
+  QK_DEVICE void shift() {
     if constexpr (K::kFormat == Format::int4) {
-      constexpr int64_t kLong = 16384;  // 8 * 128 * kLong = 2^24
-      shifted = K::kZeros && group_padded > kLong;
+      constexpr int kFactor = 1 << kSumShift<Format::int4>;
+      shifted = false;
       float units[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -75,7 +71,7 @@ struct GroupEnd {
       }
       if (shifted) return;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) scales[i] = units[i];
+      for (int i = 0; i < 2; ++i) scales[i] = units[i], zeros[i] *= kFactor;
     }
   }
 
@@ -98,46 +94,43 @@ struct GroupEnd {
       const uint8_t* const zero = shared.zeros(page) + warp * K::kZeroBytes;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int distance =
-            symmetric_zero(K::kFormat) - load_zero_point(zero, K::kFormat, at + i * 8);
-        zeros[i] = distance * (kFactor / info(K::kFormat).zero_steps);
+        zeros[i] = zero_factor<K::kFormat>(load_zero_point(zero, K::kFormat, at + i * 8));
       }
       code_sums = shared.code_sums(page) + group * K::kSumBytes;
     }
-    shift(a.shape.group_padded);
+    shift();
   }
 };
 
 // sums += exact * scales, for kTokens tokens of the tile, from `first` on.
 template <int kTokens, class K>
-QK_DEVICE void fold(float (&sums)[kTokens / 2], const int32_t (&exact)[kTokens / 2],
+QK_DEVICE void fold(float (&sums)[kTokens / 2], int32_t (&exact)[kTokens / 2],
                     const GroupEnd<K>& end, int first) {
-  const auto add = [&](const auto& value) {
-#pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      int32_t codes[2] = {};
-      if constexpr (K::kZeros) {
-        const int token = first + j * 8 + threadIdx.x % 4 * 2;
-        const uint2 v = load_shared_64(end.code_sums + token * 4);
-        codes[0] = static_cast<int32_t>(v.x), codes[1] = static_cast<int32_t>(v.y);
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& to = sums[j * 4 + e];
-        const float part = value(exact[j * 4 + e], codes[e % 2], K::kZeros ? end.zeros[e / 2] : 0);
-        to = std::fma(part, end.scales[e / 2], to);
-      }
-    }
-  };
   if constexpr (K::kFormat == Format::int4) {
     if (end.shifted) {
-      return add([](int32_t sum, int32_t codes, int zero) {
-        const float factor = static_cast<float>(zero) * (1.0f / GroupEnd<K>::kFactor);
-        return group_value<Format::int4>(sum >> kSumShift<Format::int4>, codes, factor);
-      });
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) exact[i] >>= kSumShift<Format::int4>;
     }
   }
-  add([](int32_t sum, int32_t codes, int zero) { return static_cast<float>(sum + zero * codes); });
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) {
+    int32_t codes[2] = {};
+    if constexpr (K::kZeros) {
+      const int token = first + j * 8 + threadIdx.x % 4 * 2;
+      const uint2 v = load_shared_64(end.code_sums + token * 4);
+      codes[0] = static_cast<int32_t>(v.x), codes[1] = static_cast<int32_t>(v.y);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int32_t products = exact[j * 4 + e];
+      float value = static_cast<float>(products);
+      if constexpr (K::kZeros) {
+        value = group_value<K::kFormat>(products, codes[e % 2], end.zeros[e / 2]);
+      }
+      float& to = sums[j * 4 + e];
+      to = std::fma(value, end.scales[e / 2], to);
+    }
+  }
 }
 
 // What a warpgroup knows on its way through a tile.

@@ -11,7 +11,8 @@ namespace qkernels::cuda {
 template <Format kFormat>
 inline constexpr int kSumShift = kFormat == Format::int4 ? 4 : 0;
 
-// What a code of x counts for beside its products, by the weight's zero point.
+// What a code of x counts for beside its products, by the weight's zero point. Sums of codes are of
+// the same type, so that they need no conversion where they meet; `prepare` leaves their bits.
 template <Format kFormat>
 using ZeroFactor = std::conditional_t<kFormat == Format::int4, float, int32_t>;
 
@@ -28,10 +29,11 @@ QK_DEVICE ZeroFactor<kFormat> zero_factor(int zero) {
 // The value of a group from the exact sums of products and of codes of x, of int4 as int4_dot.
 template <Format kFormat>
 QK_DEVICE float group_value(int32_t products, int32_t codes, ZeroFactor<kFormat> factor) {
+  const ZeroFactor<kFormat> sum = bit_cast<ZeroFactor<kFormat>>(codes);
   if constexpr (kFormat == Format::int8) {
-    return static_cast<float>(products + factor * codes);
+    return static_cast<float>(products + factor * sum);
   } else {
-    return std::fma(factor, static_cast<float>(codes), static_cast<float>(products));
+    return std::fma(factor, sum, static_cast<float>(products));
   }
 }
 
@@ -146,7 +148,7 @@ QK_DEVICE void store_outputs(const LinearArgs& a, int64_t token, const Outputs<k
 // Of a token: what its results need.
 struct TokenCodes {
   float scale, zero;
-  int32_t sum;  // of the codes; for weights with one group a row and zero points
+  int32_t sum;  // of the codes, as bits; for weights with one group a row and zero points
 };
 
 QK_DEVICE TokenCodes load_token(const LinearArgs& a, int64_t token, bool sums) {
@@ -218,8 +220,7 @@ QK_DEVICE RowOutputs<kFormat, kCount> load_row_outputs(const LinearArgs& a, int6
 // From exact sums as the tensor cores leave them to y, where a row of the weight is one group.
 template <Format kFormat, int kCount>
 QK_DEVICE void finish_exact(const LinearArgs& a, int64_t token, const TokenCodes& codes,
-                            const RowOutputs<kFormat, kCount>& o,
-                            const uint32_t (&exact)[kCount]) {
+                            const RowOutputs<kFormat, kCount>& o, const uint32_t (&exact)[kCount]) {
   if (a.y_type == DType::i32) return store_outputs<kCount>(a, token, o.all, exact);
   float sums[kCount];
 #pragma unroll

@@ -108,8 +108,8 @@ QK_DEVICE void store_pairs(const LinearArgs& a, const WarpgroupSums<T>& sums,
         TokenCodes codes{shared.scales()[token], 0.0f, 0};
         if (!kPlain) codes.zero = shared.zeros()[token], codes.sum = shared.code_sums()[token];
         const int32_t sum = sums[eight / 2 + e];
-        const float value = kPlain ? static_cast<float>(sum)
-                                   : group_value<Format::int8>(sum, codes.sum, o.zero);
+        const float value =
+            kPlain ? static_cast<float>(sum) : group_value<Format::int8>(sum, codes.sum, o.zero);
         y[i] = result(scaled_sum(value, o.scale), codes, zeros, o.weight_sum, o.bias);
       }
       if (a.epilogue == Epilogue::relu) apply_epilogue(y, Epilogue::relu);
