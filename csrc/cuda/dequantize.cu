@@ -17,8 +17,7 @@ template <Format kFormat>
 QK_DEVICE Group group_at(const DequantizeArgs& a, int64_t row, int64_t group) {
   const int64_t at = a.shared_scale ? 0 : row * a.groups + group;
   int zero = symmetric_zero(kFormat);
-  if (a.zero_point != nullptr) zero = load_zero_point(a.zero_point, kFormat, at);
-  if (kFormat == Format::int4) zero &= 15;  // nobody has looked at the values
+  if (a.zero_point != nullptr) zero = given_zero_point<kFormat>(a.zero_point, at);
   return {load_float(a.scale, a.scale_type, at), zero};
 }
 

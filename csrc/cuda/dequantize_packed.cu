@@ -41,11 +41,11 @@ struct Decoder {
     if constexpr (kFormat != Format::nf4) {
       int zero = symmetric_zero(kFormat);
       if (!a.layout.symmetric) zero = load_zero_point(row + a.shape.zeros, kFormat, at);
-      const float z = static_cast<float>(zero);
+      const float lowest = code_value(0, kFormat, zero);
 #pragma unroll
       for (int i = 0; i < kShifts; ++i) {
-        shifts[i] = kFormat == Format::int4 ? -z - static_cast<float>(1 << (23 - 4 * i))
-                                            : -z - static_cast<float>((1 << 23) + 128);
+        shifts[i] = kFormat == Format::int4 ? lowest - static_cast<float>(1 << (19 - 4 * i))
+                                            : lowest - static_cast<float>((1 << 23) + 128);
       }
     }
   }
@@ -54,6 +54,9 @@ struct Decoder {
   // with the number of the lane, 16 lanes further again.
   QK_DEVICE void decode_eight(float (&y)[kEight], const uint32_t (&words)[2], float level) const {
     constexpr uint32_t kExponent = 0x4b000000;  // of 2^23: the lowest bits are an integer
+    // Nibbles 1 to 4, and once turned 5, 6, 7 and 0, have places in a float whose lowest bits leave
+    // room for the eighths of a zero point.
+    const uint32_t turned = prmt(words[0], words[0], 0x1032);
 #pragma unroll
     for (int i = 0; i < kEight; ++i) {
       float value = 0.0f;
@@ -61,15 +64,16 @@ struct Decoder {
         const uint32_t code = words[i / 4] ^ 0x80808080;
         value = bit_cast<float>(prmt(code, kExponent, 0x7540 + i % 4)) + shifts[0];
       } else {
-        const uint32_t w = words[0] >> i % 2 * 16;  // even k in the lower half
-        constexpr float kStep[] = {1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f};
-        const int place = i / 2;
+        const int nibble = i % 2 * 4 + i / 2;  // even k in the lower half
         if constexpr (kFormat == Format::int4) {
-          // Exact: 2^(23 - 4 * place) + code.
-          const uint32_t bits = lop3<0xea>(w, 0xfu << 4 * place, kExponent);
+          constexpr float kStep[] = {0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f};
+          const uint32_t w = nibble >= 1 && nibble <= 4 ? words[0] : turned;
+          const int place = (nibble + 3) % 4;
+          // Exact: 2^(19 - 4 * place) + code.
+          const uint32_t bits = lop3<0xea>(w, 0xf0u << 4 * place, kExponent);
           value = std::fma(bit_cast<float>(bits), kStep[place], shifts[place]);
         } else {
-          value = shuffle(level, static_cast<int>(w >> 4 * place));
+          value = shuffle(level, static_cast<int>(words[0] >> 4 * nibble));
         }
       }
       y[i] = value * scale;

@@ -101,6 +101,14 @@ QK_DEVICE int encode_level(float quotient) {
   return static_cast<int>(code + (value > middles.at[code]));
 }
 
+// Zero point `at` of those that are given to an op. Nobody has looked at the values: those of int4
+// are kept in range, so that no code leaves its nibble.
+template <Format kFormat>
+QK_DEVICE int given_zero_point(const void* zeros, int64_t at) {
+  const int zero = load_zero_point(zeros, kFormat, at);
+  return kFormat == Format::int4 ? min(zero, 15 * info(kFormat).zero_steps) : zero;
+}
+
 // encode() of core/codec.h. Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low
 // bits: a conversion would take as long as four additions.
 template <Format kFormat>
@@ -110,11 +118,12 @@ QK_DEVICE int encode_element(float x, const Affine& affine, bool symmetric) {
   const float quotient = x * affine.inverse;
   const bool number = quotient == quotient;
   if constexpr (kFormat != Format::nf4) {
-    const int zero = affine.zero_point;
-    const float low = static_cast<float>(code_min(kFormat, symmetric) - zero);
-    const float high = static_cast<float>(code_max(kFormat, symmetric) - zero);
-    const float value = std::fmin(std::fmax(quotient, low), high);
-    return number ? bit_cast<int>(value + kRound) + (zero - kRoundBits) : zero;
+    const ZeroParts zero = zero_parts(affine.zero_point, kFormat);
+    const float low = static_cast<float>(code_min(kFormat, symmetric) - zero.whole);
+    const float high = static_cast<float>(code_max(kFormat, symmetric) - zero.whole);
+    const float wanted = kFormat == Format::int4 ? quotient + zero.fraction : quotient;
+    const float value = std::fmin(std::fmax(wanted, low), high);
+    return number ? bit_cast<int>(value + kRound) + (zero.whole - kRoundBits) : zero.whole;
   } else {
     return number ? encode_level(quotient) : 7;
   }

@@ -49,11 +49,10 @@ QK_DEVICE Affine given_affine(const Args& a, int64_t row, int64_t group) {
   if (a.zero_point != nullptr) {
     if (a.float_zeros) {
       const float value = static_cast<const float*>(a.zero_point)[at];
-      zero = round_clamp(value, code_min(kFormat, false), code_max(kFormat, false));
+      zero = to_zero_point(value, kFormat);
       if (value != value) scale = NAN;
     } else {
-      zero = load_zero_point(a.zero_point, kFormat, at);
-      if (kFormat == Format::int4) zero &= 15;
+      zero = given_zero_point<kFormat>(a.zero_point, at);
     }
   }
   return {scale, 1.0f / scale, zero};

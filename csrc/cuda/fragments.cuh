@@ -1,5 +1,5 @@
 // Codes of a packed weight as 16-bit operands of the tensor cores, less their zero point and
-// without their scale: whole numbers below 256, which both types hold exactly, or levels of nf4. A
+// without their scale: numbers of eight bits at most, which both types hold exactly, or levels of nf4. A
 // few integer instructions for each pair; no conversion instruction, which are slow.
 #pragma once
 
@@ -49,41 +49,29 @@ struct Codes;
 
 inline constexpr int kAndOr = 0xea;  // lop3: (a & b) | c
 
-// A code in the low bits of the significand of 1024 is 1024 + code. Codes four bits higher count 16
-// times as much, which the next instruction takes back.
-template <>
-struct Codes<Format::int4, DType::f16> {
-  static constexpr int kWords = 1;
-  struct Zero {
-    uint32_t low, high;
-  };
-  QK_DEVICE static Zero zero(int z) {
-    const uint32_t bits = static_cast<uint32_t>(z);
-    return {twice(0x6400 + bits), twice(0xd400 + 16 * bits)};  // 1024 + z, -(64 + z)
-  }
-  QK_DEVICE static void pairs(uint32_t (&p)[4], const uint32_t (&words)[1], const Zero& z,
-                              const LevelBytes&) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t w = words[0] >> 8 * i;
-      p[2 * i] = sub_f16x2(lop3<kAndOr>(w, 0x000f000f, 0x64006400), z.low);
-      p[2 * i + 1] = fma_f16x2(lop3<kAndOr>(w, 0x00f000f0, 0x64006400), 0x2c002c00, z.high);
-    }
-  }
-};
-
-// The significand of bfloat16 has room for codes in the lowest bits alone: 128 + code.
-template <>
-struct Codes<Format::int4, DType::bf16> {
+// A code in the significand of a power of two is that much more than the code, where its lowest bit
+// counts one. The zero point, so much more as well, has room for its eighths behind the code: three
+// bits in bfloat16, 16 + code, and four in float16, 64 + code. Both are exact, and so is the
+// difference.
+template <DType kType>
+struct Codes<Format::int4, kType> {
+  static constexpr bool kBf16 = kType == DType::bf16;
+  static constexpr int kPlace = kBf16 ? 3 : 4;  // of a code in the significand
+  static constexpr uint32_t kBase = kBf16 ? 0x4180 : 0x5400;
   static constexpr int kWords = 1;
   using Zero = uint32_t;
-  QK_DEVICE static Zero zero(int z) { return twice(0xc300 + static_cast<uint32_t>(z)); }
+  QK_DEVICE static Zero zero(int z) {
+    const uint32_t bits = kBase + (static_cast<uint32_t>(z) << (kPlace - 3));
+    return twice(kBf16 ? 0x8000 + bits : bits);  // there is no subtraction of bfloat16
+  }
   QK_DEVICE static void pairs(uint32_t (&p)[4], const uint32_t (&words)[1], const Zero& z,
                               const LevelBytes&) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint32_t w = lop3<kAndOr>(words[0] >> 4 * j, 0x000f000f, 0x43004300);
-      p[j] = fma_bf16x2(w, 0x3f803f80, z);
+      const int right = 4 * j - kPlace;
+      const uint32_t moved = right < 0 ? words[0] << -right : words[0] >> right;
+      const uint32_t w = lop3<kAndOr>(moved, twice(15 << kPlace), twice(kBase));
+      p[j] = kBf16 ? fma_bf16x2(w, 0x3f803f80, z) : sub_f16x2(w, z);
     }
   }
 };

@@ -54,17 +54,15 @@ struct Codes {
 template <class K>
 struct GroupEnd {
   float scales[2];
-  int zeros[2];              // zero_factor
   const uint8_t* code_sums;  // of the tile's tokens
-  bool shifted;              // exact sums have to lose what `widen` multiplied them by
+  ZeroFactor<K::kFormat> zeros[2];
+  bool shifted;  // exact sums have to lose what `widen` multiplied them by
 
-  // That factor is taken from the scales, if it leaves no bit behind, and given to zero points, if
-  // sums have room for it.
-  QK_DEVICE void shift(int64_t group_padded) {
+  // That factor is taken from the scales, if it leaves no bit behind, and given to zero points.
+  QK_DEVICE void shift() {
     if constexpr (K::kFormat == Format::int4) {
       constexpr int kFactor = 1 << kSumShift<Format::int4>;
-      constexpr int64_t kLong = 65536;  // 15 * 128 * kFactor * kLong < 2^31
-      shifted = K::kZeros && group_padded > kLong;
+      shifted = false;
       float units[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -100,7 +98,7 @@ struct GroupEnd {
       }
       code_sums = shared.code_sums(page) + group * K::kSumBytes;
     }
-    shift(a.shape.group_padded);
+    shift();
   }
 };
 
@@ -124,10 +122,13 @@ QK_DEVICE void fold(float (&sums)[kTokens / 2], int32_t (&exact)[kTokens / 2],
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      int32_t sum = exact[j * 4 + e];
-      if constexpr (K::kZeros) sum += end.zeros[e / 2] * codes[e % 2];
+      const int32_t products = exact[j * 4 + e];
+      float value = static_cast<float>(products);
+      if constexpr (K::kZeros) {
+        value = group_value<K::kFormat>(products, codes[e % 2], end.zeros[e / 2]);
+      }
       float& to = sums[j * 4 + e];
-      to = std::fma(static_cast<float>(sum), end.scales[e / 2], to);
+      to = std::fma(value, end.scales[e / 2], to);
     }
   }
 }

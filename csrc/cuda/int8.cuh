@@ -11,10 +11,30 @@ namespace qkernels::cuda {
 template <Format kFormat>
 inline constexpr int kSumShift = kFormat == Format::int4 ? 4 : 0;
 
-// What a code of x counts for beside its products, by the weight's zero point.
+// What a code of x counts for beside its products, by the weight's zero point. Sums of codes are of
+// the same type, so that they need no conversion where they meet; `prepare` leaves their bits.
 template <Format kFormat>
-QK_DEVICE int zero_factor(int zero) {
-  return (kFormat == Format::int4 ? kInt4Offset : 0) - zero;
+using ZeroFactor = std::conditional_t<kFormat == Format::int4, float, int32_t>;
+
+template <Format kFormat>
+QK_DEVICE ZeroFactor<kFormat> zero_factor(int zero) {
+  const int distance = symmetric_zero(kFormat) - zero;
+  if constexpr (kFormat == Format::int8) {
+    return distance;
+  } else {
+    return static_cast<float>(distance) * 0.125f;
+  }
+}
+
+// The value of a group from the exact sums of products and of codes of x, of int4 as int4_dot.
+template <Format kFormat>
+QK_DEVICE float group_value(int32_t products, int32_t codes, ZeroFactor<kFormat> factor) {
+  const ZeroFactor<kFormat> sum = bit_cast<ZeroFactor<kFormat>>(codes);
+  if constexpr (kFormat == Format::int8) {
+    return static_cast<float>(products + factor * sum);
+  } else {
+    return std::fma(factor, sum, static_cast<float>(products));
+  }
 }
 
 // ---- Fragments ----------------------------------------------------------------------------------
@@ -84,7 +104,7 @@ QK_DEVICE float scale_at(const LinearArgs& a, int64_t feature, int64_t group) {
 
 // Of an asymmetric weight.
 template <Format kFormat>
-QK_DEVICE int zero_factor_at(const LinearArgs& a, int64_t feature, int64_t group) {
+QK_DEVICE ZeroFactor<kFormat> zero_factor_at(const LinearArgs& a, int64_t feature, int64_t group) {
   const uint8_t* row = a.packed + feature / kLanes * a.shape.bytes;
   const int zero = load_zero_point(row + a.shape.zeros, kFormat, group * kLanes + feature % kLanes);
   return zero_factor<kFormat>(zero);
@@ -128,7 +148,7 @@ QK_DEVICE void store_outputs(const LinearArgs& a, int64_t token, const Outputs<k
 // Of a token: what its results need.
 struct TokenCodes {
   float scale, zero;
-  int32_t sum;  // of the codes; for weights with one group a row and zero points
+  int32_t sum;  // of the codes, as bits; for weights with one group a row and zero points
 };
 
 QK_DEVICE TokenCodes load_token(const LinearArgs& a, int64_t token, bool sums) {
@@ -149,11 +169,9 @@ QK_DEVICE void apply_epilogue(float (&y)[kCount], Epilogue epilogue) {
   for (int i = 0; i < kCount; ++i) y[i] = qkernels::apply_epilogue(y[i], epilogue);
 }
 
-// From the exact sum of a group to its share of a result, and from all groups' to a result without
+// From the value of a group to its share of a result, and from all groups' to a result without
 // activation function. `zeros`: codes of x have a zero point.
-QK_DEVICE float scaled_sum(int32_t sum, float scale) {
-  return std::fma(static_cast<float>(sum), scale, 0.0f);
-}
+QK_DEVICE float scaled_sum(float value, float scale) { return std::fma(value, scale, 0.0f); }
 
 QK_DEVICE float result(float sum, const TokenCodes& codes, bool zeros, float weight_sum,
                        float bias) {
@@ -178,16 +196,16 @@ QK_DEVICE void finish(const LinearArgs& a, int64_t token, const TokenCodes& code
 }
 
 // Outputs of a weight whose rows are one group each.
-template <int kCount>
+template <Format kFormat, int kCount>
 struct RowOutputs {
   Outputs<kCount> all;
   float scale[kCount];
-  int zero[kCount];  // zero_factor
+  ZeroFactor<kFormat> zero[kCount];
 };
 
 template <Format kFormat, int kCount>
-QK_DEVICE RowOutputs<kCount> load_row_outputs(const LinearArgs& a, int64_t feature) {
-  RowOutputs<kCount> o{};
+QK_DEVICE RowOutputs<kFormat, kCount> load_row_outputs(const LinearArgs& a, int64_t feature) {
+  RowOutputs<kFormat, kCount> o{};
   o.all = load_outputs<kCount>(a, feature);
   if (a.y_type == DType::i32) return o;
 #pragma unroll
@@ -202,13 +220,13 @@ QK_DEVICE RowOutputs<kCount> load_row_outputs(const LinearArgs& a, int64_t featu
 // From exact sums as the tensor cores leave them to y, where a row of the weight is one group.
 template <Format kFormat, int kCount>
 QK_DEVICE void finish_exact(const LinearArgs& a, int64_t token, const TokenCodes& codes,
-                            const RowOutputs<kCount>& o, const uint32_t (&exact)[kCount]) {
+                            const RowOutputs<kFormat, kCount>& o, const uint32_t (&exact)[kCount]) {
   if (a.y_type == DType::i32) return store_outputs<kCount>(a, token, o.all, exact);
   float sums[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int32_t sum = static_cast<int32_t>(exact[i]) >> kSumShift<kFormat>;
-    sums[i] = scaled_sum(sum + o.zero[i] * codes.sum, o.scale[i]);
+    sums[i] = scaled_sum(group_value<kFormat>(sum, codes.sum, o.zero[i]), o.scale[i]);
   }
   finish<kCount>(a, token, codes, o.all, sums);
 }

@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(T::kTeam, T::kMinBlocks)
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
       for (int i = 0; i < 2; ++i) {
-        const uint8_t byte = zeros[r * T::kBlockBytes + g + 8 * i];
-        zero[r][i] = C::zero(T::kFormat == Format::int8 ? static_cast<int8_t>(byte) : byte & 15);
+        const uint8_t* const from = zeros + r * T::kBlockBytes;
+        zero[r][i] = C::zero(load_zero_point(from, T::kFormat, g + 8 * i));
       }
     }
   };

@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(T::kMaxThreads, 2) gemv_kernel(const FloatKern
       for (int r = 0; r < kBlocks; ++r) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint8_t byte = open[r * T::kBlockBytes + T::kScaleBytes + g + 8 * i];
-          zeros[r][i] = C::zero(T::kFormat == Format::int8 ? static_cast<int8_t>(byte) : byte & 15);
+          const uint8_t* const from = open + r * T::kBlockBytes + T::kScaleBytes;
+          zeros[r][i] = C::zero(load_zero_point(from, T::kFormat, g + 8 * i));
         }
       }
     }

@@ -107,8 +107,7 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
       if (T::kAsymmetric && begins) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const uint8_t byte = zeros[g + 8 * r];
-          zero[r] = C::zero(T::kFormat == Format::int8 ? static_cast<int8_t>(byte) : byte & 15);
+          zero[r] = C::zero(load_zero_point(zeros, T::kFormat, g + 8 * r));
         }
         zeros += kLanes;
       }

@@ -32,7 +32,7 @@ template <class T, Format kFormat, bool kZeros>
 struct GroupEnd {
   uint32_t scales[T::kRows][2];  // bits as stored, of features g and g + 8
   int zeros[kZeros ? T::kRows : 1][2];
-  int codes[kZeros ? T::kColumns : 1][2];  // sums of the codes of tokens 2t and 2t + 1
+  int codes[kZeros ? T::kColumns : 1][2];  // bits of sums of the codes of tokens 2t and 2t + 1
 
   QK_DEVICE void load(const LinearArgs& a, int64_t row, int64_t token, int64_t group) {
     if (group >= a.shape.groups) return;
@@ -103,17 +103,20 @@ QK_DEVICE void fold(const Sums<T>& exact, float (&sums)[T::kRows][T::kColumns][4
         float sum = 0.0f;
         if constexpr (kShort) {
           sum = std::fma(bit_cast<float>(exact[i][j][e]), kUnit, -kSumStart * kUnit);
-          // Exact: below 2^24.
+          // Exact: below 2^24, or eighths below 2^21.
           if constexpr (kZeros) {
+            const auto codes = bit_cast<ZeroFactor<kFormat>>(end.codes[j][e % 2]);
             sum = std::fma(static_cast<float>(zero_factor<kFormat>(end.zeros[i][e / 2])),
-                           static_cast<float>(end.codes[j][e % 2]), sum);
+                           static_cast<float>(codes), sum);
           }
         } else {
-          int32_t whole = exact[i][j][e] >> kSumShift<kFormat>;
+          const int32_t products = exact[i][j][e] >> kSumShift<kFormat>;
           if constexpr (kZeros) {
-            whole += zero_factor<kFormat>(end.zeros[i][e / 2]) * end.codes[j][e % 2];
+            sum = group_value<kFormat>(products, end.codes[j][e % 2],
+                                       zero_factor<kFormat>(end.zeros[i][e / 2]));
+          } else {
+            sum = static_cast<float>(products);
           }
-          sum = static_cast<float>(whole);
         }
         sums[i][j][e] = std::fma(sum, scales[i][e / 2], sums[i][j][e]);
       }

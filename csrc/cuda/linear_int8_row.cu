@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     });
     return;
   }
-  const RowOutputs<4> outputs = load_row_outputs<kFormat, 4>(a, feature);
+  const RowOutputs<kFormat, 4> outputs = load_row_outputs<kFormat, 4>(a, feature);
   const auto load = [&](int at) {
     return load_token(a, min(token + at, a.rows - 1), !a.layout.symmetric);
   };

@@ -118,14 +118,14 @@ template <Format kFormat, DType kScale, bool kZeros>
 QK_DEVICE float add_groups(float sum, const Table& t) {
 #pragma unroll 4
   for (int i = 0; i < t.count; ++i) {
-    int32_t exact = t.words[i * t.pitch] >> kSumShift<kFormat>;
+    const int32_t exact = t.words[i * t.pitch] >> kSumShift<kFormat>;
+    float value = static_cast<float>(exact);
     if constexpr (kZeros) {
-      const uint8_t byte = t.zeros[i * kLanes];
-      const int zero = kFormat == Format::int8 ? static_cast<int8_t>(byte) : byte;
-      exact += zero_factor<kFormat>(zero) * t.codes[static_cast<int64_t>(i) * t.rows];
+      const auto factor = zero_factor<kFormat>(load_zero_point(t.zeros, kFormat, i * kLanes));
+      value = group_value<kFormat>(exact, t.codes[static_cast<int64_t>(i) * t.rows], factor);
     }
     const float scale = load_element<kScale>(t.scales, i * kLanes);
-    sum = std::fma(static_cast<float>(exact), scale, sum);
+    sum = std::fma(value, scale, sum);
   }
   return sum;
 }
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, Skinny<kFormat, kTiles>::kBlocks)
   }
   __syncthreads();
   const int64_t feature = static_cast<int64_t>(blockIdx.x) * kLanes + threadIdx.x % kLanes;
-  const RowOutputs<1> outputs = load_row_outputs<kFormat, 1>(a, feature);
+  const RowOutputs<kFormat, 1> outputs = load_row_outputs<kFormat, 1>(a, feature);
 #pragma unroll 1
   for (int at = static_cast<int>(threadIdx.x); at < rows * kLanes; at += kThreads) {
     const int64_t token = at / kLanes;

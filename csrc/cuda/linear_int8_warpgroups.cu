@@ -136,7 +136,7 @@ QK_DEVICE void fetch_terms(const LinearArgs& a, const Tiles& tiles, const Shared
     }
 #pragma unroll 1
     for (int i = thread; i < kFeatures; i += kFetching) {
-      const RowOutputs<1> o = load_row_outputs<Format::int8, 1>(a, row * kLanes + i);
+      const RowOutputs<Format::int8, 1> o = load_row_outputs<Format::int8, 1>(a, row * kLanes + i);
       shared.outputs()[i] = {o.scale[0], o.all.weight_sum[0], o.all.bias[0], o.zero[0]};
     }
     barrier_arrive(shared.terms_filled());

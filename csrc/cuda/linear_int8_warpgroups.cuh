@@ -108,8 +108,9 @@ QK_DEVICE void store_pairs(const LinearArgs& a, const WarpgroupSums<T>& sums,
         TokenCodes codes{shared.scales()[token], 0.0f, 0};
         if (!kPlain) codes.zero = shared.zeros()[token], codes.sum = shared.code_sums()[token];
         const int32_t sum = sums[eight / 2 + e];
-        y[i] = result(scaled_sum(kPlain ? sum : sum + o.zero * codes.sum, o.scale), codes, zeros,
-                      o.weight_sum, o.bias);
+        const float value =
+            kPlain ? static_cast<float>(sum) : group_value<Format::int8>(sum, codes.sum, o.zero);
+        y[i] = result(scaled_sum(value, o.scale), codes, zeros, o.weight_sum, o.bias);
       }
       if (a.epilogue == Epilogue::relu) apply_epilogue(y, Epilogue::relu);
       uint32_t pairs[4];
@@ -160,7 +161,7 @@ QK_DEVICE void store_words(const LinearArgs& a, const WarpgroupSums<T>& sums,
   const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
   const int warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
   uint32_t* const piece = reinterpret_cast<uint32_t*>(shared.results(warpgroup));
-  RowOutputs<4> outputs;
+  RowOutputs<Format::int8, 4> outputs;
   outputs.all.feature = stored.feature + thread % 16 * 4;
   outputs.all.count = static_cast<int>(max(int64_t{0}, min(a.n - outputs.all.feature, int64_t{4})));
 #pragma unroll

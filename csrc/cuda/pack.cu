@@ -8,13 +8,17 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// The code of value 0: what fills up groups, rows and the lanes of the last block.
+// The code of value 0, or the one next to it: what fills up groups, rows and the lanes of the last
+// block.
 template <Format kFormat>
 QK_DEVICE int padding_code(const PackArgs& a, int64_t n, int64_t group) {
   if (kFormat == Format::nf4) return 7;
-  if (a.layout.symmetric) return symmetric_zero(kFormat);
-  if (n >= a.n) return 0;
-  return load_zero_point(a.zero_point, kFormat, n * a.shape.groups + group);
+  int zero = symmetric_zero(kFormat);
+  if (!a.layout.symmetric) {
+    if (n >= a.n) return 0;
+    zero = given_zero_point<kFormat>(a.zero_point, n * a.shape.groups + group);
+  }
+  return zero_parts(zero, kFormat).whole;
 }
 
 // Codes of output n from padded k `kp` on, as they are packed.
@@ -86,18 +90,14 @@ __global__ void __launch_bounds__(kThreads) pack_scales_kernel(const PackArgs a)
   for (int64_t g = 0; g < s.groups; ++g) {
     const int64_t from = n * s.groups + g, to = g * kLanes + n % kLanes;
     int zero = symmetric_zero(kFormat);
-    if (!a.layout.symmetric) {
-      zero = load_zero_point(a.zero_point, kFormat, from);
-      if (kFormat == Format::int4) zero &= 15;  // nobody has looked at the values
-    }
+    if (!a.layout.symmetric) zero = given_zero_point<kFormat>(a.zero_point, from);
     if (kFormat != Format::nf4) {
       int32_t sum = 0;
       for (int64_t i = lane; i < s.group_length(g); i += kWarp) {
         sum += load_code(codes, kFormat, s.group_begin(g) + i);
       }
-      const int64_t exact = warp_sum(sum) - static_cast<int64_t>(zero) * s.group_length(g);
-      weight_sum = std::fma(static_cast<float>(exact), load_float(a.scale, a.layout.scale, from),
-                            weight_sum);
+      weight_sum = std::fma(value_sum(warp_sum(sum), s.group_length(g), kFormat, zero),
+                            load_float(a.scale, a.layout.scale, from), weight_sum);
     }
     if (lane != 0) continue;
     // Bits, so that a NaN stays what it is.

@@ -3,8 +3,8 @@
 // once.
 //
 //   panel       codes in the order of the weight's padded k, 0 in the padding; see panel.cuh
-//   group_sums  [groups][rows]: sums of the codes, where the weight has zero points; for a tiled
-//               panel code_sum_pitch(rows) apart
+//   group_sums  [groups][rows]: sums of the codes, where the weight has zero points, of int4 as
+//               floats; for a tiled panel code_sum_pitch(rows) apart
 #include "cuda/dispatch.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/int8.cuh"
@@ -153,6 +153,8 @@ QK_DEVICE void sum_groups(const LinearArgs& a, int64_t row, const Panel& panel) 
       }
     }
     sum = warp_sum(sum);
+    // Exact: below 2^24.
+    if (a.layout.format == Format::int4) sum = bit_cast<int32_t>(static_cast<float>(sum));
     const int64_t pitch = panel.tiled ? code_sum_pitch(a.rows) : a.rows;
     if (threadIdx.x % kWarp == 0) a.group_sums[g * pitch + row] = sum;
   }

@@ -51,8 +51,7 @@ QK_DEVICE Affine affine_at(const QuantizeArgs& a, int64_t row, int64_t group) {
   const int64_t at = a.shared_scale ? 0 : row * a.groups + group;
   const float scale = load_float(a.scale, a.scale_type, at);
   int zero = symmetric_zero(kFormat);
-  if (!a.symmetric) zero = load_zero_point(a.zero_point, kFormat, at);
-  if (kFormat == Format::int4) zero &= 15;  // nobody has looked at the values
+  if (!a.symmetric) zero = given_zero_point<kFormat>(a.zero_point, at);
   return {scale, 1.0f / scale, zero};
 }
 

@@ -145,8 +145,8 @@ inline ScalarType storage_type(Format format) {
   return format == Format::int8 ? ScalarType::Char : ScalarType::Byte;
 }
 
-// int4 zero points lie between codes 0 and 15, in eighths. On a GPU the kernels take the low seven
-// bits instead.
+// int4 zero points lie between codes 0 and 15, in eighths. On a GPU nobody looks, and the
+// kernels limit them.
 inline void check_zero_points(const char* op, const Tensor& zero_point, Format format) {
   if (!kReadable || format != Format::int4) return;
   const uint8_t* at = zero_point.const_data_ptr<uint8_t>();

@@ -67,7 +67,8 @@ def test_gradients(ops: Any, form: ref.Format, symmetric: bool) -> None:
 
 def test_float_zero_points(ops: Any) -> None:
     x, grad = awkward((6, 40)), floats((6, 40), seed="grad")
-    zero = torch.tensor([[-300.0], [0.5], [1.5], [2.49], [15.5], [400.0]])
+    # Halves between codes, and of int4 between eighths; and out of range.
+    zero = torch.tensor([[-300.0], [0.5], [3.1875], [2.4375], [15.5], [400.0]])
     for form in (ref.INT8, ref.INT4):
         for rows, group_size in ((slice(None), -1), (2, None)):
             one = zero[rows].reshape(-1)[0] if group_size is None else zero

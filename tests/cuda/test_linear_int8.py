@@ -113,6 +113,21 @@ GROUPED = (
 )
 
 
+# (rows, n, k, group_size): of them a GPU of 132 multiprocessors takes the largest tile.
+MANY_GROUPED_TILES = (2049, 8200, 520, 128)
+
+
+@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
+def test_many_tiles_of_groups_by_warpgroups(ops: Any, sm90: None, kind: Kind) -> None:
+    rows, n, k, group_size = MANY_GROUPED_TILES
+    facts = (kind.cuda_layout, 1, rows, k, n, group_size, 0, 132, True)
+    assert _C.cuda_kernel_name(*facts) == "cuda int8 wgmma grouped 128x128"
+    if not isinstance(ops, DeviceOps):  # which has the time for so many
+        rows, n = 131, 257
+    w = weight(kind, n, k, group_size)
+    linear(ops, w, awkward((rows, k), torch.bfloat16), SYMMETRIC)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 @pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
 def test_groups_by_warpgroups(
@@ -238,6 +253,26 @@ def test_extreme_codes(ops: Any, device: Any, kind: Kind, multiprocessors: int) 
             w = weight(kind, 17, 1000, group_size, codes=np.full((17, 1000), code))
             linear(ops, w, -torch.ones(rows, 1000), ASYMMETRIC)  # codes of -128
             linear(ops, w, torch.ones(rows, 1000), SYMMETRIC)  # of 127
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_of_int4_whose_sums_floats_round(
+    ops: Any, device: Any, monkeypatch: pytest.MonkeyPatch, symmetric: bool
+) -> None:
+    """Sums beyond 2^24 are rounded before the zero point adds its share, by every kernel."""
+    kind = Kind(ref.INT4, symmetric, torch.float32)
+    random = rng("long")
+    for k, group_size in ((19000, -1), (36001, 18000)):
+        codes = np.where(random.random((18, k)) < 0.01, random.integers(0, 16, (18, k)), 0)
+        w = weight(kind, 18, k, group_size, codes=codes)
+        x = torch.from_numpy(1 - (random.random((66, k), np.float32) < 0.1) / 127).float()
+        for sm90, multiprocessors, rows in ((0, 4, 3), (0, 4, 40), (0, 1, 66), (1, 1, 66)):
+            monkeypatch.setenv("QKERNELS_HOST_SM90", str(sm90))
+            monkeypatch.setenv("QKERNELS_GROUPED_WGMMA", str(sm90))
+            device(multiprocessors)
+            y = linear(ops, w, x[:rows], SYMMETRIC)
+            if rows == 3:
+                same_bits(y, w.integer(x[:rows], None, SYMMETRIC))
 
 
 @pytest.mark.parametrize("rows", [12, 40, 70])

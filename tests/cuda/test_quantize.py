@@ -8,7 +8,7 @@ import torch
 
 from helpers import reference as ref
 from helpers.check import same_bits, same_codes, same_tensor
-from helpers.data import FLOATS, awkward, strided
+from helpers.data import FLOATS, Kind, awkward, strided
 
 cpu = torch.ops.qkernels
 
@@ -146,21 +146,20 @@ def test_any_strides(ops: Any) -> None:
     check(ops, shifted, ref.INT8, 8, True)
 
 
-def test_zero_points_that_are_no_codes_keep_to_their_nibble(ops: Any) -> None:
-    """The glue of a GPU does not read them."""
-    x = awkward((3, 16))
-    scale = torch.ones(3, 1)
-    high, low = (
-        torch.full((3, 1), 0x35, dtype=torch.uint8),
-        torch.full((3, 1), 5, dtype=torch.uint8),
-    )
-    codes = [ops.quantize_with(x, scale, zero, ref.INT4.code) for zero in (high, low)]
+def test_zero_points_out_of_range_keep_codes_in_their_nibbles(ops: Any) -> None:
+    """The glue of a GPU does not read them; they count as the largest one, 120 eighths."""
+    high = torch.arange(121, 256, dtype=torch.uint8)[:, None]
+    x = awkward((len(high), 16))
+    x[::3, 5] = torch.nan
+    scale = torch.ones(len(high), 1)
+    zeros = (high, torch.full_like(high, 120))
+    codes = [ops.quantize_with(x, scale, zero, ref.INT4.code) for zero in zeros]
     same_tensor(*codes)
-    values = [
-        ops.dequantize(codes[0], scale, zero, ref.INT4.code, -1, 16, x.dtype)
-        for zero in (high, low)
-    ]
-    same_tensor(*values)
+    rest = (ref.INT4.code, -1, 16, x.dtype)
+    same_tensor(*(ops.dequantize(codes[0], scale, zero, *rest) for zero in zeros))
+    same_tensor(*(ops.fake_quantize_with(x, scale, zero, ref.INT4.code) for zero in zeros))
+    layout = Kind(ref.INT4, False, torch.float32).cuda_layout
+    same_tensor(*(ops.pack(codes[0], scale, zero, layout, 16, -1) for zero in zeros))
 
 
 def test_wrong_calls_say_what_is_wrong(ops: Any) -> None:
