@@ -11,7 +11,8 @@ from qkernels.optimize.groups import GroupFit
 # makes the step for all others finer.
 _SHARES_4_BITS = tuple(1.06 - 0.04 * i for i in range(14))
 _SHARES_8_BITS = tuple(1.0 - 0.02 * i for i in range(1, 16))
-_ASYMMETRIC_SHARES = tuple(1.06 - 0.04 * i for i in range(12))
+# Some groups fit best when they leave a code unused, so ranges may be wider than a group.
+_ASYMMETRIC_SHARES = tuple(1.14 - 0.045 * i for i in range(12))
 # Codes by which a range is moved besides: where it begins matters as much as how wide it is.
 _SHIFT = 0.33
 _REFINEMENTS = 4
@@ -44,7 +45,7 @@ def _symmetric_grid(fit: GroupFit) -> None:
 
 
 def _asymmetric_grid(fit: GroupFit) -> None:
-    """Ranges in the middle of a group's extremes, beside it, and from either of them.
+    """Ranges about the middle between a group's extremes, and from either of them.
 
     Each is followed by the best line for its codes, so that the grid may be coarse.
     """
@@ -54,9 +55,9 @@ def _asymmetric_grid(fit: GroupFit) -> None:
     for share in _ASYMMETRIC_SHARES:
         scale = ((high - low) * share / (last - first)).to(fit.scale.dtype)
         middle = (first + last) / 2 - (high + low) / 2 / scale
-        # To one end: with errors that count differently, a group may best be clipped at the other.
+        # To one extreme: the group is clipped, or leaves codes unused, at the other alone.
         room = (1 / share - 1) * (last - first) / 2
-        for shift in (0, -_SHIFT, _SHIFT, *((-room, room) if room > _SHIFT else ())):
+        for shift in (0, -_SHIFT, _SHIFT, *((-room, room) if abs(room) > _SHIFT else ())):
             zero_point = fit.form.to_zero_point(middle + shift)
             approximation = fit.approximation(scale, zero_point)
             line = _line(fit, approximation, scale, zero_point)
