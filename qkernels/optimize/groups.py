@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,11 @@ class GroupFit:
         """The zero points [R, G] in codes, float32."""
         assert self.zero_point is not None
         return self.form.zero_codes(self.zero_point)
+
+    @cached_property
+    def value_mean(self) -> Tensor:
+        """The weighted mean of the values of each group, [R, G]."""
+        return self.mean(self.values)
 
     def approximation(self, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """What the values become with given scales [R, G], of the values' shape."""

@@ -12,7 +12,7 @@ from qkernels.optimize.groups import GroupFit
 _SHARES_4_BITS = tuple(1.06 - 0.04 * i for i in range(14))
 _SHARES_8_BITS = tuple(1.0 - 0.02 * i for i in range(1, 16))
 # Some groups fit best when they leave a code unused, so ranges may be wider than a group.
-_ASYMMETRIC_SHARES = tuple(1.14 - 0.045 * i for i in range(12))
+_ASYMMETRIC_SHARES = tuple(1.14 - 0.05 * i for i in range(11))
 # Codes by which a range is moved besides: where it begins matters as much as how wide it is.
 _SHIFT = 0.33
 _REFINEMENTS = 4
@@ -90,11 +90,11 @@ def _line(
     With d the approximation, the values are nearest to the regression line a·d + b, which is the
     scale a·s and the zero point z - b / (a·s).
     """
-    value_mean, mean = fit.mean(fit.values), fit.mean(approximation)
-    covariance = fit.mean(fit.values * approximation) - value_mean * mean
+    mean = fit.mean(approximation)
+    covariance = fit.mean(fit.values * approximation) - fit.value_mean * mean
     slope = covariance / (fit.mean(approximation.square()) - mean.square())
     scale = scale * slope
-    zero_codes = fit.form.zero_codes(zero_point) - (value_mean - slope * mean) / scale
+    zero_codes = fit.form.zero_codes(zero_point) - (fit.value_mean - slope * mean) / scale
     return scale, fit.form.to_zero_point(zero_codes)
 
 
