@@ -149,7 +149,9 @@ def limit_rows(weights: list[Tensor]) -> Iterable[LimitRow]:
             fit_mse(searched)
             start, zero_points = every.scale.float(), [None]
             if every.zero_point is not None:
-                zero_points = [torch.full_like(every.zero_point, z) for z in range(16)]
+                form = every.form
+                low, high = (c * form.zero_steps for c in (form.lowest_code, form.highest_code))
+                zero_points = [torch.full_like(every.zero_point, z) for z in range(low, high + 1)]
             for share in torch.logspace(math.log10(0.35), math.log10(1.15), 400):
                 for zero_point in zero_points:
                     every.offer(start * share, zero_point)

@@ -12,6 +12,7 @@ class FormatRow(TypedDict):
     asymmetric_max: int
     symmetric_range: float
     has_zero_point: bool
+    zero_steps: int
     packs: bool
     storage: str
 

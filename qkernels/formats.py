@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qkernels import _C
 
@@ -19,6 +20,8 @@ class Format:
         bits: bits of one stored code.
         storage_dtype: element type of stored codes; 4-bit codes are two in a byte.
         has_zero_point: whether asymmetric quantization exists for it.
+        lowest_code: the smallest code of an asymmetric quantizer, as stored.
+        highest_code: the largest.
         zero_steps: a stored zero point counts in 1 / zero_steps of a code: int4's in eighths.
         packs: whether it can be a packed weight; the others only quantize and dequantize.
 
@@ -32,12 +35,46 @@ class Format:
     bits: int
     storage_dtype: torch.dtype
     has_zero_point: bool
+    lowest_code: int
+    highest_code: int
     zero_steps: int
     packs: bool
 
     def storage_features(self, features: int) -> int:
         """Elements of `storage_dtype` that hold `features` codes of one row."""
         return (features + 1) // 2 if self.bits == 4 else features
+
+    def to_zero_point(self, codes: Tensor) -> Tensor:
+        """The stored zero points nearest to numbers of codes; NaN becomes the lowest.
+
+        Args:
+            codes: float32 of any shape, which may lie between codes.
+
+        Returns:
+            `storage_dtype`, in steps of 1 / `zero_steps` of a code.
+
+        Example:
+            >>> format_of("int4").to_zero_point(torch.tensor([7.5, 3.2, -1.0]))
+            tensor([60, 26,  0], dtype=torch.uint8)
+        """
+        low, high = self.lowest_code * self.zero_steps, self.highest_code * self.zero_steps
+        steps = (codes * self.zero_steps).round().nan_to_num(low)
+        return steps.clamp(low, high).to(self.storage_dtype)
+
+    def zero_codes(self, zero_point: Tensor) -> Tensor:
+        """The numbers of codes that stored zero points stand for.
+
+        Args:
+            zero_point: `storage_dtype`, of any shape.
+
+        Returns:
+            float32, exact.
+
+        Example:
+            >>> format_of("int4").zero_codes(torch.tensor([60, 26, 0], dtype=torch.uint8))
+            tensor([7.5000, 3.2500, 0.0000])
+        """
+        return zero_point.float() / self.zero_steps
 
 
 FORMATS: dict[str, Format] = {
@@ -47,6 +84,8 @@ FORMATS: dict[str, Format] = {
         bits=row["bits"],
         storage_dtype=getattr(torch, row["storage"]),
         has_zero_point=row["has_zero_point"],
+        lowest_code=row["asymmetric_min"],
+        highest_code=row["asymmetric_max"],
         zero_steps=row["zero_steps"],
         packs=row["packs"],
     )

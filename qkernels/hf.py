@@ -50,7 +50,7 @@ from qkernels.io.save import entry_of, full_name, fused_layer
 from qkernels.nn import QModule, QMultiheadAttention
 from qkernels.nn.fused import FusedActivation
 from qkernels.nn.parents import replace_everywhere, settle_parents
-from qkernels.nn.storage import WEIGHT_KEYS
+from qkernels.nn.storage import WEIGHT_KEYS, WHOLE_CODES, counts_in_parts
 from qkernels.quantize import (
     DEFAULT_IGNORE,
     dequantize_,
@@ -62,12 +62,13 @@ from qkernels.schemes import Scheme
 __all__ = ["QuantizationConfig"]
 
 METHOD = "qkernels"
-VERSION = 1
+# Written as the first version that knows all that is in it: 2 has zero points in eighths of a code.
+VERSION = 2
 # On the disk a weight's codes are not called `weight`: without this module, from_pretrained would
 # take them for the float weight, and only note that there are scales it has no use for.
 _STORED_NAMES = {"weight": "weight_codes"}
 _ATTENTION = ("in_proj_weight", "in_proj_bias")
-_NOTHING: dict[str, Any] = {"version": VERSION, "modules": {}, "shared": {}, "fused": {}}
+_NOTHING: dict[str, Any] = {"version": 1, "modules": {}, "shared": {}, "fused": {}}
 
 
 @register_quantization_config(METHOD)
@@ -156,6 +157,11 @@ class _Stored:
                 f"the quantization_config of config.json is not one that this qkernels reads: "
                 f"{error}; save the model again, or upgrade qkernels"
             ) from None
+        for name, entry in self.modules.items():
+            if document["version"] < 2 and counts_in_parts(entry.scheme):
+                raise ValueError(
+                    f"the checkpoint has a weight for {name} that cannot be read: {WHOLE_CODES}"
+                )
 
     @classmethod
     def of(cls, model: nn.Module) -> _Stored:
@@ -175,9 +181,10 @@ class _Stored:
         return new
 
     def to_dict(self) -> dict[str, Any]:
+        parts = any(counts_in_parts(entry.scheme) for entry in self.modules.values())
         return {
             "quant_method": METHOD,
-            "version": VERSION,
+            "version": 2 if parts else 1,
             "modules": {name: entry.to_dict() for name, entry in self.modules.items()},
             "shared": self.shared,
             "fused": self.fused,

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from qkernels.functional import EPILOGUES
 from qkernels.nn.kinds import BY_NAME, has_epilogue
+from qkernels.nn.storage import WHOLE_CODES, counts_in_parts
 from qkernels.schemes import Scheme
 
 # Files are written as the first version that knows all that is in them: 2 has the graph of a
-# lowered model, 3 activation functions that layers compute.
-VERSION = 3
+# lowered model, 3 activation functions that layers compute, 4 zero points in eighths of a code.
+VERSION = 4
 METADATA_KEY = "qkernels"
 # The header of a model with a million tensors is about this long; a longer one is an attack.
 MAX_HEADER_BYTES = 100_000_000
@@ -252,6 +253,9 @@ def _parse(file: Path, document: dict[str, Any]) -> ModelFile:
         )
     entries = document["modules"].items()
     modules = {str(name): ModuleEntry.from_dict(entry) for name, entry in entries}
+    for name, module in modules.items():
+        if version < 4 and counts_in_parts(module.scheme):
+            raise ModelFileError(f"{file} has a weight for {name} that cannot be read: {WHOLE_CODES}")
     tied = {str(alias): str(name) for alias, name in document["tied"].items()}
     checksums = {str(name): int(value) for name, value in document["crc32"].items()}
     metadata = document["metadata"]

@@ -19,6 +19,7 @@ from qkernels.io.file import METADATA_KEY, ModelFile, ModuleEntry, checksum
 from qkernels.nn import QLinear, QModule
 from qkernels.nn.fused import FusedActivation
 from qkernels.nn.sharded import gathered, is_sharded
+from qkernels.nn.storage import counts_in_parts
 from qkernels.plan import tensor_key
 
 
@@ -82,6 +83,8 @@ def save_model(
     version = 1 if program is None else 2
     if any(entry.epilogue != "none" for entry in modules.values()):
         version = 3
+    if any(counts_in_parts(entry.scheme) for entry in modules.values()):
+        version = 4
     header = ModelFile(
         path=Path(path),
         version=version,

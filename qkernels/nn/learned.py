@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qkernels import _C
-from qkernels.formats import format_of
 
 _ROWS = {row["name"]: row for row in _C.formats()}
 _SMALLEST = {torch.float16: 2.0**-24}
@@ -23,18 +22,6 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: torch.float32, torch.bfloat16 or torch.float16.
     """
     return scale.clamp(_SMALLEST.get(dtype, 2.0**-126), torch.finfo(dtype).max).to(dtype)
-
-
-def stored_zero_point(zero_point: Tensor, format: str) -> Tensor:
-    """Zero points rounded to the codes that they stand for.
-
-    Args:
-        zero_point: float32.
-        format: "int8" or "int4".
-    """
-    row = _ROWS[format]
-    codes = zero_point.round().clamp(row["asymmetric_min"], row["asymmetric_max"])
-    return codes.to(format_of(format).storage_dtype)
 
 
 def gradient_factor(count: int, format: str) -> float:
@@ -65,9 +52,10 @@ def learned(value: Tensor, factor: float, dtype: torch.dtype | None = None) -> T
     """A parameter as fake quantization uses it; rounding counts as the identity.
 
     Args:
-        value: scales or zero points, float32.
+        value: scales, or zero points in codes, float32.
         factor: see `gradient_factor`.
-        dtype: type that a scale is stored in; None for zero points, which the op rounds.
+        dtype: type that a scale is stored in; None for zero points, which the op rounds to
+            steps of the format.
     """
     out: Tensor = _Learned.apply(value, factor, dtype)  # type: ignore[no-untyped-call]
     return out

@@ -16,9 +16,11 @@ from qkernels.nn.carry import why_no_kernels
 from qkernels.nn.sharded import gathered, is_sharded, sharded_like
 from qkernels.nn.storage import (
     WEIGHT_KEYS,
+    WHOLE_CODES,
     Packing,
     SavedWeights,
     StorageForm,
+    counts_in_parts,
     quantize_weight,
     quantized_like,
     weight_entries,
@@ -65,7 +67,7 @@ class QModule(nn.Module):
     # Code that reads `weight` must not be led here; see `settle_fast_paths`.
     hides_weight = True
     # State that has this meaning; a change of the keys or of their contents needs a new number.
-    _version = 1
+    _version = 2  # 1: zero points of int4 were whole codes
     # Set by quantize_ and load_model, to name the module in errors.
     qualified_name: str = ""
     # The function of the result that its kernel computes too; only some modules have one.
@@ -255,6 +257,10 @@ class QModule(nn.Module):
             for key, value in found.items()
             if (message := self._why_not(prefix + key, value, targets[key])) is not None
         ]
+        # A plain dict says no version.
+        version = local_metadata.get("version", self._version)
+        if version < 2 and counts_in_parts(self.scheme) and "weight" in found:
+            errors.append(f"{prefix}weight cannot be read: {WHOLE_CODES}.")
         together = PACKED_KEYS if is_packed else WEIGHT_KEYS
         absent = [key for key in together if key in missing]
         if absent and any(key in found for key in together):

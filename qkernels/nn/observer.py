@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qkernels import functional
 from qkernels.formats import format_of
-from qkernels.nn.learned import gradient_factor, keeping_dtype, learned, stored_zero_point
+from qkernels.nn.learned import gradient_factor, keeping_dtype, learned
 
 # Share of a batch in the moving average, as in Jacob et al. ("Quantization and Training of Neural
 # Networks for Efficient Integer-Arithmetic-Only Inference", 2018).
@@ -108,7 +108,7 @@ class InputRange(nn.Module):
         """Scale, float32, and zero point, int8 or None, as a QLinear takes them."""
         zero = self.zero_point
         if zero is not None and self.learn:
-            zero = stored_zero_point(zero, "int8")
+            zero = format_of("int8").to_zero_point(zero)
         return self.scale.detach().clone(), zero
 
     def why_not_ready(self) -> str | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkernels import functional
+from qkernels.formats import format_of
 from qkernels.functional import Quantized
 from qkernels.nn.batchnorm import folded_bias, safe_factor, true_factor
 from qkernels.nn.carry import carry_over
@@ -18,7 +19,6 @@ from qkernels.nn.learned import (
     keeping_dtype,
     learned,
     stored_scale,
-    stored_zero_point,
 )
 from qkernels.nn.observer import InputRange
 from qkernels.nn.storage import quantize_weight
@@ -108,7 +108,8 @@ class QATModule(nn.Module):
             start = quantize_weight(self._matrix, scheme)
             self.weight_scale = nn.Parameter(start.scale.float())
             if start.zero_point is not None:
-                self.weight_zero_point = nn.Parameter(start.zero_point.float())
+                form = format_of(scheme.format)
+                self.weight_zero_point = nn.Parameter(form.zero_codes(start.zero_point))
 
     _reads_numbers = True
 
@@ -143,7 +144,8 @@ class QATModule(nn.Module):
         self.weight_scale.copy_(start.scale)
         if self.weight_zero_point is not None:
             assert start.zero_point is not None
-            self.weight_zero_point.copy_(start.zero_point)
+            form = format_of(self.scheme.format)
+            self.weight_zero_point.copy_(form.zero_codes(start.zero_point))
 
     # ---- Fake quantization ----------------------------------------------------------------------
 
@@ -204,7 +206,7 @@ class QATModule(nn.Module):
         scheme, zero_point = self.scheme, None
         scale = stored_scale(self.weight_scale, scheme.scale_dtype)
         if self.weight_zero_point is not None:
-            zero_point = stored_zero_point(self.weight_zero_point, scheme.format)
+            zero_point = format_of(scheme.format).to_zero_point(self.weight_zero_point)
         matrix = self._matrix.detach()
         matrix = matrix.float() if matrix.dtype == torch.float64 else matrix
         return functional.quantize_with(matrix, scale, zero_point, scheme.format, scheme.group_size)

@@ -12,11 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from qkernels import _C, functional
-from qkernels.formats import FORMATS
+from qkernels.formats import FORMATS, format_of
 from qkernels.functional import Quantized
 from qkernels.schemes import Scheme
 
 WEIGHT_KEYS = ("weight", "weight_scale", "weight_zero_point")
+
+# What is said of a weight that was stored before zero points counted in parts of a code.
+WHOLE_CODES = (
+    "an older qkernels stored it, whose int4 zero points were whole codes; they count in eighths of "
+    "a code now, so quantize the float model again"
+)
+
+
+def counts_in_parts(scheme: Scheme) -> bool:
+    """Whether stored zero points are parts of a code, which they were not in older files.
+
+    Args:
+        scheme: of the weight.
+    """
+    return not scheme.symmetric and format_of(scheme.format).zero_steps > 1
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> Quantized:
@@ -211,7 +226,8 @@ class StorageForm:
         weight = packing.unpack(self.packed.detach())
         tensors = (weight.data, weight.scale, weight.zero_point)
         shape = (packing.rows, packing.columns)
-        return parameter_from_storage, (*tensors, shape, packing.scheme, packing.conv)
+        steps = format_of(weight.format).zero_steps
+        return parameter_from_storage, (*tensors, shape, packing.scheme, packing.conv, steps)
 
 
 _forms: weakref.WeakValueDictionary[int, StorageForm] = weakref.WeakValueDictionary()
@@ -224,8 +240,11 @@ def parameter_from_storage(
     shape: tuple[int, int],
     scheme: Scheme,
     conv: tuple[int, int] | None = None,
+    zero_steps: int = 1,
 ) -> nn.Parameter:
     """What pickles call, so name and arguments must stay."""
+    if counts_in_parts(scheme) and zero_steps != format_of(scheme.format).zero_steps:
+        raise ValueError(f"the pickled weight of {scheme} cannot be read: {WHOLE_CODES}")
     weight = Quantized(data, scale, zero_point, scheme.format, scheme.group_size, torch.Size(shape))
     return Packing(*shape, scheme, conv).parameter(weight)
 

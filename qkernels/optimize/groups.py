@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -28,42 +30,35 @@ class GroupFit:
         self.values = values
         self.importance = importance
         self.scheme = scheme
-        self._code = format_of(scheme.format).code
-        self._zero_dtype = format_of(scheme.format).storage_dtype
+        self.form = format_of(scheme.format)
         size = values.shape[-1]
         first = functional.quantize(
             values.reshape(-1, size), scheme.format, -1, scheme.symmetric, scheme.scale_dtype
         )
         self.scale = first.scale.reshape(values.shape[:-1])
-        # As int32, in which zero points are computed with; None if symmetric.
-        self.zero_point: Tensor | None = None
+        self.zero_point: Tensor | None = None  # as stored; None if symmetric
         if first.zero_point is not None:
-            self.zero_point = first.zero_point.reshape(self.scale.shape).int()
+            self.zero_point = first.zero_point.reshape(self.scale.shape)
         self.error = self.error_of(self.approximation(self.scale, self.zero_point))
 
     @property
-    def stored_zero_point(self) -> Tensor:
-        """The zero points in the type they are stored in."""
+    def zero_codes(self) -> Tensor:
+        """The zero points [R, G] in codes, float32."""
         assert self.zero_point is not None
-        return self.zero_point.to(self._zero_dtype)
+        return self.form.zero_codes(self.zero_point)
 
-    @property
-    def lowest_code(self) -> int:
-        """The smallest code, and so the smallest zero point."""
-        return -128 if self.scheme.format == "int8" else 0
-
-    @property
-    def steps(self) -> int:
-        """Codes there are, less one."""
-        return (1 << format_of(self.scheme.format).bits) - 1
+    @cached_property
+    def value_mean(self) -> Tensor:
+        """The weighted mean of the values of each group, [R, G]."""
+        return self.mean(self.values)
 
     def approximation(self, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """What the values become with given scales [R, G], of the values' shape."""
         size = self.values.shape[-1]
         flat = scale.reshape(-1, 1)
-        zero = None if zero_point is None else zero_point.reshape(-1, 1).to(self._zero_dtype)
-        codes = _OPS.quantize_with(self.values.reshape(-1, size), flat, zero, self._code, -1)
-        out = _OPS.dequantize(codes, flat, zero, self._code, -1, size, torch.float32)
+        zero = None if zero_point is None else zero_point.reshape(-1, 1)
+        codes = _OPS.quantize_with(self.values.reshape(-1, size), flat, zero, self.form.code, -1)
+        out = _OPS.dequantize(codes, flat, zero, self.form.code, -1, size, torch.float32)
         assert isinstance(out, Tensor)
         return out.reshape(self.values.shape)
 
@@ -79,14 +74,18 @@ class GroupFit:
 
         Args:
             scale: float [R, G]; what its stored type cannot hold is not taken.
-            zero_point: int32 [R, G], or None if symmetric.
+            zero_point: as stored, [R, G], or None if symmetric.
         """
         scale = scale.to(self.scale.dtype)
+        self.judge(self.approximation(scale, zero_point), scale, zero_point)
+
+    def judge(self, approximation: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+        """The same with the approximation that they give, which is overwritten."""
+        scale = scale.to(self.scale.dtype)
         usable = scale.isfinite() & (scale != 0)
-        error = self.error_of(self.approximation(scale, zero_point))
+        error = self.error_of(approximation)
         # Not <=: what is as good as before changes nothing, and NaN is never better.
-        better = (error < self.error) & usable
-        self._put(better, scale, zero_point, error)
+        self._put((error < self.error) & usable, scale, zero_point, error)
 
     def take(self, scale: Tensor, zero_point: Tensor | None) -> None:
         """Take scales and zero points for all groups, as far as they can be stored."""
@@ -105,8 +104,3 @@ class GroupFit:
         if self.importance is None:
             return of.mean(-1)
         return (of * self.importance).sum(-1) / self.importance.sum(-1)
-
-    def clamp_zero_point(self, zero_point: Tensor) -> Tensor:
-        """Zero points [R, G] rounded to integers that can be stored; NaN becomes one, too."""
-        low = self.lowest_code
-        return zero_point.round().nan_to_num(low).clamp(low, low + self.steps).int()

@@ -15,31 +15,30 @@ def fit_hqq(fit: GroupFit) -> None:
 
     The error is split into a sparse part, the proximal operator of the norm (generalized soft
     thresholding), and a rest that least squares makes small: over the zero point, as in the paper,
-    and, since a zero point is stored as an integer here, over the scale after that.
+    and, since a stored zero point is rounded to a step of the format, over the scale after that.
 
     Args:
         fit: the groups; gets the scales and zero points that are found.
     """
     zero_point = None
     if fit.zero_point is not None:
-        zero_point = fit.clamp_zero_point(solve_zero_point(fit))
+        zero_point = fit.form.to_zero_point(solve_zero_point(fit))
     fit.take(solve_scale(fit, zero_point), zero_point)
 
 
 def solve_zero_point(fit: GroupFit) -> Tensor:
-    """The paper's solver, in steps of each group's scale; float32 [R, G], not rounded.
+    """The paper's solver, in codes; float32 [R, G], not rounded.
 
     Args:
         fit: the groups, whose scales and zero points it starts from.
     """
-    assert fit.zero_point is not None
     values = fit.values / fit.scale.float().unsqueeze(-1)
-    zero_point = fit.zero_point.float()
+    zero_point = fit.zero_codes
     best = torch.full_like(zero_point, torch.inf)
-    low, high = fit.lowest_code, fit.lowest_code + fit.steps
     beta = _BETA
     for _ in range(_ITERATIONS):
-        codes = (values + zero_point.unsqueeze(-1)).round().clamp(low, high)
+        codes = (values + zero_point.unsqueeze(-1)).round()
+        codes = codes.clamp(fit.form.lowest_code, fit.form.highest_code)
         error = values - (codes - zero_point.unsqueeze(-1))
         proposed = fit.mean(codes - values + shrink(error, beta))
         size = fit.mean(error.abs())
@@ -57,7 +56,7 @@ def solve_scale(fit: GroupFit, zero_point: Tensor | None) -> Tensor:
 
     Args:
         fit: the groups, whose scales it starts from.
-        zero_point: int32 [R, G], or None if symmetric.
+        zero_point: as stored, [R, G], or None if symmetric.
     """
     scale = fit.scale.float()
     best = torch.full_like(scale, torch.inf)

@@ -83,7 +83,8 @@ def search_scales(
         _FITS[optimize](fit)
         fits.append(fit)
     scale = torch.cat([fit.scale for fit in fits])
-    zero_point = None if scheme.symmetric else torch.cat([fit.stored_zero_point for fit in fits])
+    zeros = [fit.zero_point for fit in fits if fit.zero_point is not None]
+    zero_point = torch.cat(zeros) if zeros else None
     return functional.quantize_with(weight, scale, zero_point, scheme.format, scheme.group_size)
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qkernels import _C
 from qkernels.functional import Quantized
 from qkernels.ptq.layer import Solved
 from qkernels.report.files import write_atomically
@@ -144,7 +145,9 @@ def identity_of(
         weights: float tensors of the model.
         batches: calibration data; tensors in them count, anything else by its repr.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    # With another version, codes and what they cost may be others.
+    digest = hashlib.sha256(f"{_C.build_info()['layout_version']}".encode())
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     for weight in weights:
         _add(digest, weight)
     for batch in batches:

@@ -188,6 +188,14 @@ def edit(name, value):
     return change
 
 
+def with_zero_points(version):
+    def change(config):
+        config["version"] = version
+        config["modules"]["classifier"]["scheme"]["symmetric"] = False
+
+    return change
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -203,10 +211,8 @@ def edit(name, value):
             lambda c: c["modules"]["classifier"].update(shape=[3, 8]),
             r"classifier \(Linear\): its weight is a matrix of shape \(3, 32\), the file's",
         ),
-        (
-            lambda c: c["modules"]["classifier"]["scheme"].update(symmetric=False),
-            "lacks classifier.weight_zero_point",
-        ),
+        (with_zero_points(version=2), "lacks classifier.weight_zero_point"),
+        (with_zero_points(version=1), "a weight for classifier that cannot be read: .* were whole"),
     ],
 )
 def test_a_damaged_config(change, message, tmp_path):

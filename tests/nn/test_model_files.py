@@ -174,7 +174,8 @@ assert torch.equal(model(TOKENS), torch.load({str(path.with_suffix(".pt"))!r}))
 def test_the_header_says_what_is_in_the_file(path, scheme):
     model = saved_model(scheme, path)
     header = read_header(path)
-    assert header.version == 1
+    has_parts = scheme.format == "int4" and not scheme.symmetric  # of codes, as zero points
+    assert header.version == (4 if has_parts else 1)
     assert header.written_by == qk.__version__
     assert header.metadata == {"epochs": 3}
     assert set(header.modules) == {"embed", "lm_head", "body.0", "body.2"}
@@ -417,9 +418,23 @@ def test_wrong_argument(path):
 
 def test_newer_versions_say_upgrade(path):
     saved_model(qk.W8A8(), path)
-    rewrite(path, lambda document: document.update(version=4, written_by="9.9"))
-    with pytest.raises(ModelFileError, match=r"file version 4.*9\.9.*upgrade"):
+    rewrite(path, lambda document: document.update(version=5, written_by="9.9"))
+    with pytest.raises(ModelFileError, match=r"file version 5.*9\.9.*upgrade"):
         qk.load_model(fresh(), path)
+
+
+def test_files_with_zero_points_in_whole_codes_are_refused(path):
+    saved_model(qk.W4A16(16, symmetric=True), path)
+    rewrite(path, lambda document: document.update(version=3))
+    qk.load_model(fresh(), path)
+    saved_model(qk.W4A16(16), path)
+    qk.load_model(fresh(), path)
+    rewrite(path, lambda document: document.update(version=3))
+    model = fresh()
+    before = model.body[0].weight.clone()
+    with pytest.raises(ModelFileError, match=r"cannot be read: .*were whole codes.*quantize the"):
+        qk.load_model(model, path)
+    assert torch.equal(model.body[0].weight, before)
 
 
 def rewrite(path, change):

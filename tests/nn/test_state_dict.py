@@ -10,6 +10,7 @@ from torch import nn
 
 import qkernels as qk
 from qkernels.nn import QEmbedding, QLinear
+from qkernels.nn.storage import StorageForm
 
 
 @pytest.fixture
@@ -49,7 +50,32 @@ def test_keys_and_types_are_the_storage_layout(quantized, scheme):
     assert state["0.weight"].shape == q.data.shape
     assert state["0.weight_scale"].dtype == q.scale.dtype
     assert state["0.weight_scale"].shape == q.scale.shape
-    assert state._metadata["0"] == {"version": 1}
+    assert state._metadata["0"] == {"version": 2}
+
+
+def test_zero_points_in_whole_codes_are_refused(quantized, scheme, x):
+    state = quantized.state_dict()
+    for about in state._metadata.values():
+        about["version"] = 1
+    other = other_values(quantized)
+    before = snapshot(other)
+    if scheme.format == "int4" and not scheme.symmetric:
+        with pytest.raises(RuntimeError, match="0.weight cannot be read: .*were whole codes"):
+            other.load_state_dict(state)
+        assert unchanged(other, before)
+    else:
+        other.load_state_dict(state)
+        assert torch.equal(other(x), quantized(x))
+
+
+def test_pickles_with_zero_points_in_whole_codes_are_refused(quantized, scheme):
+    call, arguments = StorageForm.of(quantized[0].packed, quantized[0].packing).__reduce__()
+    assert torch.equal(call(*arguments), quantized[0].packed)
+    if scheme.format == "int4" and not scheme.symmetric:
+        with pytest.raises(ValueError, match="pickled weight .*were whole codes"):
+            call(*arguments[:-1])
+    else:
+        assert torch.equal(call(*arguments[:-1]), quantized[0].packed)
 
 
 def test_round_trip_through_bytes(quantized, x):
