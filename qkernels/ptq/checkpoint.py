@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qkernels import _C
+from qkernels.formats import FORMATS
 from qkernels.functional import Quantized
 from qkernels.ptq.layer import Solved
 from qkernels.report.files import write_atomically
@@ -145,8 +145,8 @@ def identity_of(
         weights: float tensors of the model.
         batches: calibration data; tensors in them count, anything else by its repr.
     """
-    # With another version, codes and what they cost may be others.
-    digest = hashlib.sha256(f"{_C.build_info()['layout_version']}".encode())
+    # With zero points of another meaning, codes and what they cost are others.
+    digest = hashlib.sha256(f"{[form.zero_steps for form in FORMATS.values()]}".encode())
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for weight in weights:
         _add(digest, weight)
