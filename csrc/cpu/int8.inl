@@ -48,7 +48,7 @@ void add_codes(const AddArgs& args, int64_t begin, int64_t end) {
     for (; i + kBytes <= end; i += kBytes) {
       I codes[4];
       unroll<4>([&](int v) INLINE {
-        codes[v] = encode_tame<Format::int8, true>(e, sum_at<E>(args, s, i + v * kWidth));
+        codes[v] = encode_tame<Format::int8, false>(e, sum_at<E>(args, s, i + v * kWidth));
       });
       store_all(y + i, narrow(codes[0], codes[1], codes[2], codes[3]));
     }
