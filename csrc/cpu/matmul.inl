@@ -3,9 +3,6 @@
 // order that every ISA and every tile size keeps, per output: S = fma(value, scale, S), group after
 // group from 0.
 
-SIMD F float_of(F sum) { return sum; }
-SIMD F float_of(I sum) { return to_float(sum); }
-
 // A sum that is not finished, to memory and back.
 SIMD void keep(F sum, float* to) { store(to, raw(sum)); }
 SIMD void keep(I sum, float* to) { store(to, raw(sum)); }
@@ -82,12 +79,14 @@ SIMD LateZero late_zero(const LinearArgs& a) {
   return {any, any && !Tile::kFloat && a.shape.group_padded <= kExactGroup};
 }
 
-// Values of group g, from its finished sums of `Rows` rows.
-template <class Tile, int Vectors, int Rows>
-SIMD void finish_group(const LinearArgs& a, LateZero late, const uint8_t* weight, int64_t g,
-                       const int32_t* group_sums, const typename Tile::Sum (&sums)[Vectors][Rows],
-                       F (&out)[Vectors][Rows]) {
+// Calls its body with the values of group g, from its finished sums of `Rows` rows. Where no zero
+// point is late these are the sums as they are: a conversion here would cost registers.
+template <class Tile, int Vectors, int Rows, class Body>
+SIMD void with_values(const LinearArgs& a, LateZero late, const uint8_t* weight, int64_t g,
+                      const int32_t* group_sums, const typename Tile::Sum (&sums)[Vectors][Rows],
+                      const Body& body) {
   if (late.any) {
+    F values[Vectors][Rows];
     const I from = splat(late.from_zero ? 0 : symmetric_zero(Format::int4));
     F distance[Vectors];
     unroll<Vectors>([&](int v) INLINE {
@@ -99,12 +98,11 @@ SIMD void finish_group(const LinearArgs& a, LateZero late, const uint8_t* weight
     unroll<Rows>([&](int r) INLINE {
       const F x = group_sum<Tile>(group_sums[r]);
       unroll<Vectors>([&](int v)
-                          INLINE { out[v][r] = fma(distance[v], x, float_of(sums[v][r])); });
+                          INLINE { values[v][r] = fma(distance[v], x, float_of(sums[v][r])); });
     });
+    body(values);
   } else {
-    unroll<Vectors>([&](int v) INLINE {
-      unroll<Rows>([&](int r) INLINE { out[v][r] = float_of(sums[v][r]); });
-    });
+    body(sums);
   }
 }
 
@@ -207,7 +205,7 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
       at = end;
       continue;
     }
-    F scale[kVectors], values[kVectors][Rows];
+    F scale[kVectors];
     unroll<kVectors>([&](int v) INLINE {
       const int64_t lane = g * kLanes + v % kParts * kWidth;
       scale[v] = load_scale(a, weight + v / kParts * s.bytes, lane);
@@ -218,16 +216,19 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
                      _MM_HINT_T0);
       }
     });
-    finish_group<Tile>(a, late, weight, g, group_sums + g * Rows, sums, values);
-    if (directly && g + 1 == s.groups) {
-      return finish_last_group<Tile>(a, values, scale, total, bias, row, block * kLanes);
-    }
-    unroll<kVectors>([&](int v) INLINE {
-      unroll<Rows>([&](int r) INLINE {
-        float* const to = total + r * kAcross + v * kWidth;
-        store(to, folded(values[v][r], scale[v], g == 0, to));
-      });
-    });
+    with_values<Tile>(
+        a, late, weight, g, group_sums + g * Rows, sums, [&](const auto& values) INLINE {
+          if (directly && g + 1 == s.groups) {
+            return finish_last_group<Tile>(a, values, scale, total, bias, row, block * kLanes);
+          }
+          unroll<kVectors>([&](int v) INLINE {
+            unroll<Rows>([&](int r) INLINE {
+              float* const to = total + r * kAcross + v * kWidth;
+              store(to, folded(float_of(values[v][r]), scale[v], g == 0, to));
+            });
+          });
+        });
+    if (directly && g + 1 == s.groups) return;
     at = end;
   }
   if (part.end == s.k_padded) finish(a, {total, bias, row, block, Rows, Blocks});

@@ -94,13 +94,13 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
         unroll<Count>([&](int r) INLINE { keep(sums[v][r], partial + r * kAcross + v * kWidth); });
       });
     } else {
-      F values[kVectors][Count];
-      finish_group<Tile>(a, late, c.weight, g, group_sums, sums, values);
-      unroll<kVectors>([&](int v) INLINE {
-        const uint8_t* weight = c.weight + v / kParts * s.bytes;
-        const F scale = load_scale(a, weight, g * kLanes + v % kParts * kWidth);
-        unroll<Count>(
-            [&](int r) INLINE { total[v][r] = fma(values[v][r], scale, total[v][r]); });
+      with_values<Tile>(a, late, c.weight, g, group_sums, sums, [&](const auto& values) INLINE {
+        unroll<kVectors>([&](int v) INLINE {
+          const uint8_t* weight = c.weight + v / kParts * s.bytes;
+          const F scale = load_scale(a, weight, g * kLanes + v % kParts * kWidth);
+          unroll<Count>(
+              [&](int r) INLINE { total[v][r] = fma(float_of(values[v][r]), scale, total[v][r]); });
+        });
       });
     }
     at = end;
