@@ -41,7 +41,7 @@ struct FakeQuantizeArgs {
   const void* scale;
   DType scale_type;
   const void* zero_point;  // null when symmetric, or chosen
-  bool float_zeros;  // zero points are float32, in codes, and rounded to steps; CUDA alone
+  bool float_zeros;        // zero points are float32, in codes, and rounded to steps; CUDA alone
   int64_t cols, groups, group_size;
   Format format;
   bool symmetric;
@@ -115,8 +115,8 @@ struct LinearArgs {
   // Workspace, for all rows. `panel` holds `panel_bytes` of the ISA; the scales and zero points
   // are unused when the activations stay float.
   uint8_t* panel;
-  float* row_scale;     // [rows]; NaN for a row that held NaN or Inf
-  float* row_zero;      // [rows]; zero points as floats
+  float* row_scale;  // [rows]; NaN for a row that held NaN or Inf
+  float* row_zero;   // [rows]; zero points as floats
   // [rows * groups], in an order that the ISA chooses: sums of the rows' codes by group; where x
   // stays float, of x as the bits of floats, and there only if int4 weights have zero points.
   int32_t* group_sums;

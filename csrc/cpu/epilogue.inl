@@ -141,6 +141,9 @@ void load_bias(const LinearArgs& a, int64_t column, int count, float* out) {
 
 // ---- From registers -----------------------------------------------------------------------------
 
+SIMD F float_of(F sum) { return sum; }
+SIMD F float_of(I sum) { return to_float(sum); }
+
 // The total of a group's finished sum and of the groups before it, or of 0.
 SIMD F folded(F sum, F scale, bool is_first, const float* total) {
   return fma(sum, scale, is_first ? splat(0.0f) : load(total));
@@ -152,10 +155,10 @@ SIMD bool finishes_directly(const LinearArgs& a, int64_t block, int blocks) {
          a.y_type != DType::i32 && a.shape.groups > 0 && (block + blocks) * kLanes <= a.n;
 }
 
-// `finish` for the values of the last group, from registers; total[Rows][Vectors * kWidth] is that of
+// `finish` for the sums of the last group, from registers; total[Rows][Vectors * kWidth] is that of
 // the groups before it.
-template <class Tile, DType Y, int Vectors, int Rows>
-SIMD void finish_last_group_as(const LinearArgs& a, const F (&sums)[Vectors][Rows],
+template <class Tile, DType Y, class Sum, int Vectors, int Rows>
+SIMD void finish_last_group_as(const LinearArgs& a, const Sum (&sums)[Vectors][Rows],
                                const F (&scale)[Vectors], const float* total, const float* bias,
                                int64_t row, int64_t column) {
   const bool is_first = a.shape.groups == 1;
@@ -164,7 +167,8 @@ SIMD void finish_last_group_as(const LinearArgs& a, const F (&sums)[Vectors][Row
   unroll<Rows>([&](int r) INLINE {
     const F row_scale = splat(Tile::kFloat ? 1.0f : a.row_scale[row + r]);
     unroll<Vectors>([&](int v) INLINE {
-      const F sum = folded(sums[v][r], scale[v], is_first, total + (r * Vectors + v) * kWidth);
+      const F sum =
+          folded(float_of(sums[v][r]), scale[v], is_first, total + (r * Vectors + v) * kWidth);
       store_as<Y>(a.y, (row + r) * a.n + column + v * kWidth, fma(row_scale, sum, add_bias[v]));
     });
   });

@@ -3,12 +3,11 @@
 // order that every ISA and every tile size keeps, per output: S = fma(value, scale, S), group after
 // group from 0.
 
-SIMD F float_of(F sum) { return sum; }
-SIMD F float_of(I sum) { return to_float(sum); }
-
 // A sum that is not finished, to memory and back.
 SIMD void keep(F sum, float* to) { store(to, raw(sum)); }
 SIMD void keep(I sum, float* to) { store(to, raw(sum)); }
+SIMD void clear(F* sum) { *sum = splat(0.0f); }
+SIMD void clear(I* sum) { *sum = splat(0); }
 SIMD void restore(const float* from, F* sum) { *sum = load(from); }
 SIMD void restore(const float* from, I* sum) { *sum = bits(load(from)); }
 
@@ -63,20 +62,47 @@ SIMD F group_sum(int32_t sum) {
   return to_float(splat(sum));
 }
 
-// A group's values, from finished sums of `Rows` rows and kWidth outputs: late zero points add
-// their distance from the middle, as far as x adds up.
-template <class Tile, int Rows>
-SIMD void finish_group(const LinearArgs& a, const uint8_t* weight, int64_t at,
-                       const int32_t* group_sums, const typename Tile::Sum (&sums)[Rows],
-                       F (&out)[Rows]) {
-  if (kLateZero<Tile> && !a.layout.symmetric) {
-    const I steps = sub(splat(symmetric_zero(Format::int4)), load_zero(a, weight, at));
-    const F distance = mul(to_float(steps), splat(1.0f / info(Format::int4).zero_steps));
-    unroll<Rows>([&](int r) INLINE {
-      out[r] = fma(distance, group_sum<Tile>(group_sums[r]), float_of(sums[r]));
+// Up to here products of int4 weights with int8, their sums and what zero points make of them are
+// exact as floats in eighths. Then the products are those of the codes, not less 8, and need no
+// `start`.
+constexpr int64_t kExactGroup = 1024;
+static_assert(kExactGroup * 15 * 128 * info(Format::int4).zero_steps < 1 << 24, "");
+
+// What a weight's zero points add when a group is finished: their distance from that of which the
+// products are, times the sum of x.
+struct LateZero {
+  bool any, from_zero;
+};
+template <class Tile>
+SIMD LateZero late_zero(const LinearArgs& a) {
+  const bool any = kLateZero<Tile> && !a.layout.symmetric;
+  return {any, any && !Tile::kFloat && a.shape.group_padded <= kExactGroup};
+}
+
+// Calls its body with the values of group g, from its finished sums of `Rows` rows. Where no zero
+// point is late these are the sums as they are: a conversion here would cost registers.
+template <class Tile, int Vectors, int Rows, class Body>
+SIMD void with_values(const LinearArgs& a, LateZero late, const uint8_t* weight, int64_t g,
+                      const int32_t* group_sums, const typename Tile::Sum (&sums)[Vectors][Rows],
+                      const Body& body) {
+  if (late.any) {
+    F values[Vectors][Rows];
+    const I from = splat(late.from_zero ? 0 : symmetric_zero(Format::int4));
+    F distance[Vectors];
+    unroll<Vectors>([&](int v) INLINE {
+      constexpr int kParts = kLanes / kWidth;
+      const uint8_t* zeros = weight + v / kParts * a.shape.bytes + a.shape.zeros;
+      const I steps = sub(from, load_i8(zeros + g * kLanes + v % kParts * kWidth));
+      distance[v] = mul(to_float(steps), splat(1.0f / info(Format::int4).zero_steps));
     });
+    unroll<Rows>([&](int r) INLINE {
+      const F x = group_sum<Tile>(group_sums[r]);
+      unroll<Vectors>([&](int v)
+                          INLINE { values[v][r] = fma(distance[v], x, float_of(sums[v][r])); });
+    });
+    body(values);
   } else {
-    unroll<Rows>([&](int r) INLINE { out[r] = float_of(sums[r]); });
+    body(sums);
   }
 }
 
@@ -126,6 +152,7 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
   float* const total = kCut ? part.total : own;
   if (s.k_padded == 0) std::memset(total, 0, Rows * kAcross * sizeof(float));
   const bool directly = finishes_directly(a, block, Blocks);
+  const LateZero late = late_zero<Tile>(a);
   int64_t g = part.begin == 0 ? 0 : part.begin / s.group_padded;
   for (int64_t at = part.begin; at < part.end; ++g) {
     const int64_t group_begin = s.padded_begin(g);
@@ -150,6 +177,9 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
           unroll<Rows>([&](int r)
                            INLINE { restore(part.sums + r * kAcross + v * kWidth, &sums[v][r]); });
         });
+      } else if (late.from_zero) {
+        unroll<kVectors>([&](int v)
+                             INLINE { unroll<Rows>([&](int r) INLINE { clear(&sums[v][r]); }); });
       } else {
         unroll<kVectors>([&](int v) INLINE {
           start<Tile>(a, weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth,
@@ -168,19 +198,17 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
         unroll<Rows>([&](int r) INLINE { keep(sums[v][r], part.sums + r * kAcross + v * kWidth); });
       });
     }
-    if (a.y_type == DType::i32) {  // int_mm's sums, as they are
+    if (Tile::kFormat == Format::int8 && a.y_type == DType::i32) {  // int_mm's sums, as they are
       unroll<kVectors>([&](int v) INLINE {
         unroll<Rows>([&](int r) INLINE { keep(sums[v][r], total + r * kAcross + v * kWidth); });
       });
       at = end;
       continue;
     }
-    F scale[kVectors], values[kVectors][Rows];
+    F scale[kVectors];
     unroll<kVectors>([&](int v) INLINE {
       const int64_t lane = g * kLanes + v % kParts * kWidth;
       scale[v] = load_scale(a, weight + v / kParts * s.bytes, lane);
-      finish_group<Tile>(a, weight + v / kParts * s.bytes, lane, group_sums + g * Rows, sums[v],
-                         values[v]);
       // A line for each group, too far from each other to be expected: the next column's now.
       if (kCut) {
         const uint8_t* next = weight + (v / kParts + Blocks) * s.bytes + s.scales;
@@ -188,15 +216,19 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
                      _MM_HINT_T0);
       }
     });
-    if (directly && g + 1 == s.groups) {
-      return finish_last_group<Tile>(a, values, scale, total, bias, row, block * kLanes);
-    }
-    unroll<kVectors>([&](int v) INLINE {
-      unroll<Rows>([&](int r) INLINE {
-        float* const to = total + r * kAcross + v * kWidth;
-        store(to, folded(values[v][r], scale[v], g == 0, to));
-      });
-    });
+    with_values<Tile>(
+        a, late, weight, g, group_sums + g * Rows, sums, [&](const auto& values) INLINE {
+          if (directly && g + 1 == s.groups) {
+            return finish_last_group<Tile>(a, values, scale, total, bias, row, block * kLanes);
+          }
+          unroll<kVectors>([&](int v) INLINE {
+            unroll<Rows>([&](int r) INLINE {
+              float* const to = total + r * kAcross + v * kWidth;
+              store(to, folded(float_of(values[v][r]), scale[v], g == 0, to));
+            });
+          });
+        });
+    if (directly && g + 1 == s.groups) return;
     at = end;
   }
   if (part.end == s.k_padded) finish(a, {total, bias, row, block, Rows, Blocks});

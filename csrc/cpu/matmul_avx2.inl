@@ -239,7 +239,8 @@ struct A16 {
       unroll<2>([&](int v) INLINE {
         const I half = load_half(codes + line * 64 + v * 32);
         unroll<kPerLine>([&](int k) INLINE {
-          store(to + (line * kPerLine + k) * kLanes + v * kWidth, weight(half, k, levels, spread[v]));
+          store(to + (line * kPerLine + k) * kLanes + v * kWidth,
+                weight(half, k, levels, spread[v]));
         });
       });
     }

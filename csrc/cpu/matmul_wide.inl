@@ -57,6 +57,7 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
   const uint8_t* unpacked = scratch->unpacked;
   float* const partial = scratch->partial + (slab_row + First) * kAcross;
   float* const totals = scratch->total + (slab_row + First) * kAcross;
+  const LateZero late = late_zero<Tile>(a);
   F total[kVectors][Count];
   unroll<kVectors>([&](int v) INLINE {
     unroll<Count>([&](int r) INLINE {
@@ -75,11 +76,10 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
         unroll<Count>([&](int r)
                           INLINE { restore(partial + r * kAcross + v * kWidth, &sums[v][r]); });
       });
-    } else if constexpr (Tile::kFloat) {
-      unroll<kVectors>([&](int v) INLINE {
-        unroll<Count>([&](int r) INLINE { sums[v][r] = splat(0.0f); });
-      });
-    } else {
+    } else if (Tile::kFloat || late.from_zero) {
+      unroll<kVectors>([&](int v)
+                           INLINE { unroll<Count>([&](int r) INLINE { clear(&sums[v][r]); }); });
+    } else if constexpr (!Tile::kFloat) {
       unroll<kVectors>([&](int v) INLINE {
         start<Tile>(a, c.weight + v / kParts * s.bytes, g * kLanes + v % kParts * kWidth,
                     group_sums, sums[v]);
@@ -94,13 +94,13 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
         unroll<Count>([&](int r) INLINE { keep(sums[v][r], partial + r * kAcross + v * kWidth); });
       });
     } else {
-      unroll<kVectors>([&](int v) INLINE {
-        const uint8_t* weight = c.weight + v / kParts * s.bytes;
-        const int64_t lane = g * kLanes + v % kParts * kWidth;
-        const F scale = load_scale(a, weight, lane);
-        F values[Count];
-        finish_group<Tile>(a, weight, lane, group_sums, sums[v], values);
-        unroll<Count>([&](int r) INLINE { total[v][r] = fma(values[r], scale, total[v][r]); });
+      with_values<Tile>(a, late, c.weight, g, group_sums, sums, [&](const auto& values) INLINE {
+        unroll<kVectors>([&](int v) INLINE {
+          const uint8_t* weight = c.weight + v / kParts * s.bytes;
+          const F scale = load_scale(a, weight, g * kLanes + v % kParts * kWidth);
+          unroll<Count>(
+              [&](int r) INLINE { total[v][r] = fma(float_of(values[v][r]), scale, total[v][r]); });
+        });
       });
     }
     at = end;
