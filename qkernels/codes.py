@@ -20,7 +20,8 @@ class Quantized:
         data: codes; int8 or int16 of the tensor's shape, or uint8 with two 4-bit codes in a byte,
             the even one in the low half.
         scale: one value for each group, row or tensor.
-        zero_point: codes of zero in the shape of `scale`, or None if symmetric.
+        zero_point: codes of zero in the shape of `scale`, those of int4 in eighths of a code, 0 to
+            120; None if symmetric.
         format: "int8", "int4", "nf4" or "int16".
         group_size: elements of the last dimension that share a scale; -1 for a whole row, None
             for the whole tensor.
@@ -130,7 +131,8 @@ def quantize_with(
     Args:
         x: float32, bfloat16 or float16 of any shape, with one dimension at least.
         scale: one value for each group, row or tensor, as `quantize` returns it.
-        zero_point: codes of zero in the shape of `scale`, or None for symmetric.
+        zero_point: in the shape of `scale`, as `quantize` returns it: codes of zero, those of int4
+            in eighths of a code; None for symmetric.
         format: "int8", "int4", "nf4" or "int16".
         group_size: as for `quantize`.
 
@@ -162,7 +164,8 @@ def dequantize(
     Args:
         data: codes in storage layout, see `Quantized`.
         scale: one value for each group, row or tensor.
-        zero_point: codes of zero in the shape of `scale`, or None for symmetric.
+        zero_point: in the shape of `scale`, as `quantize` returns it: codes of zero, those of int4
+            in eighths of a code; None for symmetric.
         format: "int8", "int4", "nf4" or "int16".
         group_size: as for `quantize`.
         features: size of the result's last dimension; by default as many as `data` can hold,
@@ -245,8 +248,8 @@ def fake_quantize_with(
         x: float32, bfloat16 or float16 of any shape, with one dimension at least; float64 is
             computed with in float32.
         scale: one value for each group, row or tensor, as `quantize` returns it.
-        zero_point: in the shape of `scale`: codes of zero, or float32 numbers, which are rounded to
-            codes and get a gradient; None for symmetric.
+        zero_point: in the shape of `scale`: as `quantize` returns it, or float32 numbers of codes,
+            which are rounded to what can be stored and get a gradient; None for symmetric.
         format: "int8", "int4", "nf4" or "int16".
         group_size: as for `quantize`.
 

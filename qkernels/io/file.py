@@ -255,7 +255,9 @@ def _parse(file: Path, document: dict[str, Any]) -> ModelFile:
     modules = {str(name): ModuleEntry.from_dict(entry) for name, entry in entries}
     for name, module in modules.items():
         if version < 4 and counts_in_parts(module.scheme):
-            raise ModelFileError(f"{file} has a weight for {name} that cannot be read: {WHOLE_CODES}")
+            raise ModelFileError(
+                f"{file} has a weight for {name} that cannot be read: {WHOLE_CODES}"
+            )
     tied = {str(alias): str(name) for alias, name in document["tied"].items()}
     checksums = {str(name): int(value) for name, value in document["crc32"].items()}
     metadata = document["metadata"]

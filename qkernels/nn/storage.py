@@ -20,8 +20,8 @@ WEIGHT_KEYS = ("weight", "weight_scale", "weight_zero_point")
 
 # What is said of a weight that was stored before zero points counted in parts of a code.
 WHOLE_CODES = (
-    "an older qkernels stored it, whose int4 zero points were whole codes; they count in eighths of "
-    "a code now, so quantize the float model again"
+    "an older qkernels stored it, whose int4 zero points were whole codes; they count in eighths "
+    "of a code now, so quantize the float model again"
 )
 
 
