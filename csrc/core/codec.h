@@ -245,7 +245,9 @@ QK_HD static inline float nf4_level(int code) {
 // What a code stands for in units of the scale.
 QK_HD static inline float code_value(int code, Format format, int zero_point) {
   if (format == Format::nf4) return nf4_level(code);
-  if (format == Format::int4) return static_cast<float>(8 * code - zero_point) * 0.125f;
+  if (format == Format::int4) {
+    return static_cast<float>(code) - static_cast<float>(zero_point) * 0.125f;
+  }
   return static_cast<float>(code - zero_point);
 }
 

@@ -223,8 +223,8 @@ void linear(const LinearArgs& a, int64_t block_begin, int64_t block_end, int64_t
         }
         float sum = 0.0f;
         for (int64_t g = 0; g < a.shape.groups; ++g) {
-          const float part = is_float(a) ? dot_float(a, weight, row, g, lane)
-                                         : dot_int8(a, weight, row, g, lane);
+          const float part =
+              is_float(a) ? dot_float(a, weight, row, g, lane) : dot_int8(a, weight, row, g, lane);
           sum = std::fma(part, packed_scale(weight, a.layout, a.shape, g, lane), sum);
         }
         const float bias = a.bias == nullptr ? 0.0f : load_float(a.bias, a.bias_type, n);

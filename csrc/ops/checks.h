@@ -152,8 +152,8 @@ inline void check_zero_points(const char* op, const Tensor& zero_point, Format f
   const uint8_t* at = zero_point.const_data_ptr<uint8_t>();
   for (int64_t i = 0; i < zero_point.numel(); ++i) {
     if (at[i] > 15 * info(format).zero_steps) {
-      fail(op, "zero_point must hold eighths of int4 codes, from 0 to 120, got ", static_cast<int>(at[i]),
-           "; take it from quantize, or clamp it");
+      fail(op, "zero_point must hold eighths of int4 codes, from 0 to 120, got ",
+           static_cast<int>(at[i]), "; take it from quantize, or clamp it");
     }
   }
 }
