@@ -1,4 +1,4 @@
-"""dequantize: (code - zero point) * scale, the zero point in steps of the format, rounded to float32 and then to the result's type."""
+"""dequantize: (code - zero point) * scale, rounded to float32 and then to the result's type."""
 
 import numpy as np
 import pytest
