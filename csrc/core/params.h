@@ -117,8 +117,8 @@ struct LinearArgs {
   uint8_t* panel;
   float* row_scale;  // [rows]; NaN for a row that held NaN or Inf
   float* row_zero;   // [rows]; zero points as floats
-  // [rows * groups], in an order that the ISA chooses: sums of the rows' codes by group; where x
-  // stays float, of x as the bits of floats, and there only if int4 weights have zero points.
+  // [rows * groups], in an order that the ISA chooses: sums by group of the rows' codes or, where x
+  // stays float and int4 weights have zero points, of x. What counts as a float has its bits here.
   int32_t* group_sums;
 };
 

@@ -157,10 +157,10 @@ SIMD bool finishes_directly(const LinearArgs& a, int64_t block, int blocks) {
 
 // `finish` for the sums of the last group, from registers; total[Rows][Vectors * kWidth] is that of
 // the groups before it.
-template <class Tile, DType Y, class Sum, int Vectors, int Rows>
-SIMD void finish_last_group_as(const LinearArgs& a, const Sum (&sums)[Vectors][Rows],
-                               const F (&scale)[Vectors], const float* total, const float* bias,
-                               int64_t row, int64_t column) {
+template <class Tile, DType Y, class Value, int Vectors, int Rows>
+SIMD void finish_last_group_as(const LinearArgs& a, const typename Tile::Sum (&sums)[Vectors][Rows],
+                               const Value& value, const F (&scale)[Vectors], const float* total,
+                               const float* bias, int64_t row, int64_t column) {
   const bool is_first = a.shape.groups == 1;
   F add_bias[Vectors];
   unroll<Vectors>([&](int v) INLINE { add_bias[v] = load(bias + v * kWidth); });
@@ -168,7 +168,7 @@ SIMD void finish_last_group_as(const LinearArgs& a, const Sum (&sums)[Vectors][R
     const F row_scale = splat(Tile::kFloat ? 1.0f : a.row_scale[row + r]);
     unroll<Vectors>([&](int v) INLINE {
       const F sum =
-          folded(float_of(sums[v][r]), scale[v], is_first, total + (r * Vectors + v) * kWidth);
+          folded(value(sums[v][r], v, r), scale[v], is_first, total + (r * Vectors + v) * kWidth);
       store_as<Y>(a.y, (row + r) * a.n + column + v * kWidth, fma(row_scale, sum, add_bias[v]));
     });
   });

@@ -45,7 +45,11 @@ SIMD void start(const LinearArgs& a, const uint8_t* weight, int64_t at, const in
     const uint8_t* sums = weight + a.shape.sums;
     first = sub(first, shift_left<7>(load(reinterpret_cast<const int32_t*>(sums) + at)));
   }
-  if constexpr (Tile::kFormat == Format::int4) {
+  if constexpr (kLateZero<Tile>) {
+    unroll<Rows>([&](int r) INLINE {
+      out[r] = splat(-kInt4Offset * static_cast<int32_t>(bit_cast<float>(group_sums[r])));
+    });
+  } else if constexpr (Tile::kFormat == Format::int4) {
     unroll<Rows>([&](int r) INLINE { out[r] = splat(-kInt4Offset * group_sums[r]); });
   } else if (!a.layout.symmetric) {
     const I zero = load_i8(weight + a.shape.zeros + at);
@@ -55,56 +59,43 @@ SIMD void start(const LinearArgs& a, const uint8_t* weight, int64_t at, const in
   }
 }
 
-// What a row's x adds up to in a group, from prepare.inl.
-template <class Tile>
-SIMD F group_sum(int32_t sum) {
-  if constexpr (Tile::kFloat) return splat(bit_cast<float>(sum));
-  return to_float(splat(sum));
-}
-
 // Up to here products of int4 weights with int8, their sums and what zero points make of them are
 // exact as floats in eighths. Then the products are those of the codes, not less 8, and need no
 // `start`.
 constexpr int64_t kExactGroup = 1024;
 static_assert(kExactGroup * 15 * 128 * info(Format::int4).zero_steps < 1 << 24, "");
 
-// What a weight's zero points add when a group is finished: their distance from that of which the
-// products are, times the sum of x.
-struct LateZero {
-  bool any, from_zero;
-};
 template <class Tile>
-SIMD LateZero late_zero(const LinearArgs& a) {
-  const bool any = kLateZero<Tile> && !a.layout.symmetric;
-  return {any, any && !Tile::kFloat && a.shape.group_padded <= kExactGroup};
+SIMD bool starts_from_zero(const LinearArgs& a) {
+  return kLateZero<Tile> && !Tile::kFloat && a.shape.group_padded <= kExactGroup;
 }
 
-// Calls its body with the values of group g, from its finished sums of `Rows` rows. Where no zero
-// point is late these are the sums as they are: a conversion here would cost registers.
-template <class Tile, int Vectors, int Rows, class Body>
-SIMD void with_values(const LinearArgs& a, LateZero late, const uint8_t* weight, int64_t g,
-                      const int32_t* group_sums, const typename Tile::Sum (&sums)[Vectors][Rows],
-                      const Body& body) {
-  if (late.any) {
-    F values[Vectors][Rows];
-    const I from = splat(late.from_zero ? 0 : symmetric_zero(Format::int4));
-    F distance[Vectors];
+// From the finished sum of a group, of vector v and row r, to its value.
+template <class Tile, int Vectors, bool = kLateZero<Tile>>
+struct Values {
+  INLINE Values(const LinearArgs&, const uint8_t*, int64_t, const int32_t*) {}
+  INLINE F operator()(typename Tile::Sum sum, int, int) const { return float_of(sum); }
+};
+// Late zero points add their distance from the one that the products have, times the sum of x.
+template <class Tile, int Vectors>
+struct Values<Tile, Vectors, true> {
+  F distance[Vectors];
+  const float* sums_of_x;
+
+  INLINE Values(const LinearArgs& a, const uint8_t* weight, int64_t g, const int32_t* group_sums)
+      : sums_of_x(reinterpret_cast<const float*>(group_sums)) {
+    const I from = splat(starts_from_zero<Tile>(a) ? 0 : symmetric_zero(Format::int4));
     unroll<Vectors>([&](int v) INLINE {
       constexpr int kParts = kLanes / kWidth;
       const uint8_t* zeros = weight + v / kParts * a.shape.bytes + a.shape.zeros;
       const I steps = sub(from, load_i8(zeros + g * kLanes + v % kParts * kWidth));
       distance[v] = mul(to_float(steps), splat(1.0f / info(Format::int4).zero_steps));
     });
-    unroll<Rows>([&](int r) INLINE {
-      const F x = group_sum<Tile>(group_sums[r]);
-      unroll<Vectors>([&](int v)
-                          INLINE { values[v][r] = fma(distance[v], x, float_of(sums[v][r])); });
-    });
-    body(values);
-  } else {
-    body(sums);
   }
-}
+  INLINE F operator()(typename Tile::Sum sum, int v, int r) const {
+    return fma(distance[v], splat(sums_of_x[r]), float_of(sum));
+  }
+};
 
 // So many rows at a time that their panel stays in the cache while the weights stream by.
 template <class Tile>
@@ -152,7 +143,7 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
   float* const total = kCut ? part.total : own;
   if (s.k_padded == 0) std::memset(total, 0, Rows * kAcross * sizeof(float));
   const bool directly = finishes_directly(a, block, Blocks);
-  const LateZero late = late_zero<Tile>(a);
+  const bool from_zero = starts_from_zero<Tile>(a);
   int64_t g = part.begin == 0 ? 0 : part.begin / s.group_padded;
   for (int64_t at = part.begin; at < part.end; ++g) {
     const int64_t group_begin = s.padded_begin(g);
@@ -161,6 +152,12 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
     const uint8_t* codes[Blocks];
     unroll<Blocks>(
         [&](int b) INLINE { codes[b] = weight + b * s.bytes + code_offset(Tile::kFormat, at, 0); });
+    if constexpr (kLateZero<Tile>) {  // needed at the end of the group, which is soon
+      unroll<Blocks>([&](int b) INLINE {
+        const uint8_t* const zeros = weight + b * s.bytes + s.zeros + g * kLanes;
+        _mm_prefetch(reinterpret_cast<const char*>(zeros), _MM_HINT_T0);
+      });
+    }
     const uint8_t* x = panel + at * Rows * kBytes<Tile>;
     const int64_t steps = (end - at) / kGroupPad;
     typename Tile::Sum sums[kVectors][Rows];
@@ -177,7 +174,7 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
           unroll<Rows>([&](int r)
                            INLINE { restore(part.sums + r * kAcross + v * kWidth, &sums[v][r]); });
         });
-      } else if (late.from_zero) {
+      } else if (from_zero) {
         unroll<kVectors>([&](int v)
                              INLINE { unroll<Rows>([&](int r) INLINE { clear(&sums[v][r]); }); });
       } else {
@@ -216,19 +213,16 @@ void tile(const LinearArgs& a, int64_t block, int64_t row, const float* bias, Fi
                      _MM_HINT_T0);
       }
     });
-    with_values<Tile>(
-        a, late, weight, g, group_sums + g * Rows, sums, [&](const auto& values) INLINE {
-          if (directly && g + 1 == s.groups) {
-            return finish_last_group<Tile>(a, values, scale, total, bias, row, block * kLanes);
-          }
-          unroll<kVectors>([&](int v) INLINE {
-            unroll<Rows>([&](int r) INLINE {
-              float* const to = total + r * kAcross + v * kWidth;
-              store(to, folded(float_of(values[v][r]), scale[v], g == 0, to));
-            });
-          });
-        });
-    if (directly && g + 1 == s.groups) return;
+    const Values<Tile, kVectors> value(a, weight, g, group_sums + g * Rows);
+    if (directly && g + 1 == s.groups) {
+      return finish_last_group<Tile>(a, sums, value, scale, total, bias, row, block * kLanes);
+    }
+    unroll<kVectors>([&](int v) INLINE {
+      unroll<Rows>([&](int r) INLINE {
+        float* const to = total + r * kAcross + v * kWidth;
+        store(to, folded(value(sums[v][r], v, r), scale[v], g == 0, to));
+      });
+    });
     at = end;
   }
   if (part.end == s.k_padded) finish(a, {total, bias, row, block, Rows, Blocks});

@@ -195,7 +195,8 @@ inline auto with_tile(const Layout& layout, Activation, const Body& body) {
       if (layout.symmetric && has_vbmi()) return body(A16<Format::int8, true>{});
       return body(A16<Format::int8>{});
     case Format::int4:
-      return body(A16<Format::int4>{});
+      if (layout.symmetric) return body(A16<Format::int4>{});
+      return body(LateZero<A16<Format::int4>>{});
     default:
       return body(A16<Format::nf4>{});
   }

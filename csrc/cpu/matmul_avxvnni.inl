@@ -176,5 +176,6 @@ struct W4A8 {
 
 template <class Body>
 inline auto with_tile(const Layout& layout, Activation, const Body& body) {
-  return layout.format == Format::int8 ? body(W8A8{}) : body(W4A8{});
+  if (layout.format == Format::int8) return body(W8A8{});
+  return layout.symmetric ? body(W4A8{}) : body(LateZero<W4A8>{});
 }

@@ -57,7 +57,7 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
   const uint8_t* unpacked = scratch->unpacked;
   float* const partial = scratch->partial + (slab_row + First) * kAcross;
   float* const totals = scratch->total + (slab_row + First) * kAcross;
-  const LateZero late = late_zero<Tile>(a);
+  const bool from_zero = starts_from_zero<Tile>(a);
   F total[kVectors][Count];
   unroll<kVectors>([&](int v) INLINE {
     unroll<Count>([&](int r) INLINE {
@@ -76,7 +76,7 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
         unroll<Count>([&](int r)
                           INLINE { restore(partial + r * kAcross + v * kWidth, &sums[v][r]); });
       });
-    } else if (Tile::kFloat || late.from_zero) {
+    } else if (Tile::kFloat || from_zero) {
       unroll<kVectors>([&](int v)
                            INLINE { unroll<Count>([&](int r) INLINE { clear(&sums[v][r]); }); });
     } else if constexpr (!Tile::kFloat) {
@@ -94,13 +94,12 @@ SIMD void wide_rows(const LinearArgs& a, const WideChunk& c, int64_t row, int64_
         unroll<Count>([&](int r) INLINE { keep(sums[v][r], partial + r * kAcross + v * kWidth); });
       });
     } else {
-      with_values<Tile>(a, late, c.weight, g, group_sums, sums, [&](const auto& values) INLINE {
-        unroll<kVectors>([&](int v) INLINE {
-          const uint8_t* weight = c.weight + v / kParts * s.bytes;
-          const F scale = load_scale(a, weight, g * kLanes + v % kParts * kWidth);
-          unroll<Count>(
-              [&](int r) INLINE { total[v][r] = fma(float_of(values[v][r]), scale, total[v][r]); });
-        });
+      const Values<Tile, kVectors> value(a, c.weight, g, group_sums);
+      unroll<kVectors>([&](int v) INLINE {
+        const uint8_t* weight = c.weight + v / kParts * s.bytes;
+        const F scale = load_scale(a, weight, g * kLanes + v % kParts * kWidth);
+        unroll<Count>(
+            [&](int r) INLINE { total[v][r] = fma(value(sums[v][r], v, r), scale, total[v][r]); });
       });
     }
     at = end;

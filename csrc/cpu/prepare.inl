@@ -5,17 +5,21 @@
 //   unit[k_padded / k per unit][rows]      a unit is 4 bytes, what one broadcast reads
 //
 // The tile's policy (matmul_*.inl) says what a unit holds: four int8 codes, two int16 codes or
-// bfloat16, or one float. group_sums of a tile is [groups][rows]: sums of the int8 codes, or floats
-// where x stays as it is.
+// bfloat16, or one float. group_sums of a tile is [groups][rows]: sums of the int8 codes, for late
+// zero points as floats (whole numbers below 2^24), or of x where it stays float.
 
 template <class Tile>
 constexpr int64_t kBytes = 4 / Tile::kUnit;  // of a k of a row
 
-// Products of int4 weights are those of the codes less 8, the middle. What other zero points than
-// the middle add is the same for all of a group, times x: it is added when the group is finished.
-// Only policies that cannot sum x up take each code's zero point away.
+// A policy for asymmetric int4 weights. Its products are those of the codes less 8, the middle; what
+// zero points besides the middle add is the same for all of a group, times x, and is added when the
+// group is finished. A type of its own, because symmetric weights are slower for a mere question.
 template <class Tile>
-constexpr bool kLateZero = Tile::kFormat == Format::int4 && requires { &Tile::add_units; };
+struct LateZero : Tile {
+  static constexpr bool kLateZero = true;
+};
+template <class Tile>
+constexpr bool kLateZero = requires { Tile::kLateZero; };
 
 template <class Tile>
 int tile_rows(const LinearArgs& a, int64_t row) {
@@ -207,7 +211,8 @@ void sum_groups(const BlockShape& s, const uint8_t* panel, int rows, int32_t* su
       even = Tile::add_units(even, bits(load_as<DType::f32>(unit, u * rows, rows)));
       odd = Tile::add_units(odd, bits(load_as<DType::f32>(unit, (u + 1) * rows, rows)));
     }
-    store_as<DType::f32>(sums, g * rows, raw(add(even, odd)), rows);
+    const typename Tile::Sum sum = add(even, odd);
+    store_as<DType::f32>(sums, g * rows, kLateZero<Tile> ? float_of(sum) : raw(sum), rows);
   }
 }
 
@@ -266,9 +271,9 @@ void prepare_tile(const LinearArgs& a, int64_t row, int rows) {
                (end - chunk) / Tile::kUnit,
                reinterpret_cast<uint32_t*>(panel + chunk * rows * kBytes<Tile>));
   }
+  // Of symmetric weights only int4 codes that meet int8 ones have something to be taken away.
   if constexpr (!Tile::kFloat || kLateZero<Tile>) {
-    // Of symmetric weights only int4 codes that meet int8 ones have something to be taken away.
-    if (!a.layout.symmetric || (!Tile::kFloat && Tile::kFormat == Format::int4)) {
+    if (Tile::kFormat == Format::int4 || !a.layout.symmetric) {
       sum_groups<Tile>(s, panel, rows, a.group_sums + row * s.groups);
     }
   }

@@ -6,7 +6,8 @@ inline auto with_tile(const Layout& layout, Activation activation, const Body& b
     case Format::int8:
       return is_float ? body(A16<Format::int8>{}) : body(W8A8{});
     case Format::int4:
-      return is_float ? body(A16<Format::int4>{}) : body(W4A8{});
+      if (is_float) return body(A16<Format::int4>{});
+      return layout.symmetric ? body(W4A8{}) : body(LateZero<W4A8>{});
     default:
       return body(A16<Format::nf4>{});
   }
