@@ -159,9 +159,9 @@ QK_HD inline constexpr bool decode_layout(int64_t id, Layout* layout) {
 //
 // On CUDA the same without sums, and codes in the order in which the 32 threads of a warp feed the
 // tensor cores. Groups are padded to chunks of 32 k, and 4-bit rows to two chunks, with the code of
-// value 0 (asymmetric: the group's zero point, int4: rounded; nf4: level 7). Of a chunk, thread g * 4 + t holds
-// the eight consecutive k from 8 * t on, e0 to e7, of the lanes g and g + 8. It reads 16 bytes, and
-// the warp 512:
+// value 0 (asymmetric: the group's zero point, int4: rounded; nf4: level 7). Of a chunk, thread g *
+// 4 + t holds the eight consecutive k from 8 * t on, e0 to e7, of the lanes g and g + 8. It reads
+// 16 bytes, and the warp 512:
 //
 //   int8    one chunk:  [lane g: e0 to e7] [lane g + 8: e0 to e7]
 //   4 bit   two chunks, a word each for [lane g, first chunk] [lane g + 8, first] [lane g, second]

@@ -1,6 +1,6 @@
 // fake_quantize and its gradient: x to codes and back in one pass over memory, no code stored. A
-// code minus its zero point is the clipped quotient, rounded, so the zero point is never added: only
-// its fraction is, and taken away again.
+// code minus its zero point is the clipped quotient, rounded, so the zero point is never added:
+// only its fraction is, and taken away again.
 
 // The bounds are those of a code minus its zero point, or of the NF4 levels.
 template <Format Fmt>

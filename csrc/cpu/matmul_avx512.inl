@@ -188,8 +188,8 @@ struct A16 {
     }
     const int at = k % 4 * 8 + k / 4 * 4;
     if constexpr (Fmt == Format::nf4) return lookup(levels, _mm512_srli_epi32(line, at));
-    // The lowest bits of 2^20 are eighths, as zero points count: with a code three bits up it is the
-    // float 2^20 + code, and the difference is exact.
+    // The lowest bits of 2^20 are eighths, as zero points count: with a code three bits up it is
+    // the float 2^20 + code, and the difference is exact.
     const I code = at == 0 ? _mm512_slli_epi32(line, 3) : _mm512_srli_epi32(line, at - 3);
     const I number = _mm512_ternarylogic_epi32(code, splat(0x78), splat(k2To20), 0xea);
     return sub(floats(number), floats(zero));

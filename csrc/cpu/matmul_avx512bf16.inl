@@ -13,7 +13,8 @@ constexpr uint16_t bf16_of(float x) {
   return static_cast<uint16_t>((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 
-// What a 4-bit code stands for, at an index of five bits: the highest is the lowest of another code.
+// What a 4-bit code stands for, at an index of five bits: the highest is the lowest of another
+// code.
 template <Format Fmt>
 struct Words32 {
   alignas(64) uint16_t of[32];

@@ -11,9 +11,10 @@
 template <class Tile>
 constexpr int64_t kBytes = 4 / Tile::kUnit;  // of a k of a row
 
-// A policy for asymmetric int4 weights. Its products are those of the codes less 8, the middle; what
-// zero points besides the middle add is the same for all of a group, times x, and is added when the
-// group is finished. A type of its own, because symmetric weights are slower for a mere question.
+// A policy for asymmetric int4 weights. Its products are those of the codes less 8, the middle;
+// what zero points besides the middle add is the same for all of a group, times x, and is added
+// when the group is finished. A type of its own, because symmetric weights are slower for a mere
+// question.
 template <class Tile>
 struct LateZero : Tile {
   static constexpr bool kLateZero = true;

@@ -1,6 +1,6 @@
 // Codes of a packed weight as 16-bit operands of the tensor cores, less their zero point and
-// without their scale: numbers of eight bits at most, which both types hold exactly, or levels of nf4. A
-// few integer instructions for each pair; no conversion instruction, which are slow.
+// without their scale: numbers of eight bits at most, which both types hold exactly, or levels of
+// nf4. A few integer instructions for each pair; no conversion instruction, which are slow.
 #pragma once
 
 #include "cuda/ptx.cuh"
