@@ -179,8 +179,10 @@ QK_HD static inline int to_zero_point(float codes, Format format) {
                      f.asymmetric_max * f.zero_steps);
 }
 
-// The scale and zero point of a group. All zero: scale 1. NaN or Inf inside: scale NaN, so that
-// what is computed from the group is NaN and never a plausible number.
+// The scale and zero point of a group. The zero point is a whole code, so that 0 keeps its value:
+// where a few numbers make the scale large, most lie close to 0, and would all be off alike. All
+// zero: scale 1. NaN or Inf inside: scale NaN, so that what is computed from the group is NaN and
+// never a plausible number.
 QK_HD static inline Affine choose_affine(const Range& range, Format format, bool symmetric,
                                          DType scale_type) {
   const FormatInfo f = info(format);
@@ -198,7 +200,8 @@ QK_HD static inline Affine choose_affine(const Range& range, Format format, bool
   scale = round_scale(scale < kSmallestScale ? kSmallestScale : scale, scale_type);
   const float inverse = 1.0f / scale;
   const float zero = static_cast<float>(f.asymmetric_min) - range.min * inverse;
-  return {scale, inverse, to_zero_point(zero, format)};
+  const int whole = round_clamp(zero, f.asymmetric_min, f.asymmetric_max);
+  return {scale, inverse, whole * f.zero_steps};
 }
 
 // ---- Codes --------------------------------------------------------------------------------------

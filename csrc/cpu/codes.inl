@@ -129,8 +129,8 @@ SIMD Affines choose_affines(const Ranges& r, DType scale_type) {
   if constexpr (Symmetric) return {scale, inverse, splat(symmetric_zero(Fmt))};
   const F low = splat(static_cast<float>(f.asymmetric_min));
   const F high = splat(static_cast<float>(f.asymmetric_max));
-  const F zero_codes = min(max(sub(low, mul(r.min, inverse)), low), high);
-  const I zero = round_int(mul(zero_codes, splat(static_cast<float>(f.zero_steps))));
+  const I whole = round_int(min(max(sub(low, mul(r.min, inverse)), low), high));
+  const I zero = Fmt == Format::int4 ? shift_left<3>(whole) : whole;
   return {scale, inverse, select(empty, splat(0), select(broken, splat(0), zero))};
 }
 

@@ -124,8 +124,8 @@ def choose(
         zero = np.full(len(x), form.middle)
         if not symmetric:
             inverse = F32(1) / rounded
-            shifted = np.nan_to_num(F32(low) - least * inverse) * F32(form.steps)
-            zero = np.clip(np.rint(shifted), low * form.steps, high * form.steps).astype(np.int64)
+            shifted = np.nan_to_num(F32(low) - least * inverse)
+            zero = np.clip(np.rint(shifted), low, high).astype(np.int64) * form.steps
     empty, broken = amax == 0, ~np.isfinite(x).all(1)
     scale = np.where(broken, F32(np.nan), np.where(empty, F32(1), rounded))
     zero = np.where(empty | broken, form.middle if symmetric else 0, zero)
