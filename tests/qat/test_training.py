@@ -84,7 +84,6 @@ def test_learned_zero_points_are_used_as_stored():
     """They are numbers of codes, stored as eighths; what is out of range is clamped."""
     layer = QATLinear(16, 5, scheme=qk.W4A16(16), learn_scale=True)
     start = layer.quantized_weight().zero_point
-    assert (start % 8 != 0).any()
     same_tensor(layer.weight_zero_point.detach(), start.float() / 8)
     with torch.no_grad():
         layer.weight_zero_point.copy_(torch.tensor([7.0, 7.3, 7.5625, -3.0, 99.0])[:, None])
