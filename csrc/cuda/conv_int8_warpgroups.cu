@@ -228,6 +228,7 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], 
     warpgroup_keep(sums);
 #pragma unroll
     for (int chunk = 0; chunk < kStageChunks; ++chunk) warpgroup_keep(a[chunk]);
+    __syncwarp();  // all lanes have read their weights
     if (lane == 0) barrier_arrive(shared.emptied(turn.stage));
     turn = ahead;
   }

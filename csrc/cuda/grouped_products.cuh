@@ -133,6 +133,14 @@ QK_DEVICE void fold(float (&sums)[kTokens / 2], int32_t (&exact)[kTokens / 2],
   }
 }
 
+// By a warp, to every block that copies to the stage.
+template <class K>
+QK_DEVICE void leave_stage(const SharedMemory<K>& shared, int stage) {
+  __syncwarp();  // all lanes have read their weights
+  const int lane = threadIdx.x % kWarp;
+  if (lane < K::T::kTogether) barrier_arrive(shared.emptied(stage), lane);
+}
+
 // What a warpgroup knows on its way through a tile.
 template <class K>
 struct Products {
@@ -206,8 +214,7 @@ struct Products {
   QK_DEVICE void leave(const Run& run, int parity) {
 #pragma unroll
     for (int i = 0; i < K::kRun; ++i) warpgroup_keep(weights[parity][i]);
-    const int lane = threadIdx.x % kWarp;
-    if (run.stage >= 0 && lane < T::kTogether) barrier_arrive(shared.emptied(run.stage), lane);
+    if (run.stage >= 0) leave_stage(shared, run.stage);
   }
 
   QK_DEVICE void leave_group() {
@@ -339,7 +346,7 @@ struct GroupProducts {
       warpgroup_keep(exact[i % 2]);
 #pragma unroll
       for (int j = 0; j < K::kRun; ++j) warpgroup_keep(weights[i % 2][j]);
-      if (done.stage >= 0 && lane < T::kTogether) barrier_arrive(shared.emptied(done.stage), lane);
+      if (done.stage >= 0) leave_stage(shared, done.stage);
       fold<T::kTokens>(sums, exact[i % 2], end, 0);
     }
     first = now;

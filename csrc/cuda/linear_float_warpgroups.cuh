@@ -146,7 +146,10 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
       warpgroup_wait<T::kLefts - 1>();
       warpgroup_keep(left[(i + 1) % T::kLefts][0]);
       warpgroup_keep(left[(i + 1) % T::kLefts][1]);
-      if (i == 0 && stage > 0 && lane == 0) barrier_arrive(shared.emptied(before));
+      if (i == 0 && stage > 0) {
+        __syncwarp();  // all lanes have read their weights
+        if (lane == 0) barrier_arrive(shared.emptied(before));
+      }
     }
     before = turn.stage;
     group_at -= T::kChunks, group_after -= T::kChunks, group_end -= T::kChunks;

@@ -155,6 +155,7 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const SharedMemory<T>& shar
   uint32_t a[2][kPieceK / kCudaChunk][4];  // of this stage and of the one before, still in use
   int before = 0;
   const auto release = [&](int stage) {
+    __syncwarp();  // all lanes have read their weights
     if (lane < place.sides) barrier_arrive(shared.emptied(stage), place.part + lane);
   };
   const auto multiply = [&](uint32_t (&mine)[kPieceK / kCudaChunk][4],

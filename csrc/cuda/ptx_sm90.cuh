@@ -107,7 +107,7 @@ QK_DEVICE void barrier_arrive(Barrier* at, int rank) {
 // The same in this block, and who waits sees what this thread wrote before.
 QK_DEVICE void barrier_arrive(Barrier* at) {
 #ifdef QKERNELS_HOST
-  host::barrier_arrive(at, host::cluster_rank());
+  host::barrier_arrive(at);
 #else
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_address(at)) : "memory");
 #endif
@@ -118,7 +118,7 @@ QK_DEVICE void barrier_arrive_copied(Barrier* at) {
 #ifdef QKERNELS_HOST
   host::commit_async();
   host::wait_async(0);
-  host::barrier_arrive(at, host::cluster_rank());
+  host::barrier_arrive(at);
 #else
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
                :
@@ -307,7 +307,9 @@ QK_DEVICE uint64_t matrix_in_shared(const void* at) {
 // Before a barrier after which products of a warpgroup read what this thread stored in shared
 // memory: they go another way there than loads do.
 QK_DEVICE void shared_fence() {
-#if !defined(QKERNELS_HOST) && QK_SM90A
+#if defined(QKERNELS_HOST)
+  host::shared_fence();
+#elif QK_SM90A
   asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 #endif
 }

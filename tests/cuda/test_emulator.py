@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 POISON = -1
+WORDS = torch.arange(64, dtype=torch.int32) * 0x01010101
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16], ids=str)
@@ -39,46 +41,84 @@ def test_stmatrix_stores_fragments_transposed(emulator: Any) -> None:
     assert torch.equal(got.view(torch.int16).view(4, 8, 8), matrices.transpose(1, 2))
 
 
-def copied(emulator: Any, valid: int, wait: bool, barrier: bool) -> tuple[list[int], list[int]]:
-    """What two blocks of 64 threads read of their neighbours, and what was to be read."""
-    words = torch.arange(64, dtype=torch.int32) * 0x01010101
+def copied(emulator: Any, valid: int, wait: bool, barrier: bool, distance: int) -> Tensor:
+    """What two blocks of 64 threads read of neighbours, each of which has copied a word."""
     to = torch.zeros(2, 64, dtype=torch.int32)
-    emulator.probe_copy(words, to, valid, wait, barrier)
-    want = words.roll(-1) & (1 << 8 * valid) - 1
-    return to.tolist(), want.tolist()
+    emulator.probe_copy(WORDS, to, valid, wait, barrier, distance)
+    return to
 
 
 @pytest.mark.parametrize("valid", [0, 1, 3, 4])
 def test_copies_land_and_are_filled_up_with_zeros(emulator: Any, valid: int) -> None:
-    got, want = copied(emulator, valid, wait=True, barrier=True)
-    assert got == [want, want]
+    got = copied(emulator, valid, wait=True, barrier=True, distance=1)
+    assert torch.equal(got, (WORDS.roll(-1) & (1 << 8 * valid) - 1).expand(2, -1))
 
 
 def test_a_copy_that_nobody_waited_for_is_poison(emulator: Any) -> None:
-    got, _ = copied(emulator, 4, wait=False, barrier=True)
-    # A thread waits before it ends, so the last ones to read find what the first ones waited for.
-    assert got[0].count(POISON) >= 62
+    assert copied(emulator, 4, wait=False, barrier=False, distance=0).eq(POISON).all()
+    assert torch.equal(copied(emulator, 4, wait=True, barrier=False, distance=0)[0], WORDS)
 
 
-def test_a_missing_barrier_shows_in_one_order_or_the_other(emulator: Any) -> None:
-    got, want = copied(emulator, 4, wait=True, barrier=False)
-    assert got[0] != want and got[1] != want
-    assert POISON in got[0] and POISON in got[1]
+@pytest.mark.parametrize(("wait", "barrier"), [(False, True), (True, False)])
+def test_a_copy_of_another_thread_wants_a_wait_and_a_barrier(
+    emulator: Any, wait: bool, barrier: bool
+) -> None:
+    with pytest.raises(RuntimeError, match=r"a race: .* of shared memory, which thread"):
+        copied(emulator, 4, wait, barrier, distance=1)
 
 
-@pytest.mark.parametrize("wait", [False, True])
-def test_a_cluster_shares_what_it_copies(emulator: Any, wait: bool) -> None:
+def test_a_cluster_shares_what_it_copies(emulator: Any) -> None:
     words = torch.arange(8, dtype=torch.int32)
     to = torch.zeros(2, 8, dtype=torch.int32)
-    emulator.probe_cluster(words, to, wait)
-    assert to.tolist() == [words.tolist() if wait else [POISON] * 8] * 2
+    emulator.probe_cluster(words, to, True)
+    assert to.tolist() == [words.tolist()] * 2
+    with pytest.raises(RuntimeError, match="a copy of many bytes: a race: writes byte"):
+        emulator.probe_cluster(words, to, False)
+    # It was not there yet.
+    assert to[0].tolist() == [POISON] * 8
 
 
-@pytest.mark.parametrize("wait", [False, True])
-def test_blocks_of_a_cluster_store_to_each_other(emulator: Any, wait: bool) -> None:
+def test_blocks_of_a_cluster_store_to_each_other(emulator: Any) -> None:
     to = torch.zeros(2, dtype=torch.int32)
-    emulator.probe_store_async(to, wait)
-    assert to.tolist() == ([1, 0] if wait else [POISON, POISON])
+    emulator.probe_store_async(to, True)
+    assert to.tolist() == [1, 0]
+    with pytest.raises(RuntimeError, match="a copy of many bytes: a race: writes byte"):
+        emulator.probe_store_async(to, False)
+    assert to.tolist() == [POISON, POISON]
+
+
+BETWEEN = ["nothing", "warp", "some", "block", "arrival", "distant_arrival", "cluster"]
+ALL, SEEN = set(BETWEEN), set(BETWEEN[1:5])
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize(
+    ("accesses", "allowed"),
+    [
+        *[("wr", SEEN), ("wa", SEEN), ("ar", SEEN)],
+        # Who is told no more than that a thread has come this far may overwrite what it read.
+        *[("rw", ALL - {"nothing"}), ("rc", ALL - {"nothing"}), ("aw", ALL - {"nothing"})],
+        *[("rr", ALL), ("aa", ALL), ("bb", ALL), ("bw", ALL - {"nothing"})],
+    ],
+)
+def test_races(emulator: Any, accesses: str, allowed: set[str], between: str) -> None:
+    source = torch.zeros(16, dtype=torch.uint8)
+
+    def run() -> None:
+        emulator.probe_accesses(source, accesses, BETWEEN.index(between))
+
+    if between in allowed:
+        return run()
+    with pytest.raises(RuntimeError, match=r"a race: .* which thread \(0, 0, 0\) .* no barrier"):
+        run()
+
+
+def test_a_matrix_that_was_stored_wants_a_fence(emulator: Any) -> None:
+    emulator.probe_stored_matrix(True, True)
+    with pytest.raises(RuntimeError, match="warpgroup_mma: a race: .* no shared_fence"):
+        emulator.probe_stored_matrix(False, True)
+    with pytest.raises(RuntimeError, match="a race: .* no barrier"):
+        emulator.probe_stored_matrix(True, False)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,12 @@ void sync_warp();
 void check_alignment(const char* op, const void* at, int64_t bytes);
 void check_shared(const char* op, const void* at, int64_t bytes);
 
+// Notes an access to shared memory, to find races. Plain loads and stores of kernels are noted by
+// themselves.
+void reads(const char* op, const void* at, int64_t bytes);
+void writes(const char* op, const void* at, int64_t bytes);
+void adds(const char* op, const void* at, int64_t bytes);
+
 void copy_async(void* to, const void* from, int bytes, int valid);
 void commit_async();
 void wait_async(int pending);
@@ -96,11 +102,13 @@ void meet_warpgroup(const char* op, void* mine, const std::function<void(void* c
 
 void barrier_init(uint64_t* at, int count);
 void barrier_arrive(uint64_t* at, int rank);
+void barrier_arrive(uint64_t* at);
 void barrier_expect(uint64_t* at, int bytes);
 void barrier_wait(uint64_t* at, uint32_t parity);
 int cluster_rank();
 void sync_cluster();
 void sync_some(int number, int count);
+void shared_fence();
 void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint32_t blocks);
 void store_async(void* to, uint4 v, uint64_t* barrier, int rank);
 void copy_to_block(void* to, const void* from, int bytes, uint64_t* barrier, int rank);
@@ -124,6 +132,8 @@ void warpgroup_mma_16(float* sums, int n, const uint32_t (&a)[4], uint64_t b, bo
 void warpgroup_commit();
 void warpgroup_wait(int pending);
 void multiply_warpgroup(const WarpgroupProduct* const* lanes);
+// Byte k of 32 in column `column` of the matrix that a descriptor says.
+const uint8_t* warpgroup_matrix(uint64_t descriptor, int column, int k);
 
 // ---- Instructions -------------------------------------------------------------------------------
 
@@ -169,6 +179,7 @@ uint32_t reduce(const char* op, uint32_t value, F join) {
 }
 
 uint32_t ballot(bool predicate);
+void add_shared(int32_t* at, int32_t value);
 void ldmatrix_x4(uint32_t (&r)[4], const void* row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
 void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]);

@@ -8,9 +8,11 @@
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda_host.h"
+#include "races.h"
 
 // Saves the registers that a call preserves and the stack pointer, and takes those of another
 // fiber.
@@ -55,6 +57,11 @@ struct Copy {
   int bytes, valid;
 };
 
+// What the threads that have come to a barrier have seen, and after it all of them.
+struct Handover {
+  Clock given, taken;
+};
+
 // Threads that do something together.
 template <int kCount>
 struct Meeting {
@@ -62,6 +69,7 @@ struct Meeting {
   int arrived = 0;
   const char* op = nullptr;
   uint64_t meetings = 0;
+  Handover clocks;
 };
 
 // A barrier in shared memory, which is known by its address.
@@ -69,11 +77,14 @@ struct Phases {
   int count, missing;
   int64_t bytes = 0;  // announced and not landed
   uint64_t ended = 0;
+  size_t actor = 0;  // of the copies that land
+  Handover clocks;
 
   void end_if_complete() {
     if (missing != 0 || bytes != 0) return;
     missing = count;
     ++ended;
+    clocks.taken = clocks.given;
   }
 };
 
@@ -83,11 +94,13 @@ struct BulkCopy {
   int bytes;
   Phases* phases;
   uint4 value;
+  Clock clock;  // of the thread that asked for it
 };
 
 struct Some {
   int arrived = 0;
   uint64_t meetings = 0;
+  Handover clocks;
 };
 
 struct Fiber {
@@ -103,6 +116,7 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;         // closed, not landed
   std::vector<WarpgroupProduct> open_products;  // the same of products
   std::deque<std::vector<WarpgroupProduct>> products;
+  Clock clock;
 };
 
 struct Block {
@@ -119,12 +133,21 @@ struct Block {
   int64_t shared_bytes;
   unsigned arrived = 0;  // at the barrier of the block
   uint64_t barriers = 0;
+  Handover clocks;
+  Races races;
+
+  bool holds(const void* at) const {
+    const uint8_t* const byte = static_cast<const uint8_t*>(at);
+    return byte >= shared && byte < shared + shared_bytes;
+  }
 };
 
 struct Cluster {
   std::vector<Block> blocks;
-  unsigned arrived = 0;  // at the barrier of the cluster
+  size_t threads, actors;  // of all blocks; the other actors are barriers in shared memory
+  unsigned arrived = 0;    // at the barrier of the cluster
   uint64_t barriers = 0;
+  Handover clocks;
   std::deque<BulkCopy> copies;  // in flight
 };
 
@@ -155,6 +178,46 @@ std::string text(const dim3& d) {
   std::ostringstream out;
   out << "(" << d.x << ", " << d.y << ", " << d.z << ")";
   return out.str();
+}
+
+size_t threads_before(const Block& b) { return static_cast<size_t>(b.rank) * b.fibers.size(); }
+
+size_t actor() { return threads_before(*block) + static_cast<size_t>(self->id); }
+
+// What this thread has done and seen, to those who take it. Not `all`: others know no more than
+// that it is over.
+void give(Handover* h, bool all = true) {
+  all ? h->given.join(self->clock) : h->given.join_over(self->clock);
+  self->clock.see(actor(), self->clock.seen(actor()) + 1);
+}
+
+// By the last of those who meet.
+void pass_on(Handover* h) { h->taken = std::exchange(h->given, Clock()); }
+
+void take(const Handover& h) { self->clock.join(h.taken); }
+
+std::string name_of(size_t actor) {
+  if (actor >= cluster->threads) return "a copy of many bytes";
+  const Block& b = cluster->blocks[actor / block->fibers.size()];
+  const Place& there = b.fibers[actor % block->fibers.size()].place;
+  return "thread " + text(there.thread) + (&b == block ? "" : " of block " + text(there.block));
+}
+
+// What is wrong with an access to the shared memory of `b`, or nothing.
+std::string race_in(Block* b, Access access, const void* at, int64_t bytes, const Actor& by) {
+  const auto race = b->races.note(access, static_cast<const uint8_t*>(at) - b->shared, bytes, by);
+  if (!race) return {};
+  const char* const verbs[] = {"reads", "writes", "adds to"};
+  const char* const past[] = {"read", "wrote", "added to"};
+  return std::string("a race: ") + verbs[static_cast<int>(access)] + " byte " +
+         std::to_string(race->at) + " of shared memory, which " + name_of(race->other) + " " +
+         past[static_cast<int>(race->earlier)] + " with no " +
+         (race->unfenced ? "shared_fence" : "barrier") + " in between";
+}
+
+void note(const char* op, Block* b, Access access, const void* at, int64_t bytes, const Actor& by) {
+  const std::string race = race_in(b, access, at, bytes, by);
+  if (!race.empty()) fault(std::string(op) + ": " + race);
 }
 
 void back_to_scheduler() { qkernels_switch(&self->stack_pointer, scheduler); }
@@ -233,6 +296,8 @@ void start_block(Block* b, dim3 grid, dim3 size, dim3 index) {
   b->phases.clear();
   b->some.clear();
   b->arrived = 0;
+  b->clocks = {};
+  b->races = Races(b->shared_bytes);
   b->left = b->fibers.size();
   const int count = static_cast<int>(b->fibers.size());
   for (int i = 0; i < count; ++i) {
@@ -240,6 +305,7 @@ void start_block(Block* b, dim3 grid, dim3 size, dim3 index) {
     f = Fiber{};
     f.id = i;
     f.place = {{i % size.x, i / size.x % size.y, i / (size.x * size.y)}, index, size, grid};
+    f.clock.see(threads_before(*b) + static_cast<size_t>(i), 1);
     start(&f, b->rank * count + i);
   }
 }
@@ -247,8 +313,21 @@ void start_block(Block* b, dim3 grid, dim3 size, dim3 index) {
 // The oldest copy in flight lands, once nobody can go on without it.
 bool land_copy() {
   if (cluster->copies.empty()) return false;
-  const BulkCopy c = cluster->copies.front();
+  BulkCopy c = std::move(cluster->copies.front());
   cluster->copies.pop_front();
+  // The copy is the barrier's doing: who waits for its phase has seen it.
+  const Actor by{c.phases->actor, &c.clock, true};
+  c.clock.see(by.id, static_cast<uint32_t>(c.phases->ended + 1));
+  for (Block& b : cluster->blocks) {
+    std::string race;
+    if (b.holds(c.to)) race = race_in(&b, Access::write, c.to, c.bytes, by);
+    if (race.empty() && b.holds(c.from)) race = race_in(&b, Access::read, c.from, c.bytes, by);
+    if (!race.empty()) {
+      throw std::runtime_error("emulator: a copy of many bytes: " + race + ", in block " +
+                               text(b.fibers[0].place.block));
+    }
+  }
+  c.phases->clocks.given.see(by.id, c.clock.seen(by.id));
   std::memcpy(c.to, c.from == nullptr ? &c.value : c.from, static_cast<size_t>(c.bytes));
   c.phases->bytes -= c.bytes;
   c.phases->end_if_complete();
@@ -321,6 +400,7 @@ void run_clusters(dim3 grid, dim3 size, int64_t shared_bytes, unsigned together,
   }
   Cluster c;
   c.blocks.resize(together);
+  c.threads = together * threads;
   for (unsigned rank = 0; rank < together; ++rank) {
     Block& b = c.blocks[rank];
     b.thread = &thread;
@@ -348,6 +428,8 @@ void run_clusters(dim3 grid, dim3 size, int64_t shared_bytes, unsigned together,
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; x += together, backwards = !backwards) {
+        c.actors = c.threads;
+        c.clocks = {};
         for (Block& b : c.blocks) start_block(&b, grid, size, {x + b.rank, y, z});
         run_cluster(backwards);
       }
@@ -389,17 +471,36 @@ void check_shared(const char* op, const void* at, int64_t bytes) {
   }
 }
 
+void reads(const char* op, const void* at, int64_t bytes) {
+  note(op, block, Access::read, at, bytes, {actor(), &self->clock});
+}
+
+void writes(const char* op, const void* at, int64_t bytes) {
+  note(op, block, Access::write, at, bytes, {actor(), &self->clock});
+}
+
+void adds(const char* op, const void* at, int64_t bytes) {
+  note(op, block, Access::add, at, bytes, {actor(), &self->clock});
+}
+
 void sync_threads() {
+  give(&block->clocks);
   if (++block->arrived == block->fibers.size()) {
     block->arrived = 0;
     ++block->barriers;
+    pass_on(&block->clocks);
   } else {
     wait_for(&block->barriers, "__syncthreads");
   }
+  take(block->clocks);
 }
 
+// Other instructions of a warp do not order memory.
 void sync_warp() {
-  meet("__syncwarp", nullptr, [](void* const*) {});
+  Handover* const clocks = &block->warps[self->id / kWarp].clocks;
+  give(clocks);
+  meet("__syncwarp", nullptr, [clocks](void* const*) { pass_on(clocks); });
+  take(*clocks);
 }
 
 namespace {
@@ -446,8 +547,9 @@ Phases& phases_at(const char* op, const uint64_t* at, int rank) {
   return found->second;
 }
 
-void arrive(Phases* p) {
+void arrive(Phases* p, bool all) {
   if (p->missing == 0) fault("more threads arrive at a barrier than it was set up for");
+  give(&p->clocks, all);
   --p->missing;
   p->end_if_complete();
 }
@@ -456,20 +558,27 @@ void arrive(Phases* p) {
 
 void barrier_init(uint64_t* at, int count) {
   check_alignment("barrier_init", at, 8);
-  block->phases[reinterpret_cast<const uint8_t*>(at) - block->shared] = {count, count};
+  Phases& p = block->phases[reinterpret_cast<const uint8_t*>(at) - block->shared];
+  p.count = p.missing = count;
+  p.actor = cluster->actors++;
 }
 
-void barrier_arrive(uint64_t* at, int rank) { arrive(&phases_at("barrier_arrive", at, rank)); }
+void barrier_arrive(uint64_t* at, int rank) {
+  arrive(&phases_at("barrier_arrive", at, rank), false);
+}
+
+void barrier_arrive(uint64_t* at) { arrive(&phases_at("barrier_arrive", at, block->rank), true); }
 
 void barrier_expect(uint64_t* at, int bytes) {
   Phases& p = phases_at("barrier_expect", at, block->rank);
   p.bytes += bytes;
-  arrive(&p);
+  arrive(&p, true);
 }
 
 void barrier_wait(uint64_t* at, uint32_t parity) {
   const Phases& p = phases_at("barrier_wait", at, block->rank);
   while ((p.ended & 1) == parity) wait_for(&p.ended, "barrier_wait");
+  take(p.clocks);
 }
 
 int cluster_rank() { return block->rank; }
@@ -477,23 +586,31 @@ int cluster_rank() { return block->rank; }
 void sync_cluster() {
   size_t all = 0;
   for (const Block& b : cluster->blocks) all += b.fibers.size();
+  give(&cluster->clocks, false);
   if (++cluster->arrived == all) {
     cluster->arrived = 0;
     ++cluster->barriers;
+    pass_on(&cluster->clocks);
   } else {
     wait_for(&cluster->barriers, "cluster_sync");
   }
+  take(cluster->clocks);
 }
 
 void sync_some(int number, int count) {
   Some& s = block->some[number];
+  give(&s.clocks);
   if (++s.arrived == count) {
     s.arrived = 0;
     ++s.meetings;
+    pass_on(&s.clocks);
   } else {
     wait_for(&s.meetings, "sync_some");
   }
+  take(s.clocks);
 }
+
+void shared_fence() { self->clock.fence(); }
 
 // As with cp_async, the destination is poison until the bytes are read, which is as late as can be.
 void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint32_t blocks) {
@@ -506,8 +623,12 @@ void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier, uint32_
     if ((blocks >> rank & 1) == 0) continue;
     uint8_t* const there = cluster->blocks[rank].shared + offset;
     std::memset(there, kPoison, static_cast<size_t>(bytes));
-    cluster->copies.push_back(
-        {there, from, bytes, &phases_at("copy_bulk", barrier, static_cast<int>(rank)), {}});
+    cluster->copies.push_back({there,
+                               from,
+                               bytes,
+                               &phases_at("copy_bulk", barrier, static_cast<int>(rank)),
+                               {},
+                               self->clock});
   }
 }
 
@@ -519,7 +640,7 @@ void store_async(void* to, uint4 v, uint64_t* barrier, int rank) {
   uint8_t* const there = cluster->blocks[static_cast<size_t>(rank)].shared +
                          (static_cast<uint8_t*>(to) - block->shared);
   std::memset(there, kPoison, 16);
-  cluster->copies.push_back({there, nullptr, 16, phases, v});
+  cluster->copies.push_back({there, nullptr, 16, phases, v, self->clock});
 }
 
 void copy_to_block(void* to, const void* from, int bytes, uint64_t* barrier, int rank) {
@@ -531,7 +652,8 @@ void copy_to_block(void* to, const void* from, int bytes, uint64_t* barrier, int
   const int64_t offset = static_cast<uint8_t*>(to) - block->shared;
   uint8_t* const there = cluster->blocks.at(static_cast<size_t>(rank)).shared + offset;
   std::memset(there, kPoison, static_cast<size_t>(bytes));
-  cluster->copies.push_back({there, from, bytes, &phases_at("copy_to_block", barrier, rank), {}});
+  cluster->copies.push_back(
+      {there, from, bytes, &phases_at("copy_to_block", barrier, rank), {}, self->clock});
 }
 
 uint64_t shared_offset(const char* op, const void* at) {
@@ -539,13 +661,34 @@ uint64_t shared_offset(const char* op, const void* at) {
   return static_cast<uint64_t>(static_cast<const uint8_t*>(at) - block->shared);
 }
 
+namespace {
+
+// Each warp reads all of the matrix. The lanes of a warp go together here: its first one stands for
+// all.
+void note_matrix(int n, uint64_t descriptor, size_t by, const Clock* clock) {
+  for (int column = 0; column < n; ++column) {
+    // Two pieces of 16 bytes.
+    for (int k = 0; k < 32; k += 16) {
+      note("warpgroup_mma", block, Access::read, warpgroup_matrix(descriptor, column, k), 16,
+           {by, clock, true});
+    }
+  }
+}
+
+void begin_product(const WarpgroupProduct& p) {
+  if (lane() == 0) note_matrix(p.n, p.b, actor(), &self->clock);
+  self->open_products.push_back(p);
+}
+
+}  // namespace
+
 void warpgroup_mma(int32_t* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add) {
-  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add, nullptr});
+  begin_product({sums, n, {a[0], a[1], a[2], a[3]}, b, add, nullptr});
 }
 
 void warpgroup_mma_16(float* sums, int n, const uint32_t (&a)[4], uint64_t b, bool add,
                       Widen widen) {
-  self->open_products.push_back({sums, n, {a[0], a[1], a[2], a[3]}, b, add, widen});
+  begin_product({sums, n, {a[0], a[1], a[2], a[3]}, b, add, widen});
 }
 
 void warpgroup_commit() {
@@ -561,6 +704,8 @@ void warpgroup_wait(int pending) {
       meet_warpgroup("warpgroup_mma", const_cast<WarpgroupProduct*>(&p), [](void* const* lanes) {
         multiply_warpgroup(reinterpret_cast<const WarpgroupProduct* const*>(lanes));
       });
+      // Reading ends here: who overwrites the matrix has to come later.
+      if (lane() == 0) note_matrix(p.n, p.b, actor(), &self->clock);
     }
   }
 }
@@ -573,6 +718,7 @@ void copy_async(void* to, const void* from, int bytes, int valid) {
   check_alignment("cp_async", to, bytes);
   if (valid < 0 || valid > bytes) fault("cp_async of " + std::to_string(valid) + " valid bytes");
   if (valid > 0) check_alignment("cp_async", from, bytes);
+  writes("cp_async", to, bytes);
   std::memset(to, kPoison, static_cast<size_t>(bytes));
   self->open.push_back({to, from, bytes, valid});
 }
@@ -585,6 +731,7 @@ void commit_async() {
 void wait_async(int pending) {
   while (static_cast<int>(self->groups.size()) > pending) {
     for (const Copy& c : self->groups.front()) {
+      writes("cp_async", c.to, c.bytes);
       std::memset(c.to, 0, static_cast<size_t>(c.bytes));
       if (c.valid > 0) std::memcpy(c.to, c.from, static_cast<size_t>(c.valid));
     }
@@ -593,3 +740,50 @@ void wait_async(int pending) {
 }
 
 }  // namespace qkernels::host
+
+// ---- Plain loads and stores ---------------------------------------------------------------------
+// g++ calls these for each of them, as it would call the runtime of ThreadSanitizer, which is not
+// there.
+
+namespace {
+
+void plain(qkernels::host::Access access, const void* at, int64_t bytes) {
+  using namespace qkernels::host;
+  if (block == nullptr || !block->holds(at)) return;
+  const std::string race = race_in(block, access, at, bytes, {actor(), &self->clock});
+  if (race.empty()) return;
+  // The caller is compiled as if this could not throw: the thread ends here.
+  try {
+    fault(race);
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  back_to_scheduler();
+}
+
+}  // namespace
+
+#define QK_PLAIN(bytes)                                                                      \
+  extern "C" void __tsan_read##bytes(void* at) { plain(Access::read, at, bytes); }           \
+  extern "C" void __tsan_write##bytes(void* at) { plain(Access::write, at, bytes); }         \
+  extern "C" void __tsan_unaligned_read##bytes(void* at) { plain(Access::read, at, bytes); } \
+  extern "C" void __tsan_unaligned_write##bytes(void* at) { plain(Access::write, at, bytes); }
+
+using qkernels::host::Access;
+QK_PLAIN(1)
+QK_PLAIN(2)
+QK_PLAIN(4)
+QK_PLAIN(8)
+QK_PLAIN(16)
+extern "C" void __tsan_read_range(void* at, size_t bytes) {
+  plain(Access::read, at, static_cast<int64_t>(bytes));
+}
+extern "C" void __tsan_write_range(void* at, size_t bytes) {
+  plain(Access::write, at, static_cast<int64_t>(bytes));
+}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_vptr_update(void**, void*) {}
+// Of a tensor's reference count, in code that launches kernels.
+extern "C" int __tsan_atomic32_fetch_add(volatile int* at, int value, int) {
+  return __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL);
+}

@@ -69,6 +69,7 @@ namespace {
 template <class At>
 void load_matrices(const char* op, uint32_t (&r)[4], const void* row, const At& at) {
   check_alignment(op, row, 16);
+  reads(op, row, 16);
   struct Lane {
     uint32_t* r;
     const void* row;
@@ -105,6 +106,7 @@ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
   check_alignment("stmatrix_x4_trans", row, 16);
   check_shared("stmatrix_x4_trans", row, 16);
+  writes("stmatrix_x4_trans", row, 16);
   struct Lane {
     const uint32_t* r;
     void* row;
@@ -118,6 +120,12 @@ void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
       }
     }
   });
+}
+
+void add_shared(int32_t* at, int32_t value) {
+  check_shared("add_shared", at, 4);
+  adds("add_shared", at, 4);
+  *at += value;
 }
 
 uint32_t fma_16(uint32_t a, uint32_t b, uint32_t c, Widen widen, Narrow narrow) {
@@ -135,8 +143,7 @@ namespace {
 
 // Of elements that have so many bytes: 32 bytes of k are a product.
 template <class D, class Sum, class Element>
-void multiply_warpgroup(const WarpgroupProduct* const* lanes, uint64_t start, uint64_t pitch,
-                        int bytes, const Element& element) {
+void multiply_warpgroup(const WarpgroupProduct* const* lanes, int bytes, const Element& element) {
   const WarpgroupProduct& first = *lanes[0];
   const int count = 32 / bytes;
   Sum a[64][32], b[32];
@@ -147,14 +154,9 @@ void multiply_warpgroup(const WarpgroupProduct* const* lanes, uint64_t start, ui
       a[row][k] = element(reinterpret_cast<const uint8_t*>(word) + at % 4);
     }
   }
-  const uint8_t* shared = static_cast<const uint8_t*>(shared_memory());
   for (int column = 0; column < first.n; ++column) {
     for (int k = 0; k < count; ++k) {
-      const uint64_t at =
-          start + static_cast<uint64_t>(column / 8) * pitch + column % 8 * 128 + k * bytes;
-      const uint8_t* from = shared + (at ^ (at >> 7 & 7) << 4);
-      check_shared("warpgroup_mma", from, bytes);
-      b[k] = element(from);
+      b[k] = element(warpgroup_matrix(first.b, column, k * bytes));
     }
     for (int row = 0; row < 64; ++row) {
       Sum sum{};
@@ -170,9 +172,16 @@ void multiply_warpgroup(const WarpgroupProduct* const* lanes, uint64_t start, ui
 
 // B lies in shared memory as its descriptor says: where it begins, how far groups of eight rows are
 // apart, and that the 16 bytes of a row of 128 are swizzled by bits 7 to 9 of the address.
+const uint8_t* warpgroup_matrix(uint64_t descriptor, int column, int k) {
+  const uint64_t start = (descriptor & 0x3fff) << 4, pitch = (descriptor >> 32 & 0x3fff) << 4;
+  const uint64_t at = start + static_cast<uint64_t>(column / 8) * pitch + column % 8 * 128 + k;
+  const uint8_t* from = static_cast<const uint8_t*>(shared_memory()) + (at ^ (at >> 7 & 7) << 4);
+  check_shared("warpgroup_mma", from, 1);
+  return from;
+}
+
 void multiply_warpgroup(const WarpgroupProduct* const* lanes) {
   const WarpgroupProduct& first = *lanes[0];
-  const uint64_t start = (first.b & 0x3fff) << 4, pitch = (first.b >> 32 & 0x3fff) << 4;
   if (first.b >> 62 != 1) fault("warpgroup_mma of a matrix without the swizzle of 128 bytes");
   for (int i = 0; i < 4 * kWarp; ++i) {
     const WarpgroupProduct& p = *lanes[i];
@@ -181,11 +190,10 @@ void multiply_warpgroup(const WarpgroupProduct* const* lanes) {
     }
   }
   if (first.widen == nullptr) {
-    multiply_warpgroup<int32_t, int64_t>(lanes, start, pitch, 1, [](const uint8_t* at) {
-      return static_cast<int64_t>(static_cast<int8_t>(*at));
-    });
+    multiply_warpgroup<int32_t, int64_t>(
+        lanes, 1, [](const uint8_t* at) { return static_cast<int64_t>(static_cast<int8_t>(*at)); });
   } else {
-    multiply_warpgroup<float, double>(lanes, start, pitch, 2, [&](const uint8_t* at) {
+    multiply_warpgroup<float, double>(lanes, 2, [&](const uint8_t* at) {
       uint16_t bits;
       std::memcpy(&bits, at, 2);
       return static_cast<double>(first.widen(bits));

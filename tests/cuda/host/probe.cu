@@ -73,16 +73,16 @@ __global__ void stmatrix_kernel(const uint32_t* from, uint32_t* to) {
   for (int i = 0; i < 4; ++i) to[lane * 4 + i] = reinterpret_cast<uint32_t*>(rows)[lane * 4 + i];
 }
 
-// Each thread copies a word; what it then reads of its neighbour depends on the steps taken.
-__global__ void copy_kernel(const uint32_t* from, uint32_t* to, int valid, bool wait,
-                            bool barrier) {
+// Each thread copies a word and reads the one of a neighbour `distance` away.
+__global__ void copy_kernel(const uint32_t* from, uint32_t* to, int valid, bool wait, bool barrier,
+                            int distance) {
   uint32_t* words = shared_memory<uint32_t>();
   const unsigned i = threadIdx.x;
   cp_async<4>(words + i, from + i, valid);
   cp_async_commit();
   if (wait) cp_async_wait<0>();
   if (barrier) __syncthreads();
-  to[blockIdx.x * blockDim.x + i] = words[(i + 1) % blockDim.x];
+  to[blockIdx.x * blockDim.x + i] = words[(i + distance) % blockDim.x];
   cp_async_wait<0>();
 }
 
@@ -158,6 +158,57 @@ __global__ void unfinished_product_kernel() {
   warpgroup_commit();
 }
 
+// What comes between two accesses to the same byte of shared memory, by different threads.
+enum class Between { nothing, warp, some, block, arrival, distant_arrival, cluster };
+
+QK_DEVICE void pass_on(Between between, Barrier* barrier) {
+  if (between == Between::warp) __syncwarp();
+  if (between == Between::some) sync_some(1, kWarp);
+  if (between == Between::block) __syncthreads();
+  if (between == Between::arrival) barrier_arrive(barrier);
+  if (between == Between::distant_arrival) barrier_arrive(barrier, cluster_rank());
+  if (between == Between::arrival || between == Between::distant_arrival) barrier_wait(barrier, 0);
+  if (between == Between::cluster) cluster_sync();
+}
+
+// Thread 0 makes the first access and thread 1 the second: 'w' writes a word, 'b' a byte beside
+// those that others take, 'r' reads, 'a' adds, 'c' copies there.
+QK_DEVICE void access(uint32_t* words, char which, const uint8_t* from) {
+  if (which == 'w') words[0] = 1;
+  if (which == 'b') reinterpret_cast<uint8_t*>(words)[threadIdx.x] = 1;
+  if (which == 'r' && words[0] == 0) words[2] = 0;
+  if (which == 'a') add_shared(reinterpret_cast<int32_t*>(words), 1);
+  if (which == 'c') copy_bulk(words, from, 16, reinterpret_cast<Barrier*>(words + 6));
+}
+
+__global__ void accesses_kernel(const uint8_t* from, char first, char second, Between between) {
+  uint32_t* const words = shared_memory<uint32_t>();
+  Barrier* const barriers = reinterpret_cast<Barrier*>(words + 4);
+  if (threadIdx.x == 0) {
+    barrier_init(barriers, kWarp);
+    barrier_init(barriers + 1, 1);
+    barrier_expect(barriers + 1, second == 'c' ? 16 : 0);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) access(words, first, from);
+  pass_on(between, barriers);
+  if (threadIdx.x == 1) access(words, second, from);
+  barrier_wait(barriers + 1, 0);
+}
+
+// Threads store a matrix that they then multiply with.
+__global__ void stored_matrix_kernel(bool fence, bool barrier) {
+  uint32_t* const words = shared_memory<uint32_t>();
+  for (unsigned i = threadIdx.x; i < 64 * 32; i += blockDim.x) words[i] = 0;
+  if (fence) shared_fence();
+  if (barrier) __syncthreads();
+  int32_t sums[32] = {};
+  const uint32_t a[4] = {};
+  warpgroup_mma<64>(sums, a, matrix_in_shared(words), false);
+  warpgroup_commit();
+  warpgroup_wait<0>();
+}
+
 __global__ void no_barrier_kernel() { barrier_wait(shared_memory<Barrier>(), 0); }
 
 void mma(const Tensor& a, const Tensor& b, const Tensor& d, int64_t type) {
@@ -176,9 +227,11 @@ void stmatrix(const Tensor& from, const Tensor& to) {
          static_cast<uint32_t*>(to.mutable_data_ptr()));
 }
 
-void copy(const Tensor& from, const Tensor& to, int64_t valid, bool wait, bool barrier) {
+void copy(const Tensor& from, const Tensor& to, int64_t valid, bool wait, bool barrier,
+          int64_t distance) {
   launch(copy_kernel, 2, 64, 256, nullptr, static_cast<const uint32_t*>(from.const_data_ptr()),
-         static_cast<uint32_t*>(to.mutable_data_ptr()), static_cast<int>(valid), wait, barrier);
+         static_cast<uint32_t*>(to.mutable_data_ptr()), static_cast<int>(valid), wait, barrier,
+         static_cast<int>(distance));
 }
 
 void cluster(const Tensor& from, const Tensor& to, bool wait) {
@@ -192,6 +245,15 @@ void store_async(const Tensor& to, bool wait) {
               static_cast<uint32_t*>(to.mutable_data_ptr()), wait);
 }
 
+void accesses(const Tensor& from, const std::string& which, int64_t between) {
+  launch(accesses_kernel, 1, 32, 32, nullptr, static_cast<const uint8_t*>(from.const_data_ptr()),
+         which.at(0), which.at(1), static_cast<Between>(between));
+}
+
+void stored_matrix(bool fence, bool barrier) {
+  launch(stored_matrix_kernel, 1, 128, 8192, nullptr, fence, barrier);
+}
+
 void mistake(const std::string& which) {
   static const uint32_t word = 0;
   if (which == "unfinished copy") launch(unfinished_kernel, 1, 32, 4, nullptr, &word);
@@ -203,7 +265,7 @@ void mistake(const std::string& which) {
   if (which == "half a barrier") launch(half_barrier_kernel, 1, 64, 0, nullptr);
   if (which == "two instructions") launch(two_ops_kernel, 1, 32, 0, nullptr);
   if (which == "half a warp") launch(half_barrier_kernel, 1, 48, 0, nullptr);
-  if (which == "unfinished product") launch(unfinished_product_kernel, 1, 128, 64, nullptr);
+  if (which == "unfinished product") launch(unfinished_product_kernel, 1, 128, 8192, nullptr);
   if (which == "no barrier") launch(no_barrier_kernel, 1, 32, 64, nullptr);
   if (which == "too much memory") launch(half_barrier_kernel, 1, 64, 100 * 1024, nullptr);
 }
@@ -216,8 +278,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qkernels_host, m) {
   m.def("probe_ldmatrix(Tensor a, Tensor(a!) to) -> ()");
   m.def("probe_stmatrix(Tensor a, Tensor(a!) to) -> ()");
   m.def("probe_store_async(Tensor(a!) to, bool wait) -> ()");
-  m.def("probe_copy(Tensor a, Tensor(a!) to, int valid, bool wait, bool barrier) -> ()");
+  m.def(
+      "probe_copy(Tensor a, Tensor(a!) to, int valid, bool wait, bool barrier, int distance) -> "
+      "()");
   m.def("probe_cluster(Tensor a, Tensor(a!) to, bool wait) -> ()");
+  m.def("probe_accesses(Tensor from, str which, int between) -> ()");
+  m.def("probe_stored_matrix(bool fence, bool barrier) -> ()");
   m.def("probe_mistake(str which) -> ()");
 }
 
@@ -228,5 +294,7 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels_host, CompositeExplicitAutograd, m) {
   m.impl("probe_store_async", TORCH_BOX(&qkernels::cuda::store_async));
   m.impl("probe_copy", TORCH_BOX(&qkernels::cuda::copy));
   m.impl("probe_cluster", TORCH_BOX(&qkernels::cuda::cluster));
+  m.impl("probe_accesses", TORCH_BOX(&qkernels::cuda::accesses));
+  m.impl("probe_stored_matrix", TORCH_BOX(&qkernels::cuda::stored_matrix));
   m.impl("probe_mistake", TORCH_BOX(&qkernels::cuda::mistake));
 }
