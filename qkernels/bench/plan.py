@@ -177,7 +177,9 @@ class Only:
             fields[key] = (*fields.get(key, ()), *value.split(","))
         for group in fields.get("group", ()):
             if group not in GROUPS:
-                raise ValueError(f"--only: no group is called {group!r}; expected {GROUPS}")
+                raise ValueError(
+                    f"--only: no group is called {group!r}; choose of {', '.join(GROUPS)}"
+                )
         for shape in fields.get("shape", ()):
             if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
                 raise ValueError(f"--only: shape {shape!r} is not KxN, like 4096x14336")

@@ -234,7 +234,7 @@ class Calibration(JsonFile):
         title = escape(f"{self.model} calibrated with {self.observer} on {ran}")
         table = Table(title=title, title_justify="left")
         for column in ("layer", "kind"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for column in ("input", "covered", "scale", "output", "covered", "scale"):
             table.add_column(column, justify="right")
         table.add_column("note")

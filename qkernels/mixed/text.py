@@ -35,7 +35,7 @@ def renderable(plan: PrecisionPlan) -> RenderableType:
 def _layers(plan: PrecisionPlan) -> Table:
     title = f"{plan.model}: {_GOALS[plan.objective]} with {budget_text(plan.budget, plan.measure)}"
     table = Table(title=escape(title), title_justify="left")
-    table.add_column("layer")
+    table.add_column("layer", overflow="fold")
     table.add_column("kind")
     table.add_column("scheme")
     for heading in ("time", "bytes", f"{plan.measure.title} alone", "of the damage"):

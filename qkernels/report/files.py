@@ -44,6 +44,7 @@ def check_folder(path: str | PathLike[str]) -> None:
     Raises:
         FileNotFoundError: its folder does not exist.
         IsADirectoryError: it is a folder itself.
+        PermissionError: its folder may not be written to.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -52,6 +53,11 @@ def check_folder(path: str | PathLike[str]) -> None:
         )
     if target.is_dir():
         raise IsADirectoryError(f"cannot write '{target}': it is a folder; give a file's name")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(
+            f"cannot write '{target}': there is no permission to write to folder "
+            f"'{target.parent}'; choose another"
+        )
 
 
 def _umask() -> int:

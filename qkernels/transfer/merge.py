@@ -77,7 +77,7 @@ class Merged:
         )
         table = Table(title=self.title, title_justify="left", caption=caption)
         for column in ("layer", "is"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for column in ("SQNR dB", "update", "lost"):
             table.add_column(column, justify="right")
         for row in self.rows:

@@ -102,7 +102,7 @@ class Strategy:
             caption_justify="left",
         )
         share = self.trainable / self.total if self.total else 0.0
-        table.add_column("part", f"{share:.2%} of {self.total:,} train")
+        table.add_column("part", f"{share:.2%} of {self.total:,} train", overflow="fold")
         table.add_column("is")
         table.add_column("train", f"{self.trainable:,}", justify="right")
         table.add_column("frozen", f"{sum(r.frozen for r in self.rows):,}", justify="right")

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import rich.console
 import torch
 from torch import nn
 
@@ -200,7 +201,8 @@ def test_errors_are_one_sentence(capsys, folder, quantized, lines, tmp_path):
     assert "cannot be read" in error(capsys, "inspect", tmp_path / "missing.safetensors")
     assert "not a safetensors file" in error(capsys, "inspect", lines)
     assert "qkernels metadata" in error(capsys, "inspect", folder / "model.safetensors")
-    assert "No such file" in error(capsys, *compare, tmp_path / "missing.txt")
+    missing = tmp_path / "missing.txt"
+    assert f"'{missing}': No such file or directory" in error(capsys, *compare, missing)
     assert "not UTF-8" in error(capsys, *compare, quantized)
     assert "--batch-size is 0" in error(capsys, *compare, lines, "--batch-size", 0)
     search = ("search", folder, "--text", lines, "--out", tmp_path / "p.json", "--budget")
@@ -212,6 +214,28 @@ def test_errors_are_one_sentence(capsys, folder, quantized, lines, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     assert "no line with text" in error(capsys, *compare, tmp_path / "empty.txt")
     assert not out.exists()
+
+
+def test_a_folder_without_permission_is_refused_before_the_work(
+    capsys, folder, lines, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    monkeypatch.setattr("qkernels.commands.load_folder", lambda _: pytest.fail("loaded the model"))
+    out = tmp_path / "out"
+    assert "no permission" in error(capsys, "quantize", folder, "--scheme", "w8a8", "--out", out)
+    search = ("search", folder, "--text", lines, "--budget", "sqnr=24", "--out", out)
+    assert "no permission" in error(capsys, *search)
+
+
+def test_tables_have_names_in_full(capsys):
+    """In a narrow terminal too: patterns are written from them."""
+    layer = "a_long_name_of_which_nothing_may_be_left_out"
+    model = nn.ModuleDict({layer: nn.Sequential(nn.Linear(64, 64))})
+    summary = qk.quantize_(model, qk.W8A8())
+    rich.console.Console(width=60).print(summary)
+    said = capsys.readouterr().out
+    first = "".join(line.strip("│┃ ").split("│")[0].strip() for line in said.splitlines())
+    assert f"{layer}.0" in first
 
 
 def test_folders_with_foreign_or_broken_configs(capsys, tmp_path):
@@ -270,3 +294,16 @@ def test_version(capsys):
         main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"qkernels {qk.__version__}\n"
+
+
+@pytest.mark.parametrize("command", "doctor demo search quantize inspect compare bench".split())
+def test_help_says_what_a_command_does(capsys, command):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    overview = " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    sentence = capsys.readouterr().out.split("\n\n")[1]
+    assert sentence.endswith(".")
+    purpose = " ".join(sentence.split())[1:-1]
+    assert f"{command} {sentence[0].lower()}{purpose}" in overview
