@@ -38,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _one_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None:
-        text = f"'{error.filename}': {error.strerror}"  # the system's own say "[Errno 2]"
+    if isinstance(error, OSError) and error.strerror is not None:  # its own text says "[Errno 2]"
+        named = error.filename is not None
+        text = f"'{error.filename}': {error.strerror}" if named else error.strerror
     # These may also be a mistake of ours, which a bug report should locate.
     located = isinstance(error, (TypeError, RuntimeError))
     return f"{text} (--traceback shows where)" if located else text
