@@ -19,6 +19,8 @@ _FORMATS = _C.formats()
 _SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_library = torch.library.Library("qkernels", "IMPL")
+
 
 def _storage(format: int) -> torch.dtype:
     dtype = getattr(torch, _FORMATS[format]["storage"])
@@ -125,6 +127,29 @@ def _dequantize_out(
     check_device("dequantize", data, scale=scale, zero_point=zero_point, **outs)
 
 
+def _count_writes(name: str) -> None:
+    """Let autograd know that an ``out=`` op writes, as it does of torch's own."""
+    op = getattr(torch.ops.qkernels, name).out
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def write(keys: torch._C.DispatchKeySet, *args: Any, **outs: Tensor) -> None:
+        for out, tensor in outs.items():
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"qkernels::{name}: {out} requires grad, which nothing could give it; pass "
+                    f"{out}.detach(), or call within torch.no_grad()"
+                )
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op.redispatch(keys & below, *args, **outs)
+        torch.autograd.graph.increment_version(tuple(outs.values()))
+
+    _library.impl(f"{name}.out", write, "ADInplaceOrView", with_keyset=True)
+
+
+for _name in ("quantize", "quantize_with", "dequantize"):
+    _count_writes(_name)
+
+
 # ---- fake_quantize -------------------------------------------------------------------------------
 
 
@@ -172,7 +197,8 @@ def _fake_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (
         grad_x if wants_x else None,
         grad_scale.to(scale.dtype) if wants_scale else None,
-        grad_zero_point if wants_zero_point else None,
+        # Without rows there is no telling a zero point from none, so the shape may be another.
+        grad_zero_point.view_as(zero_point) if wants_zero_point else None,
         None,
         None,
     )
@@ -348,8 +374,6 @@ torch.library.register_autograd(
 # ---- Autocast ------------------------------------------------------------------------------------
 # Only x is cast. torch.library.register_autocast casts every float argument, and a scale in
 # bfloat16 is another scale.
-
-_library = torch.library.Library("qkernels", "IMPL")
 
 
 def register_autocast(name: str, casts: int = 1) -> None:

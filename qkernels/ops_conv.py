@@ -82,7 +82,19 @@ def _conv(
     epilogue: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    check_device("conv", x, packed=packed, bias=bias, residual=residual)
+    check_device(
+        "conv",
+        x,
+        packed=packed,
+        bias=bias,
+        residual=residual,
+        x_scale=x_scale,
+        x_zero_point=x_zero_point,
+        residual_scale=residual_scale,
+        residual_zero_point=residual_zero_point,
+        y_scale=y_scale,
+        y_zero_point=y_zero_point,
+    )
     dims = x.dim() - 2
     out = []
     for i, (before, after) in enumerate(zip(*_spatial_padding(padding, dims), strict=True)):

@@ -76,7 +76,14 @@ def _avg_pool(
     divisor_override: int | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    check_device("avg_pool", x, x_scale=x_scale, x_zero_point=x_zero_point, y_scale=y_scale)
+    check_device(
+        "avg_pool",
+        x,
+        x_scale=x_scale,
+        x_zero_point=x_zero_point,
+        y_scale=y_scale,
+        y_zero_point=y_zero_point,
+    )
     spatial = _pooled(x, kernel_size, stride, padding, [1] * len(kernel_size), ceil_mode)
     return _empty_like_image(x, spatial, _result_dtype(y_scale, dtype))
 
@@ -92,7 +99,12 @@ def _adaptive_avg_pool(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     check_device(
-        "adaptive_avg_pool", x, x_scale=x_scale, x_zero_point=x_zero_point, y_scale=y_scale
+        "adaptive_avg_pool",
+        x,
+        x_scale=x_scale,
+        x_zero_point=x_zero_point,
+        y_scale=y_scale,
+        y_zero_point=y_zero_point,
     )
     return _empty_like_image(x, output_size, _result_dtype(y_scale, dtype))
 
@@ -110,7 +122,17 @@ def _add(
     epilogue: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    check_device("add", a, b=b, a_scale=a_scale, b_scale=b_scale, y_scale=y_scale)
+    check_device(
+        "add",
+        a,
+        b=b,
+        a_scale=a_scale,
+        a_zero_point=a_zero_point,
+        b_scale=b_scale,
+        b_zero_point=b_zero_point,
+        y_scale=y_scale,
+        y_zero_point=y_zero_point,
+    )
     return _empty_in_order(a, _result_dtype(y_scale, dtype))
 
 
@@ -125,7 +147,15 @@ def _concat(
 ) -> Tensor:
     first = xs[0]
     others = {f"xs[{i}]": x for i, x in enumerate(xs)}
-    check_device("concat", first, **others, scales=scales, y_scale=y_scale)
+    check_device(
+        "concat",
+        first,
+        **others,
+        scales=scales,
+        zero_points=zero_points,
+        y_scale=y_scale,
+        y_zero_point=y_zero_point,
+    )
     shape = list(first.shape)
     shape[dim] = sum(x.shape[dim] for x in xs)
     order = torch.contiguous_format

@@ -37,14 +37,6 @@ template <class... Parts>
   throw std::runtime_error(text);
 }
 
-inline std::string text_of(const Shape& shape) {
-  std::string text = "(";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  }
-  return text + (shape.size() == 1 ? ",)" : ")");
-}
-
 inline std::string shape_text(const Tensor& t) { return text_of(shape_of(t)); }
 
 // torch's Python names, for the types that users meet.
@@ -73,6 +65,13 @@ inline std::string dtype_text(ScalarType type) {
     default:
       return torch::headeronly::toString(type);
   }
+}
+
+// t, or a copy of it that is contiguous.
+inline Tensor dense(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  Tensor copy = empty_on_device(shape_of(t), t.scalar_type());
+  return torch::stable::copy_(copy, t);
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t) {

@@ -42,6 +42,9 @@ void set_geometry(const char* op, const Tensor& x, const Geometry& g, int64_t ou
            after);
     }
     a->in[i] = dim < 0 ? 1 : x.size(dim + 2);
+    if (a->in[i] > INT64_MAX / 2 / kLongest) {  // expanded, or of no images
+      fail(op, "x ", shape_text(x), " has a spatial dimension that is longer than memory");
+    }
     a->kernel[i] = kernel[i];
     a->dilation[i] = dilation[i];
     const int64_t reach = dilation[i] * (kernel[i] - 1);

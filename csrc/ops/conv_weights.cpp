@@ -83,6 +83,7 @@ Tensor pack_conv(const Tensor& data_any, const Tensor& scale_any,
     data = padded;
   }
   const Tensor packed = empty_on_device({w.packing.blocks(), w.shape.bytes}, ScalarType::Byte);
+  if (packed.numel() == 0) return packed;
   PackArgs a{};
   a.layout = layout;
   a.shape = w.shape;
@@ -126,7 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> unpack_conv(const Tensor& packed_any, int64_t
   a.n = w.packing.rows;
   a.row_bytes = row_bytes;
   const int64_t blocks = (a.n + kLanes - 1) / kLanes;
-  for (int64_t group = 0; group < w.packing.groups; ++group) {
+  const int64_t matrices = scale.numel() == 0 ? 0 : w.packing.groups;
+  for (int64_t group = 0; group < matrices; ++group) {
     const int64_t row = group * a.n;
     a.packed = packed.const_data_ptr<uint8_t>() + group * blocks * w.shape.bytes;
     a.data = static_cast<uint8_t*>(data.mutable_data_ptr()) + row * row_bytes * code_bytes(data);

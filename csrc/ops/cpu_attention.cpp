@@ -32,9 +32,7 @@ void set_steps(const Tensor& t, int64_t head_size, int64_t* step) {
 }
 
 // A tensor whose last dimension is dense.
-Tensor dense_rows(const Tensor& t) {
-  return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
-}
+Tensor dense_rows(const Tensor& t) { return t.size(2) <= 1 || t.stride(2) == 1 ? t : dense(t); }
 
 void set_mask(const char* op, const std::optional<Tensor>& mask, AttentionArgs* a) {
   if (!mask) return;
@@ -109,6 +107,7 @@ Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
     fail(op, "k and v must have q's batch size and the same rows, got q ", shape_text(q_any),
          ", k ", shape_text(k_any), " and v ", shape_text(v_any));
   }
+  if (a.keys > kMaxFeatures) fail(op, "k must have at most 2^40 rows, got ", shape_text(k_any));
   set_mask(op, mask, &a);
   a.scale = static_cast<float>(scale);
   a.causal = causal;

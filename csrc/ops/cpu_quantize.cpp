@@ -28,6 +28,7 @@ void run_quantize(const Cut& whole, const QuantizeArgs& args) {
     const Affine affine = choose_affine(range, a.format, a.symmetric, a.scale_type);
     store_float(a.scale, a.scale_type, 0, affine.scale);
     if (!a.symmetric) store_zero_point(a.zero_point, a.format, 0, affine.zero_point);
+    if (cut.cols == 0) return;
   } else {
     split_groups(&cut, &a);
   }

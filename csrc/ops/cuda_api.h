@@ -70,12 +70,7 @@ inline bool on_device(const Tensor& t) {
 }
 
 inline Tensor empty_on_device(const Shape& shape, const Shape& strides, ScalarType type) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cuda(), current_device(), &handle));
-  return Tensor(handle);
+  return empty_strided(shape, strides, type, aoti_torch_device_type_cuda(), current_device());
 }
 
 inline cuda::Stream current_stream() {

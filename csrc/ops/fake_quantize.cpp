@@ -72,7 +72,7 @@ Tensor fake_quantize(const Tensor& x_any, int64_t format_code, std::optional<int
   a.y = y.mutable_data_ptr();
   a.scale_type = scale_type;
   a.symmetric = symmetric;
-  run_fake_quantize(cut, a);
+  if (y.numel() != 0) run_fake_quantize(cut, a);
   return y;
 }
 
@@ -90,7 +90,7 @@ Tensor fake_quantize_with(const Tensor& x_any, const Tensor& scale,
   FakeQuantizeArgs a = args_for<FakeQuantizeArgs>(cut, x, format);
   a.y = y.mutable_data_ptr();
   set_given(given, &a);
-  run_fake_quantize(cut, a);
+  if (y.numel() != 0) run_fake_quantize(cut, a);
   return y;
 }
 

@@ -52,6 +52,8 @@ struct Given {
   Tensor scale;
   DType scale_type;
   std::optional<Tensor> zero_point;
+
+  const Tensor* zero() const { return zero_point ? &*zero_point : nullptr; }
 };
 
 // `zero_type`: of zero points, if not that of the format.
@@ -70,7 +72,9 @@ inline Given check_given(const char* op, const Cut& cut, Format format, const Te
       fail(op, "format ", info(format).name, " has no zero point; pass zero_point=None");
     }
     check_dtype(op, "zero_point", *zero_point, zero_type.value_or(storage_type(format)));
-    if (zero_point->numel() != scale.numel()) {
+    const bool matches =
+        cut.per_tensor ? zero_point->numel() == 1 : shape_of(*zero_point) == cut.scale;
+    if (!matches) {
       fail(op, "zero_point must have the shape of scale, ", shape_text(scale), ", got ",
            shape_text(*zero_point));
     }

@@ -139,6 +139,14 @@ Tensor avg_pool(const Tensor& x, const Tensor& x_scale, const std::optional<Tens
   PoolArgs a{};
   set_windows(op, x, kernel_size, stride, padding, std::vector<int64_t>(kernel_size.size(), 1),
               ceil_mode, &a);
+  double extent = 1;  // of a window with its borders
+  for (int64_t i = 0; i < 3; ++i) {
+    extent *= static_cast<double>(std::min(a.kernel[i], a.in[i] + 2 * a.before[i]));
+  }
+  if (extent > kMostElements) {
+    fail(op, "a window would have ", extent, " elements with its borders, which is too many to ",
+         "count; pool in two steps");
+  }
   if (divisor_override && (*divisor_override < 1 || *divisor_override > INT32_MAX)) {
     fail(op, "divisor_override must be from 1 to ", INT32_MAX, ", got ", *divisor_override);
   }

@@ -9,6 +9,9 @@ void call_quantize(const char* op, const Tensor& x_any, Format format, const Cut
                    bool symmetric, const Tensor& data, const Tensor& scale,
                    const Tensor& zero_point) {
   const Tensor x = dense(x_any);
+  check_no_overlap(op, "data", data, {&x, &scale, &zero_point});
+  check_no_overlap(op, "scale", scale, {&x, &zero_point});
+  check_no_overlap(op, "zero_point", zero_point, {&x});
   QuantizeArgs a = quantize_args(cut, x, check_float(op, "x", x), format);
   a.data = data.mutable_data_ptr();
   a.scale = scale.mutable_data_ptr();
@@ -54,6 +57,8 @@ void call_quantize_with(const char* op, const Tensor& x_any, const Tensor& scale
                         const Tensor& out) {
   const Tensor x = dense(x_any);
   const Given given = check_given(op, cut, format, scale, zero_point);
+  check_no_overlap(op, "out", out, {&x, &given.scale, given.zero()});
+  if (x.numel() == 0) return;
   QuantizeArgs a = quantize_args(cut, x, check_float(op, "x", x), format);
   a.data = out.mutable_data_ptr();
   a.scale = const_cast<void*>(given.scale.const_data_ptr());  // only read by quantize_with
@@ -94,6 +99,8 @@ void call_dequantize(const char* op, const Tensor& data_any, const Tensor& scale
   check_shape(op, "data", data_any, cut.data);
   const Tensor data = dense(data_any);
   const Given given = check_given(op, cut, format, scale, zero_point);
+  check_no_overlap(op, "out", out, {&data, &given.scale, given.zero()});
+  if (out.numel() == 0) return;
   DequantizeArgs a{};
   a.data = data.const_data_ptr();
   a.scale = given.scale.const_data_ptr();
@@ -119,7 +126,9 @@ Tensor dequantize(const Tensor& data, const Tensor& scale, const std::optional<T
   check_float_type(op, "dtype", dtype);
   Shape shape = shape_of(data);
   if (shape.empty()) fail(op, "data must have at least one dimension, got a scalar");
-  if (features < 0) fail(op, "features must not be negative, got ", features);
+  if (features < 0 || features > kMaxFeatures) {
+    fail(op, "features must be from 0 to 2^40, got ", features);
+  }
   shape.back() = features;
   const Cut cut = cut_of(op, shape, format, group_size);
   Tensor out = empty_on_device(shape, dtype);
@@ -133,6 +142,7 @@ void dequantize_out(const Tensor& data, const Tensor& scale,
   const DeviceGuard guard(data);
   const char* op = "dequantize";
   const Format format = check_format(op, format_code);
+  if (out.dim() == 0) fail(op, "out must have at least one dimension, got a scalar");
   const Cut cut = cut_of(op, shape_of(out), format, group_size);
   check_out(op, "out", out, shape_of(out), scalar_type(check_float(op, "out", out)));
   call_dequantize(op, data, scale, zero_point, format, cut, out);

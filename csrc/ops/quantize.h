@@ -29,6 +29,23 @@ inline void check_out(const char* op, const char* name, const Tensor& t, const S
   }
 }
 
+// What is written to must not be read, or written to by another name: both are contiguous.
+inline void check_no_overlap(const char* op, const char* name, const Tensor& out,
+                             std::initializer_list<const Tensor*> others) {
+  const auto begin_of = [](const Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  };
+  const auto end_of = [&](const Tensor& t) {
+    return begin_of(t) + static_cast<uintptr_t>(t.numel()) * t.element_size();
+  };
+  for (const Tensor* other : others) {
+    if (other == nullptr || out.numel() == 0 || other->numel() == 0) continue;
+    if (begin_of(out) < end_of(*other) && begin_of(*other) < end_of(out)) {
+      fail(op, name, " shares memory with another tensor of the call; pass a tensor of its own");
+    }
+  }
+}
+
 // `cut` and the arguments are checked and complete.
 void run_quantize(const Cut& cut, const QuantizeArgs& args);
 void run_quantize_with(const Cut& cut, const QuantizeArgs& args);

@@ -7,7 +7,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "core/format.h"
@@ -27,14 +31,31 @@ inline Shape shape_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-// A new CPU tensor. The shim call skips the dispatcher, which costs a microsecond.
-inline Tensor empty_cpu(const Shape& shape, const Shape& strides, ScalarType type) {
+inline std::string text_of(const Shape& shape) {
+  std::string text = "(";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  }
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+// A new tensor. The shim call skips the dispatcher, which costs a microsecond. What it says of an
+// error is lost on the way (before torch 2.13), so a sentence is made here.
+inline Tensor empty_strided(const Shape& shape, const Shape& strides, ScalarType type,
+                            int32_t device_type, int32_t device) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  if (aoti_torch_empty_strided(
+          static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+          torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+          device, &handle) != 0) {
+    throw std::runtime_error("qkernels: torch could not allocate a tensor of shape " +
+                             text_of(shape) + "; free memory, or compute fewer rows at a time");
+  }
   return Tensor(handle);
+}
+
+inline Tensor empty_cpu(const Shape& shape, const Shape& strides, ScalarType type) {
+  return empty_strided(shape, strides, type, aoti_torch_device_type_cpu(), 0);
 }
 
 inline Shape dense_strides(const Shape& shape) {
@@ -51,10 +72,6 @@ inline Tensor empty_cpu(const Shape& shape, ScalarType type) {
   return empty_cpu(shape, dense_strides(shape), type);
 }
 
-inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
 // The ScalarType of a DType.
 inline ScalarType scalar_type(DType type) {
   constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
@@ -62,15 +79,25 @@ inline ScalarType scalar_type(DType type) {
   return types[static_cast<int>(type)];
 }
 
-// Runs f(begin, end) over [0, count) on torch's own threads, `grain` or more steps to a thread. f
-// must not throw: a message would be lost on the way.
+// Runs f(begin, end) over [0, count) on torch's own threads, `grain` or more steps to a thread.
+// What f throws is carried past torch's interface, where its message would be lost.
 template <class F>
 void parallel(int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;
   if (count <= grain) {
     f(0, count);
   } else {
-    torch::stable::parallel_for(0, count, grain, f);
+    std::exception_ptr error;
+    std::mutex mutex;
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      try {
+        f(begin, end);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        error = std::current_exception();
+      }
+    });
+    if (error) std::rethrow_exception(error);
   }
 }
 

@@ -46,7 +46,7 @@ Tensor pack(const Tensor& data_any, const Tensor& scale_any,
   a.scale = scale.const_data_ptr();
   a.zero_point = zeros ? zeros->const_data_ptr() : nullptr;
   a.packed = packed.mutable_data_ptr<uint8_t>();
-  run_pack(a);
+  if (packed.numel() != 0) run_pack(a);
   return packed;
 }
 
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed_any, int64_t layo
   a.data = data.mutable_data_ptr();
   a.scale = scale.mutable_data_ptr();
   a.zero_point = zeros.mutable_data_ptr();
-  run_unpack(a);
+  if (scale.numel() != 0) run_unpack(a);
   return {data, scale, zeros};
 }
 

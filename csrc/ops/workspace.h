@@ -4,7 +4,8 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "core/format.h"
 
@@ -47,7 +48,11 @@ class Workspace {
 
   static uint8_t* allocate(int64_t bytes) {
     void* memory = std::aligned_alloc(kLine, static_cast<size_t>(round_up(bytes + 1, kLine)));
-    if (memory == nullptr) throw std::bad_alloc();
+    if (memory == nullptr) {
+      throw std::runtime_error(
+          "qkernels: could not allocate " + std::to_string(bytes) +
+          " bytes to compute with; free memory, or compute fewer rows at a time");
+    }
     return static_cast<uint8_t*>(memory);
   }
 

@@ -102,6 +102,8 @@ avg_pool:
     divisor_override must be from 1 to 2147483647, got 0
   avg_pool(divisor_override=2**31)
     divisor_override must be from 1 to 2147483647, got 2147483648
+  avg_pool(IMAGE[..., :1, :1, None], kernel_size=[2**24] * 3, stride=[1] * 3, padding=[2**23] * 3)
+    a window would have 4.72237e+21 elements with its borders, which is too many to count
   avg_pool(kernel_size=[3])
     kernel_size must have 2 entries, one for each spatial dimension, got 1
   avg_pool(IMAGE.new_zeros(1, 1, 3000, 3000), kernel_size=[3000, 3000], padding=[0, 0])

@@ -76,6 +76,8 @@ attention:
     k must have the dtype of q (float32), got float16; convert it with .to(q.dtype)
   attention(v=KV.int())
     v must have the dtype of q (float32), got int32
+  attention(k=KV[:1, :1].expand(2, 2**58, 12), v=KV[:1, :1].expand(2, 2**58, 12))
+    k must have at most 2^40 rows, got (2, 288230376151711744, 12)
   attention(Q[0])
     q must have shape (batch, rows, heads * features), got (3, 24)
   attention(k=KV[None])

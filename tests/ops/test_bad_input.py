@@ -22,6 +22,7 @@ W = weight(KINDS[0], 19, 8)  # int8, symmetric
 G = weight(KINDS[4], 19, 8, 4)  # int4, asymmetric, bfloat16 scales
 N4 = weight(KINDS[6], 19, 8)
 BIAS, ONE = floats((19,)), torch.tensor(1.0)
+BYTES = torch.zeros(32, dtype=torch.int8)
 INDEX = torch.tensor([1, 2])
 SYMMETRIC = KINDS[3].layout
 CONV = Geometry((5, 6), (3, 2), (1, 1), (1, 0), (1, 0), (1, 1), 2, 4, 9)  # (2, 8, 5, 6) to 18
@@ -156,6 +157,8 @@ quantize:
     scale must be float32, bfloat16 or float16
   quantize_out(zero_point=torch.empty(3, 1, dtype=torch.int8))
     zero_point must have shape (0,), got (3, 1)
+  quantize_out(data=BYTES[:24].view(3, 8), scale=BYTES[20:].view(torch.float32).view(3, 1))
+    data shares memory with another tensor of the call
   quantize_out(symmetric=False)
     zero_point must have shape (3, 1), got (0,)
   quantize_out(data=D8.to("meta"))
@@ -191,6 +194,8 @@ quantize_with:
     out must have shape (3, 8), got (2, 8)
   ops.quantize_with.out(X, S8, None, INT8, out=D8.t().contiguous().t())
     out must be contiguous
+  ops.quantize_with.out(BYTES.view(torch.float32)[None], ONE, None, INT8, None, out=BYTES[None, :8])
+    out shares memory with another tensor of the call
 fake_quantize:
   ops.fake_quantize(X.double(), INT8)
     x must be float32, bfloat16 or float16, got float64; convert
@@ -242,7 +247,11 @@ dequantize:
   dequantize(D4, S4, Z4, INT4, 4, 10)
     data must have shape (3, 5), got (3, 4)
   dequantize(features=-1)
-    features must not be negative, got -1
+    features must be from 0 to 2^40, got -1
+  dequantize(D4[:, :0], S4[:, :1], None, INT4, -1, 2**62)
+    features must be from 0 to 2^40, got 4611686018427387904
+  dequantize(D4, S4, Z4.reshape(2, 3), INT4, 4)
+    zero_point must have the shape of scale, (3, 2), got (2, 3)
   dequantize(torch.tensor(1, dtype=torch.int8))
     data must have at least one dimension, got a scalar
   dequantize(scale=S8.double())
@@ -269,6 +278,12 @@ dequantize:
     out must be contiguous
   ops.dequantize.out(D8, S8, None, INT8, -1, out=torch.empty(3, 9))
     data must have shape (3, 9), got (3, 8)
+  ops.dequantize.out(D8, S8, None, INT8, -1, out=torch.tensor(1.0))
+    out must have at least one dimension, got a scalar
+  ops.dequantize.out(BYTES[None, :8], ONE, None, INT8, None, out=BYTES.view(torch.float32)[None])
+    out shares memory with another tensor of the call; pass a tensor of its own
+  ops.dequantize.out(D8, S8, None, INT8, -1, out=torch.empty(3, 8, requires_grad=True))
+    out requires grad, which nothing could give it
 pack:
   pack(G.data.char())
     data must be uint8, got int8
@@ -560,6 +575,8 @@ conv:
     padding must have 2 entries, or 4 where the second half is behind x, got 1
   conv(padding=[1, HUGE])
     padding must be from -16777216 to 16777216
+  conv(IMAGE.new_empty(0, 8, 2**40, 6))
+    has a spatial dimension that is longer than memory
   conv(padding=[-1, 0, -2, 0])
     the result would be empty: x (2, 8, 5, 6) with kernel_size (3, 2), padding (-1, 0, -2, 0)
   conv(padding=[1 << 24, 1 << 24])
@@ -654,6 +671,39 @@ def test_nothing_is_written_when_a_check_fails() -> None:
     with pytest.raises(RuntimeError, match="scale must have shape"):
         quantize_out(data=data, scale=torch.empty(4, 1))
     assert (data == 5).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_too_little_memory(threads: int) -> None:
+    """For copies, results and what is computed with, also on other threads."""
+    keys = floats((1, 1, 4)).expand(1, 2**37, 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for call in (
+            lambda: ops.quantize(X.expand(2**40, 3, 8), INT8),
+            lambda: ops.lookup(torch.ones(1, dtype=torch.int8).expand(2**45), BYTES.repeat(8)),
+            lambda: ops.attention(floats((1, 300, 4)), keys, keys, None, 1, 1.0, False),
+        ):
+            with pytest.raises(RuntimeError, match="^qkernels: .*could not allocate"):
+                call()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_without_elements_take_no_time() -> None:
+    many = torch.empty(2**40, 0)
+    data, scale, _ = ops.quantize(many, INT8, None)
+    ops.quantize_with(many, scale, None, INT8, None)
+    ops.dequantize(data, scale, None, INT8, None, 0, torch.float32)
+    ops.fake_quantize(many, INT8)
+    ops.fake_quantize_with(many, scale, None, INT8, None)
+    codes, scales = data.view(torch.uint8), many.to(KINDS[6].scale_dtype)
+    layout = KINDS[6].layout
+    packed = ops.pack(codes, scales, None, layout, 0, 4)
+    ops.unpack(packed, layout, 0, 2**40, 4)
+    packed = ops.pack_conv(codes, scales, None, layout, 1, 0, 2**40, 4)
+    ops.unpack_conv(packed, layout, 1, 0, 2**40, 2**40, 4)
 
 
 def test_layouts_of_other_kinds_of_tensors() -> None:

@@ -265,6 +265,12 @@ def test_float_zero_points_are_rounded_to_steps(form):
     same_tensor(ops.fake_quantize_with(x, scale, numbers[:, None], code), want)
 
 
+def test_gradients_without_rows():
+    x, scale, zero = (torch.zeros(0, n, requires_grad=True) for n in (8, 1, 1))
+    ops.fake_quantize_with(x, scale, zero, 1, -1).sum().backward()
+    assert zero.grad.shape == (0, 1) and scale.grad.shape == (0, 1) and x.grad.shape == (0, 8)
+
+
 def test_nan_shows_in_the_gradient_of_the_scale():
     x = floats((2, 9))
     x[1, 4] = torch.nan

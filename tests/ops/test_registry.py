@@ -1,5 +1,7 @@
 """What torch knows of every op: schema, fake, autograd, mutation. A new op cannot be forgotten."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -49,6 +51,23 @@ def test_fakes_know_shapes_and_types(sample: Sample) -> None:
             continue
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
         assert b.is_meta
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if len(s.tensors) > 1], ids=str)
+def test_every_tensor_must_be_on_one_device(sample: Sample) -> None:
+    """Torch runs the fake then, whose result nobody computes."""
+    for i in range(len(sample.tensors)):
+        numbers = itertools.count()
+        mixed = sample.mapped(lambda t, i=i, n=numbers: t.to("meta") if next(n) == i else t)
+        with pytest.raises(RuntimeError, match="but the first argument is on"):
+            mixed()
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.kwargs], ids=str)
+def test_what_is_written_to_counts_as_changed(sample: Sample) -> None:
+    before = {name: t._version for name, t in sample.kwargs.items()}
+    sample()
+    assert all(sample.kwargs[name]._version > before[name] for name in before)
 
 
 @each_sample
