@@ -1,5 +1,6 @@
 """linear with int8 activations and int_mm as CUDA kernels, run by the emulator: the CPU's bits."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from helpers import reference as ref
 from helpers.check import same_bits, same_tensor
-from helpers.cuda import DeviceOps
+from helpers.cuda import DeviceOps, hopper
 from helpers.data import FLOATS, INTEGER_KINDS, Kind, Weight, awkward, floats, rng, strided, weight
 from qkernels import _C
 
@@ -39,9 +40,17 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def sm90(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device has the instructions of sm_90a, and all kernels that use them may run."""
+def sm90(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has the instructions of sm_90a."""
     monkeypatch.setenv("QKERNELS_HOST_SM90", "1")
+    if isinstance(ops, DeviceOps) and not hopper(ops):
+        pytest.skip("for a GPU of sm_90a")
+
+
+@pytest.fixture
+def asked_for(sm90: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, and weights in groups have their own kernel there. Tests of it have the mark
+    grouped_wgmma, by which scripts/gpu_check.sh tells whether it has to be asked for any longer."""
     monkeypatch.setenv("QKERNELS_GROUPED_WGMMA", "1")
 
 
@@ -80,12 +89,9 @@ def test_shapes(ops: Any, device: Any, kind: Kind, activation: int) -> None:
 @pytest.mark.parametrize("activation", [SYMMETRIC, ASYMMETRIC])
 @pytest.mark.parametrize("kind", INTEGER_KINDS[:2], ids=str)
 def test_warpgroups(ops: Any, device: Any, sm90: None, kind: Kind, activation: int) -> None:
-    on_device = isinstance(ops, DeviceOps)
-    if on_device and torch.cuda.get_device_properties(0).major != 9:
-        pytest.skip("instructions of sm_90a")
     shapes = WARPGROUPS
-    if activation == SYMMETRIC:
-        shapes += (MANY_TILES,) if on_device else ()
+    if isinstance(ops, DeviceOps) and activation == SYMMETRIC:
+        shapes += (MANY_TILES,)
     for i, (multiprocessors, rows, n, k, tile) in enumerate(shapes):
         device(multiprocessors)
         w = weight(kind, n, k)
@@ -113,25 +119,31 @@ GROUPED = (
 )
 
 
-# (rows, n, k, group_size): of them a GPU of 132 multiprocessors takes the largest tile.
-MANY_GROUPED_TILES = (2049, 8200, 520, 128)
+# (rows, n, k, group_size): of them a GPU of 132 multiprocessors takes the largest tile, and a block
+# several; the second has more groups than its pages.
+MANY_GROUPED_TILES = ((2049, 8200, 520, 128), (140, 8800, 2100, 128))
 
 
+@pytest.mark.grouped_wgmma
+@pytest.mark.parametrize("shape", MANY_GROUPED_TILES, ids=str)
 @pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
-def test_many_tiles_of_groups_by_warpgroups(ops: Any, sm90: None, kind: Kind) -> None:
-    rows, n, k, group_size = MANY_GROUPED_TILES
+def test_many_tiles_of_groups_by_warpgroups(
+    ops: Any, asked_for: None, kind: Kind, shape: tuple[int, int, int, int]
+) -> None:
+    rows, n, k, group_size = shape
     facts = (kind.cuda_layout, 1, rows, k, n, group_size, 0, 132, True)
     assert _C.cuda_kernel_name(*facts) == "cuda int8 wgmma grouped 128x128"
     if not isinstance(ops, DeviceOps):  # which has the time for so many
-        rows, n = 131, 257
+        rows, n = (131, 257) if k < 1000 else (20, 40)
     w = weight(kind, n, k, group_size)
     linear(ops, w, awkward((rows, k), torch.bfloat16), SYMMETRIC)
 
 
+@pytest.mark.grouped_wgmma
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 @pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
 def test_groups_by_warpgroups(
-    ops: Any, device: Any, sm90: None, kind: Kind, multiprocessors: int
+    ops: Any, device: Any, asked_for: None, kind: Kind, multiprocessors: int
 ) -> None:
     device(multiprocessors)
     shapes = ((65, 70), (19, 17), (33, 300), (131, 257), (30, 64), (257, 513), (100, 1), (128, 256))
@@ -150,9 +162,10 @@ def test_groups_by_warpgroups(
     assert seen == few | large
 
 
+@pytest.mark.grouped_wgmma
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_scales_that_lose_bits_by_warpgroups(
-    ops: Any, device: Any, sm90: None, symmetric: bool
+    ops: Any, device: Any, asked_for: None, symmetric: bool
 ) -> None:
     """A sixteenth of a scale may have fewer bits than the scale."""
     device(1)
@@ -165,10 +178,11 @@ def test_scales_that_lose_bits_by_warpgroups(
         linear(ops, w, floats((rows, 1400)) * 1e30, ASYMMETRIC)
 
 
+@pytest.mark.grouped_wgmma
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 @pytest.mark.parametrize("kind", INTEGER_KINDS[3:5], ids=str)
 def test_rows_of_int4_by_warpgroups(
-    ops: Any, device: Any, sm90: None, kind: Kind, multiprocessors: int
+    ops: Any, device: Any, asked_for: None, kind: Kind, multiprocessors: int
 ) -> None:
     device(multiprocessors)
     for rows, n, k in ((65, 130, 1000), (200, 257, 64), (70, 3, 1), (64, 64, 512), (40, 5, 0)):
@@ -181,7 +195,8 @@ def test_rows_of_int4_by_warpgroups(
             linear(ops, w, torch.ones(66, 1000), SYMMETRIC)
 
 
-def test_factors_and_bad_rows_by_warpgroups(ops: Any, device: Any, sm90: None) -> None:
+@pytest.mark.grouped_wgmma
+def test_factors_and_bad_rows_by_warpgroups(ops: Any, device: Any, asked_for: None) -> None:
     device(4)
     w = weight(INTEGER_KINDS[4], 33, 320, 64)
     x, premul = floats((70, 320)), floats((320,), seed="premul")
@@ -255,24 +270,34 @@ def test_extreme_codes(ops: Any, device: Any, kind: Kind, multiprocessors: int) 
             linear(ops, w, torch.ones(rows, 1000), SYMMETRIC)  # of 127
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_groups_of_int4_whose_sums_floats_round(
-    ops: Any, device: Any, monkeypatch: pytest.MonkeyPatch, symmetric: bool
-) -> None:
-    """Sums beyond 2^24 are rounded before the zero point adds its share, by every kernel."""
-    kind = Kind(ref.INT4, symmetric, torch.float32)
+def rounded_sums(kind: Kind) -> Iterator[tuple[Weight, Tensor]]:
+    """A row as one group, and groups, whose sums are beyond 2^24."""
     random = rng("long")
     for k, group_size in ((19000, -1), (36001, 18000)):
         codes = np.where(random.random((18, k)) < 0.01, random.integers(0, 16, (18, k)), 0)
-        w = weight(kind, 18, k, group_size, codes=codes)
-        x = torch.from_numpy(1 - (random.random((66, k), np.float32) < 0.1) / 127).float()
-        for sm90, multiprocessors, rows in ((0, 4, 3), (0, 4, 40), (0, 1, 66), (1, 1, 66)):
-            monkeypatch.setenv("QKERNELS_HOST_SM90", str(sm90))
-            monkeypatch.setenv("QKERNELS_GROUPED_WGMMA", str(sm90))
+        x = 1 - (random.random((66, k), np.float32) < 0.1) / 127
+        yield weight(kind, 18, k, group_size, codes=codes), torch.from_numpy(x).float()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_of_int4_whose_sums_floats_round(ops: Any, device: Any, symmetric: bool) -> None:
+    """They are rounded before the zero point adds its share, by every kernel."""
+    for w, x in rounded_sums(Kind(ref.INT4, symmetric, torch.float32)):
+        for multiprocessors, rows in ((4, 3), (4, 40), (1, 66)):
             device(multiprocessors)
             y = linear(ops, w, x[:rows], SYMMETRIC)
             if rows == 3:
                 same_bits(y, w.integer(x[:rows], None, SYMMETRIC))
+
+
+@pytest.mark.grouped_wgmma
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_whose_sums_floats_round_by_warpgroups(
+    ops: Any, device: Any, asked_for: None, symmetric: bool
+) -> None:
+    device(1)
+    for w, x in rounded_sums(Kind(ref.INT4, symmetric, torch.float32)):
+        linear(ops, w, x, SYMMETRIC)
 
 
 @pytest.mark.parametrize("rows", [12, 40, 70])
