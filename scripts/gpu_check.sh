@@ -63,7 +63,8 @@ on_gpu="device and not emulator"
 # test_groups is of linear_float and of linear_int8.
 few="$on_gpu and (test_shapes or test_groups or test_bytes_and_inverse or test_int_mm or test_any_strides)"
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
-usual="not full and not grouped_wgmma"
+grouped=tests/cuda/test_linear_int8_grouped.py
+others=(tests/cuda --ignore="$grouped")
 
 # sanitizer TOOL NAME ARGUMENTS...: pytest under one of compute-sanitizer's tools; 9 is what it found.
 sanitizer() {
@@ -77,19 +78,18 @@ if [ "$built" -eq 1 ] || step build 240 "$python" setup.py build_ext --inplace; 
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
   # A process each: after a fault a process cannot use the GPU any more.
   for file in $(grep -l "ops: Any" tests/cuda/test_*.py) tests/nn/test_devices.py; do
-    step "$(basename "$file" .py)" 200 "${pytest[@]}" "$file" -m "$usual" -k "$on_gpu" &
+    [ "$file" = "$grouped" ] || step "$(basename "$file" .py)" 200 "${pytest[@]}" "$file" -k "$on_gpu" &
   done
   for tool in memcheck racecheck synccheck; do
-    sanitizer "$tool" "$tool" tests/cuda -x -m "$usual" -k "$few" &
+    sanitizer "$tool" "$tool" "${others[@]}" -x -k "$few" &
   done
-  sanitizer memcheck memcheck_warpgroups tests/cuda -x -m "$usual" -k "$on_gpu and warpgroups" &
+  sanitizer memcheck memcheck_warpgroups "${others[@]}" -x -k "$on_gpu and warpgroups" &
   # Torch's own kernels take part here, so only for what no kernel may do.
   sanitizer memcheck memcheck_matmul tests/cuda/test_matmul.py -x -k "$on_gpu and test_products" &
   if [ "$arch" = 90a ]; then
-    grouped=(tests/cuda/test_linear_int8.py -m grouped_wgmma -k "$on_gpu")
-    step grouped_wgmma_tests 200 "${pytest[@]}" "${grouped[@]}" &
+    step grouped_wgmma_tests 200 "${pytest[@]}" "$grouped" -k "$on_gpu" &
     for tool in memcheck racecheck synccheck; do
-      sanitizer "$tool" "grouped_wgmma_$tool" "${grouped[@]}" &
+      sanitizer "$tool" "grouped_wgmma_$tool" "$grouped" -k "$on_gpu and not again" &
     done
   fi
   wait

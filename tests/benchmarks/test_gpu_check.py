@@ -1,5 +1,6 @@
 """scripts/gpu_check.sh with programs in the place of those that need a GPU, and its report."""
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/gpu_check.sh"
+GROUPED = ROOT / "tests/cuda/test_linear_int8_grouped.py"
 
 # Stands for an interpreter that sees a GPU: says which one, runs the report, and as pytest and as
 # the benchmark prints what they print.
@@ -32,7 +34,7 @@ esac
 SANITIZER = """#!/bin/bash
 while [[ "$1" == --* ]]; do tool="$tool $1 $2"; shift; [[ "$1" == --* ]] || shift; done
 "$@"
-if [[ "$tool $*" == *racecheck*"-m grouped_wgmma"* ]]; then
+if [[ "$tool $*" == *racecheck*tests/cuda/test_linear_int8_grouped.py\\ -k* ]]; then
   echo '========= Error: Potential WAR hazard detected at __shared__ 0x10 in block (0,0,0) :'
   echo '========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)'
   exit 9
@@ -62,14 +64,15 @@ def test_every_step_is_run_and_what_failed_is_named(tmp_path):
     done, calls, found = run(tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     steps = {step["step"]: step for step in found["steps"]}
-    files = {path.stem for path in (ROOT / "tests/cuda").glob("test_*.py")}
-    assert {name for name in steps if name in files} == {
+    # Files of tests that run on each target.
+    files = {
         path.stem
         for path in (ROOT / "tests/cuda").glob("test_*.py")
-        if "ops: Any" in path.read_text()
+        if "ops: Any" in path.read_text() and path != GROUPED
     }
+    assert {name for name in steps if name.startswith("test_")} == {"test_devices", *files}
     kinds = ("memcheck", "racecheck", "synccheck")
-    assert {"bench", "test_devices", "memcheck_warpgroups", "memcheck_matmul", *kinds} <= set(steps)
+    assert {"bench", "memcheck_warpgroups", "memcheck_matmul", *kinds} <= set(steps)
     assert {f"grouped_wgmma_{kind}" for kind in ("tests", *kinds)} <= set(steps)
     bad = {name for name, step in steps.items() if step["status"] != 0}
     assert bad == {"test_pack", "grouped_wgmma_racecheck"}
@@ -87,14 +90,15 @@ def test_every_step_is_run_and_what_failed_is_named(tmp_path):
     assert "| 1 failed, 18 passed in 6.73s |" in text
     assert "## grouped_wgmma_racecheck\n\n```text\n========= Error: Potential WAR hazard" in text
     assert not (tmp_path / "out/steps.tsv").exists()
-    # The kernel that has to be asked for is in no step but its own, and nothing else in those.
-    grouped = [call for call in calls if "-m grouped_wgmma" in call]
-    assert len(grouped) == 4
-    assert sum("test_linear_int8.py -m not full and not grouped_wgmma" in c for c in calls) == 1
+    # The kernel that has to be asked for is in no step but its own.
+    grouped = GROUPED.relative_to(ROOT)
+    assert sum(f" {grouped} -k device and not emulator" in call for call in calls) == 4
+    assert sum(f" tests/cuda --ignore={grouped} " in call for call in calls) == 4
 
 
-def test_a_kernel_that_has_to_be_asked_for_fails_nothing(tmp_path):
-    report = [sys.executable, ROOT / "scripts/gpu_check_report.py", tmp_path]
+def test_a_kernel_that_has_to_be_asked_for_fails_nothing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    report = importlib.import_module("gpu_check_report")
     names = [f"grouped_wgmma_{kind}" for kind in ("tests", "memcheck", "racecheck", "synccheck")]
     told = []
     for failing, log in (
@@ -109,8 +113,7 @@ def test_a_kernel_that_has_to_be_asked_for_fails_nothing(tmp_path):
             (tmp_path / f"{name}.log").write_text(log + "\n")
             lines.append(f"{name}\t{failing if name == names[2] else 0}\t5")
         (tmp_path / "steps.tsv").write_text("\n".join(lines) + "\n")
-        done = subprocess.run(report, capture_output=True, text=True, timeout=60, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
+        assert report.main([str(tmp_path)]) == 0
         told.append(json.loads((tmp_path / "check.json").read_text())["verdict"].split(": ")[1])
     assert told == [
         "cleared; it may become the default",
@@ -128,14 +131,12 @@ def test_other_gpus_are_not_asked_about_hoppers_kernel(tmp_path):
 
 def test_the_tests_that_it_names_are_there():
     """A step whose tests have another name would run none of them."""
-    tests = "\n".join(path.read_text() for path in (ROOT / "tests/cuda").glob("test_*.py"))
-    names = set(re.findall(r"\btest_[a-z_]+\b(?!\.py|\*)", SCRIPT.read_text()))
+    texts = {path: path.read_text() for path in (ROOT / "tests/cuda").glob("test_*.py")}
+    names = set(re.findall(r"\btest_[a-z_]+\b(?![\w.*])", SCRIPT.read_text()))
     assert {"test_shapes", "test_groups", "test_products"} <= names
-    assert not [name for name in names if f"def {name}" not in tests]
-    marked = re.findall(r"@pytest\.mark\.grouped_wgmma\n(?:@.*\n)*def (\w+)", tests)
-    assert marked
-    # All that let the kernel run have the mark.
-    assert set(re.findall(r"def (\w+)\([^)]*\basked_for\b", tests)) == set(marked)
+    assert not [name for name in names if not any(f"def {name}" in t for t in texts.values())]
+    # No other file lets the kernel run that has to be asked for.
+    assert [path for path, text in texts.items() if "QKERNELS_GROUPED_WGMMA" in text] == [GROUPED]
 
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
