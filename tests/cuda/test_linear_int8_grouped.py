@@ -140,11 +140,13 @@ def test_the_same_bits_again_and_again(ops: Any, device: Any, asked_for: None, k
         linear(ops, w, x, ASYMMETRIC)
         return
     noise, side = torch.ones(1 << 26, device="cuda"), torch.cuda.Stream()
-    for rows, n, k, group_size in (
-        (140, 8800, 2100, 128),
-        (64, 4096, 2048, 64),
-        (30, 512, 990, 32),
+    for tile, rows, n, k, group_size in (
+        ("128x128", 140, 8800, 2100, 128),
+        ("64x64", 64, 8192, 2048, 64),
+        ("64x32", 30, 512, 990, 32),
     ):
+        facts = (kind.cuda_layout, 2, rows, k, n, group_size, 0, 132, True)
+        assert _C.cuda_kernel_name(*facts) == f"cuda int8 wgmma grouped {tile}"
         w, x = weight(kind, n, k, group_size), awkward((rows, k), torch.bfloat16)
         want = on_gpu(linear(ops, w, x, ASYMMETRIC).view(torch.int16))
         packed, sizes = pack(ops, w)
