@@ -4,11 +4,13 @@
 #
 #   scripts/gpu_check.sh [--built] OUTDIR
 #
-# Takes less than ten minutes; with --built, which takes the libraries that are there, less than four.
-# PYTHON picks the interpreter (python3 unless set), which needs torch with
-# CUDA, setuptools, ninja, numpy, hypothesis, pytest and pytest-timeout; nothing is installed. OUTDIR
-# gets check.md and check.json (what passed), gpu.md and gpu.json (times) and a log of each step. The
-# status is 0 if everything passed.
+# Takes less than ten minutes; with --built, which takes the libraries that are there, less than six.
+# PYTHON picks the interpreter (python3 unless set), which needs torch with CUDA, setuptools, ninja, numpy,
+# hypothesis, pytest and pytest-timeout; nothing is installed. OUTDIR gets check.md and check.json (what
+# passed, and what the failed said), gpu.md and gpu.json (times) and a log of each step.
+#
+# The steps grouped_wgmma_* are about the kernel that QKERNELS_GROUPED_WGMMA=1 asks for, on Hopper: when all
+# of them pass, check.md says that it may become the default. The status is 0 if all others passed.
 set -uo pipefail
 
 say() { printf 'gpu_check: %s\n' "$*"; }
@@ -46,66 +48,51 @@ PYTHON
 export QKERNELS_CUDA=1 QKERNELS_CUDA_ARCHS=${QKERNELS_CUDA_ARCHS:-$arch}
 export MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONPATH=$PWD
 : >"$out/steps.tsv"
-failed=0
 
 # step NAME SECONDS COMMAND...: its output goes to NAME.log.
 step() {
   local name=$1 limit=$2 start=$SECONDS status=0
   shift 2
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+  timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
   printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >>"$out/steps.tsv"
-  if [ "$status" -eq 0 ]; then
-    say "$name passed in $((SECONDS - start)) s"
-  else
-    failed=1
-    say "$name failed with status $status (124: it took longer than $limit s); see $out/$name.log"
-    tail -n 15 "$out/$name.log"
-  fi
+  say "$name: status $status after $((SECONDS - start)) s of $limit"
   return "$status"
 }
 
 on_gpu="device and not emulator"
+# test_groups is of linear_float and of linear_int8.
 few="$on_gpu and (test_shapes or test_groups or test_bytes_and_inverse or test_int_mm or test_any_strides)"
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
+grouped=tests/cuda/test_linear_int8_grouped.py
+others=(tests/cuda --ignore="$grouped")
+
+# sanitizer TOOL NAME ARGUMENTS...: pytest under one of compute-sanitizer's tools; 9 is what it found.
+sanitizer() {
+  step "$2" 200 compute-sanitizer --tool "$1" --error-exitcode 9 "${pytest[@]}" "${@:3}"
+}
 
 if [ "$built" -eq 1 ] || step build 240 "$python" setup.py build_ext --inplace; then
   # First and alone: where time runs out, tests are the part that can be had elsewhere.
-  step bench 180 "$python" -m qkernels.bench.cuda "$out" --seconds 120
+  step bench 120 "$python" -m qkernels.bench.cuda "$out" --seconds 90
+  # From here on there are more processes than CPUs.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
   # A process each: after a fault a process cannot use the GPU any more.
   for file in $(grep -l "ops: Any" tests/cuda/test_*.py) tests/nn/test_devices.py; do
-    step "$(basename "$file" .py)" 120 "${pytest[@]}" "$file" -k "$on_gpu" &
+    [ "$file" = "$grouped" ] || step "$(basename "$file" .py)" 200 "${pytest[@]}" "$file" -k "$on_gpu" &
   done
   for tool in memcheck racecheck synccheck; do
-    step "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "${pytest[@]}" tests/cuda -x -k "$few" &
+    sanitizer "$tool" "$tool" "${others[@]}" -x -k "$few" &
   done
-  step memcheck_warpgroups 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "${pytest[@]}" tests/cuda -x -k "$on_gpu and warpgroups" &
+  sanitizer memcheck memcheck_warpgroups "${others[@]}" -x -k "$on_gpu and warpgroups" &
   # Torch's own kernels take part here, so only for what no kernel may do.
-  step memcheck_matmul 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "${pytest[@]}" tests/cuda/test_matmul.py -x -k "$on_gpu and test_products" &
+  sanitizer memcheck memcheck_matmul tests/cuda/test_matmul.py -x -k "$on_gpu and test_products" &
+  if [ "$arch" = 90a ]; then
+    step grouped_wgmma_tests 200 "${pytest[@]}" "$grouped" -k "$on_gpu" &
+    for tool in memcheck racecheck synccheck; do
+      sanitizer "$tool" "grouped_wgmma_$tool" "$grouped" -k "$on_gpu and not again" &
+    done
+  fi
   wait
-  cut -f 2 "$out/steps.tsv" | grep -qvx 0 && failed=1
 fi
 
-"$python" - "$out" <<'PYTHON' || failed=1
-import json
-import sys
-from pathlib import Path
-
-from qkernels.bench.cuda import facts
-
-out = Path(sys.argv[1])
-rows = [line.split("\t") for line in (out / "steps.tsv").read_text().splitlines()]
-steps = [{"step": s, "status": int(status), "seconds": int(t)} for s, status, t in rows]
-last = {s["step"]: (out / f"{s['step']}.log").read_text().rstrip().rpartition("\n")[2] for s in steps}
-(out / "check.json").write_text(json.dumps({"facts": facts(), "steps": steps}, indent=1) + "\n")
-lines = ["# GPU check", "", *(f"- {k}: {v}" for k, v in facts().items()), ""]
-lines += ["| step | result | seconds | last line |", "| --- | --- | --- | --- |"]
-for s in steps:
-    word = "passed" if s["status"] == 0 else f"failed ({s['status']})"
-    lines.append(f"| {s['step']} | {word} | {s['seconds']} | {last[s['step']].strip()[:120]} |")
-(out / "check.md").write_text("\n".join(lines) + "\n")
-PYTHON
-rm -f "$out/steps.tsv"
-exit "$failed"
+"$python" scripts/gpu_check_report.py "$out"

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qkernels import _C, functional
 from qkernels.bench import cuda_crossover as crossover
+from qkernels.bench.cuda_clocks import Gpu, Rehearsal
 from qkernels.bench.cuda_peers import Call, linear_peers
 from qkernels.bench.plan import Conv
 from qkernels.formats import format_of
@@ -35,7 +36,12 @@ SCHEMES: dict[str, Scheme] = {
     "W8A16": W8A16(),
     "W4A8 g128": W4A8(group_size=128, symmetric=True),
     "W8A8": W8A8(),
+    "W4A16 g128 zero points": W4A16(group_size=128),
+    "W4A8 g128 zero points": W4A8(group_size=128),
 }
+# Of them on Hopper, from so many rows on, by the kernel that QKERNELS_GROUPED_WGMMA=1 asks for.
+ASKED_FOR = ("W4A8 g128", "W4A8 g128 zero points")
+ASKED_ROWS = 17
 # ResNet-50, batch 64.
 CONVS = (
     Conv(64, 64, 56, 3, batch=64),
@@ -99,69 +105,6 @@ class Row:
     bytes: float = 0.0
     operations: float = 0.0
     versus: dict[str, float] = field(default_factory=dict)
-
-
-class Gpu:
-    """Times calls on the current GPU."""
-
-    device = "cuda"
-
-    def cache_bytes(self) -> int:
-        """Size of the L2 cache."""
-        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
-
-    def seconds(self, calls: Sequence[Callable[[], object]], rounds: int = 15) -> float:
-        """Median time of one of the calls.
-
-        Args:
-            calls: do the same with different copies of their data.
-            rounds: how often all of them are timed.
-        """
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for call in calls:
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        turns = max(1, 16 // len(calls))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(turns):
-                for call in calls:
-                    call()
-        graph.replay()
-        times = []
-        for _ in range(rounds):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / (turns * len(calls)))
-        return float(statistics.median(times))
-
-
-class Rehearsal:
-    """Runs every call once, on the CPU; its times mean nothing."""
-
-    device = "cpu"
-
-    def cache_bytes(self) -> int:
-        """Two copies of everything small."""
-        return 1 << 12
-
-    def seconds(self, calls: Sequence[Callable[[], object]], rounds: int = 1) -> float:
-        """Time of one of the calls, for what it is worth.
-
-        Args:
-            calls: to run.
-            rounds: how often.
-        """
-        start = time.perf_counter()
-        for _ in range(rounds):
-            for call in calls:
-                call()
-        return (time.perf_counter() - start) / (rounds * len(calls))
 
 
 class Run:
@@ -277,13 +220,17 @@ class Run:
             if self.time(row, self._rotated(peer)):
                 peers[peer.name] = row.seconds
         for name, scheme in SCHEMES.items():
-            found = self.time(
-                Row("linear", case, name, True, 0, 0.0, operations),
-                self._rotated(_own(x, weight, scheme)),
-            )
-            if found:
-                found.versus = {peer: s / found.seconds for peer, s in peers.items()}
-                found.bytes = float(_packed_bytes(scheme, k, n, device))
+            own = _own(x, weight, scheme)
+            self._beside(Row("linear", case, name, True, 0, own.nbytes, operations), own, peers)
+            if name in ASKED_FOR and m >= ASKED_ROWS and self.clock.is_hopper():
+                row = Row("linear", case, f"{name}, asked for", True, 0, own.nbytes, operations)
+                with crossover.environment("QKERNELS_GROUPED_WGMMA", "1"):
+                    self._beside(row, own, peers)
+
+    def _beside(self, row: Row, call: Call, peers: Mapping[str, float]) -> None:
+        """Time a row and compare it with what its peers took."""
+        if self.time(row, self._rotated(call)):
+            row.versus = {peer: s / row.seconds for peer, s in peers.items()}
 
     def _crossover(self) -> None:
         for case, operations, call in crossover.calls(*self.sizes.crossover, self.clock.device):
@@ -355,7 +302,7 @@ def _own(x: Tensor, weight: Tensor, scheme: Scheme) -> Call:
 
     sizes = (layout, k, n, scheme.group_size, scheme.activation_code, 0)
     op = torch.ops.qkernels.linear
-    nbytes = _packed_bytes(scheme, k, n, x.device.type)
+    nbytes = float(_packed_bytes(scheme, k, n, x.device.type))
     return Call("", prepare, lambda packed: op(x, packed, *[None] * 5, *sizes), nbytes)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -32,15 +32,15 @@ def cases() -> Iterator[tuple[str, Scheme, torch.dtype]]:
 
 
 @contextmanager
-def forced(way: str) -> Iterator[None]:
-    """Within it, ops go one of the two ways whatever the number of rows.
+def environment(name: str, value: str) -> Iterator[None]:
+    """Within it, an environment variable has this value.
 
     Args:
-        way: KERNEL or MATMUL.
+        name: of the variable.
+        value: that it has.
     """
-    name = "QKERNELS_MATMUL_ROWS"
     before = os.environ.get(name)
-    os.environ[name] = SETTINGS[way]
+    os.environ[name] = value
     try:
         yield
     finally:
@@ -48,6 +48,15 @@ def forced(way: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def forced(way: str) -> AbstractContextManager[None]:
+    """Within it, ops go one of the two ways whatever the number of rows.
+
+    Args:
+        way: KERNEL or MATMUL.
+    """
+    return environment("QKERNELS_MATMUL_ROWS", SETTINGS[way])
 
 
 def calls(

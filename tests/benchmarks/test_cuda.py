@@ -1,11 +1,7 @@
-"""The GPU benchmarks rehearsed on the CPU, and the check that needs a GPU where there is none."""
+"""The GPU benchmarks rehearsed on the CPU."""
 
 import json
 import os
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +11,13 @@ from qkernels.bench.cuda import TINY, Rehearsal, Row, Run
 from qkernels.bench.cuda_crossover import KERNEL, MATMUL, forced, table
 from qkernels.bench.cuda_report import TARGETS, report
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts/gpu_check.sh"
-
 
 def test_rehearsal(tmp_path):
     assert cuda.main([str(tmp_path), "--rehearse"]) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     names = {(row["group"], row["name"]) for row in found["rows"]}
     assert {("linear", name) for name in cuda.SCHEMES} <= names
+    assert {("linear", f"{name}, asked for") for name in cuda.ASKED_FOR} <= names
     assert {("crossover", "kernel"), ("crossover", "dequantize + matmul")} <= names
     assert {("copy", "torch copy_"), ("codec", "qkernels"), ("conv", "W8A8")} <= names
     assert found["left_out"] == {}
@@ -88,27 +82,3 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
     assert cuda.main([str(tmp_path / "out")]) == 1
     assert "there is no GPU here" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-
-
-@without_gpu
-def test_the_check_says_that_there_is_no_gpu(tmp_path):
-    environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(
-        [SCRIPT, tmp_path / "out"], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.returncode == 1
-    assert f"there is no GPU to check on: torch {torch.__version__}" in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_the_check_wants_a_folder():
-    done = subprocess.run([SCRIPT], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "expected one argument" in done.stderr
-
-
-def test_scripts_are_clean():
-    shellcheck = Path(sysconfig.get_path("scripts")) / "shellcheck"
-    scripts = sorted((ROOT / "scripts").glob("*.sh"))
-    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers import cuda
+from helpers.cuda import DeviceOps, hopper
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +29,17 @@ def emulator() -> Any:
 def ops(request: pytest.FixtureRequest) -> Any:
     """The ops with CPU tensors, as kernels for CUDA."""
     return cuda.DeviceOps() if request.param == "device" else request.getfixturevalue("emulator")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Says how many multiprocessors the device has."""
+    return lambda count: monkeypatch.setenv("QKERNELS_HOST_MULTIPROCESSORS", str(count))
+
+
+@pytest.fixture
+def sm90(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has the instructions of sm_90a."""
+    monkeypatch.setenv("QKERNELS_HOST_SM90", "1")
+    if isinstance(ops, DeviceOps) and not hopper(ops):
+        pytest.skip("for a GPU of sm_90a")

@@ -141,10 +141,9 @@ def test_codes_in_place(ops: Any, name: str) -> None:
 
 
 @pytest.fixture
-def warpgroups(monkeypatch: pytest.MonkeyPatch, request: Any) -> Geometry:
+def warpgroups(sm90: None, monkeypatch: pytest.MonkeyPatch, request: Any) -> Geometry:
     """A geometry, on a device of sm_90 whose size makes it take a certain tile."""
     multiprocessors, geometry = WARPGROUPS[request.param]
-    monkeypatch.setenv("QKERNELS_HOST_SM90", "1")
     monkeypatch.setenv("QKERNELS_HOST_MULTIPROCESSORS", str(multiprocessors))
     return geometry
 

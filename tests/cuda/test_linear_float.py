@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import reference as ref
 from helpers.check import HALF_ULP, float_path_bound, same_tensor, within
-from helpers.cuda import DeviceOps, hopper
+from helpers.cuda import hopper
 from helpers.data import FLOATS, KINDS, Kind, Weight, awkward, floats, rng, strided, weight
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -124,12 +124,9 @@ def test_rows_alone_and_in_company(ops: Any, kind: Kind, dtype: torch.dtype) -> 
 
 
 @pytest.fixture
-def sm90(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def sm90(sm90: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device has the instructions of sm_90a, and no number of rows goes to matmul."""
-    monkeypatch.setenv("QKERNELS_HOST_SM90", "1")
     monkeypatch.setenv("QKERNELS_MATMUL_ROWS", str(1 << 40))
-    if isinstance(ops, DeviceOps) and not hopper(ops):
-        pytest.skip("for a GPU of sm_90a")
 
 
 # Rows, outputs, k and group size: the three widths of a tile and several tiles of rows; clusters of

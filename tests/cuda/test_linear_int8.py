@@ -1,21 +1,17 @@
 """linear with int8 activations and int_mm as CUDA kernels, run by the emulator: the CPU's bits."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from helpers import reference as ref
 from helpers.check import same_bits, same_tensor
 from helpers.cuda import DeviceOps
-from helpers.data import FLOATS, INTEGER_KINDS, Kind, Weight, awkward, floats, rng, strided, weight
+from helpers.data import FLOATS, INTEGER_KINDS, Kind, awkward, floats, rng, strided, weight
+from helpers.linear_int8 import ASYMMETRIC, SYMMETRIC, linear, pack, rounded_sums
 from qkernels import _C
-
-cpu = torch.ops.qkernels
-SYMMETRIC, ASYMMETRIC = 1, 2
 
 # (multiprocessors, rows): what decides on a kernel. Few rows go to the skinny one.
 SKINNY = ((4, 1), (4, 8), (4, 9), (4, 16), (99, 31))
@@ -30,37 +26,6 @@ WARPGROUPS = (
     (2, 120, 30, 2000, "128 split k"),
 )  # fmt: skip
 MANY_TILES = (132, 2049, 8200, 520, "256")  # of a block; on a GPU
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Says how many multiprocessors the device has."""
-    return lambda count: monkeypatch.setenv("QKERNELS_HOST_MULTIPROCESSORS", str(count))
-
-
-@pytest.fixture
-def sm90(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device has the instructions of sm_90a, and all kernels that use them may run."""
-    monkeypatch.setenv("QKERNELS_HOST_SM90", "1")
-    monkeypatch.setenv("QKERNELS_GROUPED_WGMMA", "1")
-
-
-def pack(ops: Any, w: Weight) -> tuple[Tensor, tuple[int, ...]]:
-    """The weight in the CUDA layout, and what an op must know of it."""
-    layout = w.kind.cuda_layout
-    stored = (w.data, w.scale_tensor, w.zero_tensor)
-    return ops.pack(*stored, layout, w.k, w.group_size), (layout, w.k, w.n, w.group_size)
-
-
-def linear(
-    ops: Any, w: Weight, x: Tensor, activation: int, bias: Tensor | None = None,
-    extra: tuple[Tensor | None, ...] = (None,) * 4, epilogue: int = 0,
-) -> Tensor:  # fmt: skip
-    packed, sizes = pack(ops, w)
-    y = ops.linear(x, packed, bias, *extra, *sizes, activation, epilogue)
-    want = cpu.linear(x, w.packed, bias, *extra, *w.sizes, activation, epilogue)
-    same_tensor(y, want)
-    return y
 
 
 @pytest.mark.parametrize("activation", [SYMMETRIC, ASYMMETRIC])
@@ -80,12 +45,9 @@ def test_shapes(ops: Any, device: Any, kind: Kind, activation: int) -> None:
 @pytest.mark.parametrize("activation", [SYMMETRIC, ASYMMETRIC])
 @pytest.mark.parametrize("kind", INTEGER_KINDS[:2], ids=str)
 def test_warpgroups(ops: Any, device: Any, sm90: None, kind: Kind, activation: int) -> None:
-    on_device = isinstance(ops, DeviceOps)
-    if on_device and torch.cuda.get_device_properties(0).major != 9:
-        pytest.skip("instructions of sm_90a")
     shapes = WARPGROUPS
-    if activation == SYMMETRIC:
-        shapes += (MANY_TILES,) if on_device else ()
+    if isinstance(ops, DeviceOps) and activation == SYMMETRIC:
+        shapes += (MANY_TILES,)
     for i, (multiprocessors, rows, n, k, tile) in enumerate(shapes):
         device(multiprocessors)
         w = weight(kind, n, k)
@@ -97,102 +59,6 @@ def test_warpgroups(ops: Any, device: Any, sm90: None, kind: Kind, activation: i
             y = linear(ops, w, x, activation, bias, epilogue=epilogue)
             if rows * n * k < 200_000 and epilogue == 0:
                 same_bits(y, w.integer(x, bias, activation))
-
-
-# (group_size, k): a group is one, two or four chunks of 32 k, three, or several stages of 128; the
-# last one is ragged; more groups than a page holds; runs that are no multiple of what is unrolled.
-GROUPED = (
-    (128, 700),
-    (128, 2400),
-    (64, 330),
-    (32, 999),
-    (96, 700),
-    (256, 1300),
-    (100, 250),
-    (1, 3),
-)
-
-
-# (rows, n, k, group_size): of them a GPU of 132 multiprocessors takes the largest tile.
-MANY_GROUPED_TILES = (2049, 8200, 520, 128)
-
-
-@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
-def test_many_tiles_of_groups_by_warpgroups(ops: Any, sm90: None, kind: Kind) -> None:
-    rows, n, k, group_size = MANY_GROUPED_TILES
-    facts = (kind.cuda_layout, 1, rows, k, n, group_size, 0, 132, True)
-    assert _C.cuda_kernel_name(*facts) == "cuda int8 wgmma grouped 128x128"
-    if not isinstance(ops, DeviceOps):  # which has the time for so many
-        rows, n = 131, 257
-    w = weight(kind, n, k, group_size)
-    linear(ops, w, awkward((rows, k), torch.bfloat16), SYMMETRIC)
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 4])
-@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
-def test_groups_by_warpgroups(
-    ops: Any, device: Any, sm90: None, kind: Kind, multiprocessors: int
-) -> None:
-    device(multiprocessors)
-    shapes = ((65, 70), (19, 17), (33, 300), (131, 257), (30, 64), (257, 513), (100, 1), (128, 256))
-    seen = set()
-    for i, (group_size, k) in enumerate(GROUPED):
-        rows, n = shapes[(i + INTEGER_KINDS.index(kind)) % len(shapes)]
-        w = weight(kind, n, k, group_size)
-        facts = (kind.cuda_layout, 1, rows, k, n, group_size, 0, multiprocessors, True)
-        seen.add(_C.cuda_kernel_name(*facts))
-        x = awkward((rows, k), FLOATS[i % 3], seed=i)
-        bias = floats((n,), FLOATS[i // 2 % 3], seed="bias") if i % 2 else None
-        linear(ops, w, x, SYMMETRIC + i // 2 % 2, bias, epilogue=i % 7)
-    # By these numbers of multiprocessors, the tiles that a GPU takes are all seen.
-    few = {f"cuda int8 wgmma grouped 64x{tokens}" for tokens in (32, 64)}
-    large = {"cuda int8 wgmma grouped 128x128"}
-    assert seen == few | large
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_scales_that_lose_bits_by_warpgroups(
-    ops: Any, device: Any, sm90: None, symmetric: bool
-) -> None:
-    """A sixteenth of a scale may have fewer bits than the scale."""
-    device(1)
-    w = weight(Kind(ref.INT4, symmetric, torch.float32), 70, 1400, 128)
-    scale = w.scale * np.float32(2.0) ** rng("tiny").integers(-125, -110, w.scale.shape)
-    stored = w.data, torch.from_numpy(scale.astype(np.float32)), w.zero_tensor
-    packed = torch.ops.qkernels.pack(*stored, w.layout, w.k, w.group_size)
-    w = replace(w, scale=scale, scale_tensor=stored[1], packed=packed)
-    for rows in (20, 40, 100):
-        linear(ops, w, floats((rows, 1400)) * 1e30, ASYMMETRIC)
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 4])
-@pytest.mark.parametrize("kind", INTEGER_KINDS[3:5], ids=str)
-def test_rows_of_int4_by_warpgroups(
-    ops: Any, device: Any, sm90: None, kind: Kind, multiprocessors: int
-) -> None:
-    device(multiprocessors)
-    for rows, n, k in ((65, 130, 1000), (200, 257, 64), (70, 3, 1), (64, 64, 512), (40, 5, 0)):
-        linear(ops, weight(kind, n, k), awkward((rows, k)), ASYMMETRIC)
-    low, high = (0, 15)
-    for code in (low, high):  # the longest sums of both signs
-        for group_size in (-1, 500, 128):
-            w = weight(kind, 17, 1000, group_size, codes=np.full((17, 1000), code))
-            linear(ops, w, -torch.ones(66, 1000), ASYMMETRIC)
-            linear(ops, w, torch.ones(66, 1000), SYMMETRIC)
-
-
-def test_factors_and_bad_rows_by_warpgroups(ops: Any, device: Any, sm90: None) -> None:
-    device(4)
-    w = weight(INTEGER_KINDS[4], 33, 320, 64)
-    x, premul = floats((70, 320)), floats((320,), seed="premul")
-    perm = torch.from_numpy(rng("perm").permutation(320))
-    scale, zero = torch.tensor(0.02), torch.tensor(-7, dtype=torch.int8)
-    linear(ops, w, x, ASYMMETRIC, extra=(scale, zero, premul, None))
-    linear(ops, w, x, SYMMETRIC, extra=(None, None, premul, perm))
-    x[2, 3], x[69, 0] = float("nan"), float("inf")
-    y = linear(ops, w, x, ASYMMETRIC)
-    assert y[[2, 69]].isnan().all()
-    assert y[[1, 3, 68]].isfinite().all()
 
 
 @pytest.mark.parametrize("group_size", [-1, 1, 16, 32, 96, 100, 128])
@@ -256,19 +122,10 @@ def test_extreme_codes(ops: Any, device: Any, kind: Kind, multiprocessors: int) 
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_groups_of_int4_whose_sums_floats_round(
-    ops: Any, device: Any, monkeypatch: pytest.MonkeyPatch, symmetric: bool
-) -> None:
-    """Sums beyond 2^24 are rounded before the zero point adds its share, by every kernel."""
-    kind = Kind(ref.INT4, symmetric, torch.float32)
-    random = rng("long")
-    for k, group_size in ((19000, -1), (36001, 18000)):
-        codes = np.where(random.random((18, k)) < 0.01, random.integers(0, 16, (18, k)), 0)
-        w = weight(kind, 18, k, group_size, codes=codes)
-        x = torch.from_numpy(1 - (random.random((66, k), np.float32) < 0.1) / 127).float()
-        for sm90, multiprocessors, rows in ((0, 4, 3), (0, 4, 40), (0, 1, 66), (1, 1, 66)):
-            monkeypatch.setenv("QKERNELS_HOST_SM90", str(sm90))
-            monkeypatch.setenv("QKERNELS_GROUPED_WGMMA", str(sm90))
+def test_groups_of_int4_whose_sums_floats_round(ops: Any, device: Any, symmetric: bool) -> None:
+    """They are rounded before the zero point adds its share, by every kernel."""
+    for w, x in rounded_sums(Kind(ref.INT4, symmetric, torch.float32)):
+        for multiprocessors, rows in ((4, 3), (4, 40), (1, 66)):
             device(multiprocessors)
             y = linear(ops, w, x[:rows], SYMMETRIC)
             if rows == 3:
