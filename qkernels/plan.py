@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -301,32 +300,47 @@ def why_parent_needs_float(model: nn.Module, names: Sequence[str]) -> str | None
         names: all qualified names of the module.
     """
     for name in names:
-        path, _, child = name.rpartition(".")
-        parent = model.get_submodule(path)
-        if type(parent).forward is nn.TransformerEncoderLayer.forward:
-            continue  # reads weights on its fused path only, which can be turned off
-        if name and child in _weights_read(type(parent)):  # type: ignore[arg-type]
-            return f"{type(parent).__name__} reads {child}.weight directly"
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            above = model.get_submodule(".".join(parts[:depth]))
+            if type(above).forward is nn.TransformerEncoderLayer.forward:
+                continue  # reads weights on its fused path only, which can be turned off
+            below = tuple(parts[depth:])
+            # What is read of a direct child may have been given another name before.
+            close = len(below) == 1
+            for read in _weights_read(type(above)):
+                if read == below or (close and read[-1:] == below):
+                    return f"{type(above).__name__} reads {'.'.join(below)}.weight directly"
     return None
 
 
 @functools.lru_cache(maxsize=256)
-def _weights_read(kind: type[nn.Module]) -> set[str]:
-    """Names of children whose weight a class reads in forward or in what forward calls.
+def _weights_read(kind: type[nn.Module]) -> set[tuple[str, ...]]:
+    """Names that lead to the weights that a class reads in forward, what it calls, or a property.
 
-    Read from bytecode: an attribute loaded directly before `.weight` is loaded from it.
+    Read from bytecode: attributes loaded directly before `.weight`, one from the other.
     """
-    found: set[str] = set()
-    pending, done = ["forward"], {"forward"}
+    found: set[tuple[str, ...]] = set()
+    mine = (name for name in dir(kind) if not hasattr(nn.Module, name))
+    properties = [name for name in mine if isinstance(getattr(kind, name), property)]
+    pending = ["forward", *properties]
+    done = set(pending)
     while pending:
-        function = inspect.unwrap(getattr(kind, pending.pop()))
+        attribute = getattr(kind, pending.pop())
+        function = inspect.unwrap(getattr(attribute, "fget", attribute))
         code = getattr(function, "__code__", None)
         if code is None:
             continue
-        for first, second in pairwise(dis.get_instructions(code)):
-            reads = second.argval in ("weight", "in_proj_weight")
-            if reads and first.opname == second.opname == "LOAD_ATTR":
-                found.add(first.argval)
+        path: tuple[str, ...] = ()
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "EXTENDED_ARG":  # goes with the next one
+                continue
+            if instruction.opname != "LOAD_ATTR":
+                path = ()
+                continue
+            if path and instruction.argval in ("weight", "in_proj_weight"):
+                found.add(path)
+            path += (instruction.argval,)
         for name in code.co_names:
             method = getattr(kind, name, None)
             if callable(method) and name not in done and not hasattr(nn.Module, name):

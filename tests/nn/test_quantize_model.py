@@ -316,6 +316,35 @@ def test_a_weight_that_the_parent_reads_stays():
     assert model(torch.tensor([1])).shape == (1, 10)
 
 
+class ReadsFromAfar(nn.Module):
+    """Asks layers further below for their dtype, as transformers' ViT and OpenAI's CLIP do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.ModuleDict({"proj": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+        self.tower = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.tower.stem = self.tower[0]
+
+    @property
+    def dtype(self):
+        return self.tower.stem.weight.dtype
+
+    def forward(self, x):
+        x = x.to(self.embeddings.proj.weight.dtype).to(self.dtype)
+        return self.tower(self.embeddings["other"](self.embeddings["proj"](x)))
+
+
+def test_a_weight_that_a_module_further_above_reads_stays():
+    model = nn.Sequential(ReadsFromAfar())
+    by_name = rows(qk.quantize_(model, qk.W8A8()))
+    assert by_name["0.embeddings.proj"].note == (
+        "ReadsFromAfar reads embeddings.proj.weight directly"
+    )
+    assert "reads tower.stem.weight directly" in by_name["0.tower.0"].note
+    assert len([row for row in by_name.values() if row.became]) == 2
+    assert model(torch.ones(2, 8)).shape == (2, 8)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
