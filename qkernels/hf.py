@@ -191,9 +191,9 @@ class _Stored:
         }
 
 
-def _initialized() -> Tensor:
+def _initialized(shape: Sequence[int] = (0,)) -> Tensor:
     """Nothing that transformers could want to initialize: some models do so in a parent."""
-    nothing = torch.empty(0)
+    nothing = torch.empty(tuple(shape), device="meta")
     nothing._is_hf_initialized = True  # type: ignore[attr-defined]
     return nothing
 
@@ -203,21 +203,28 @@ class _Awaiting(nn.Module):
 
     Args:
         layer: the layer, without values.
+        shape: of the float layer's weight, which a model may ask for.
         shared: another layer has its weight.
     """
 
-    def __init__(self, layer: QModule, shared: bool) -> None:
+    def __init__(self, layer: QModule, shape: Sequence[int], shared: bool) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # not a child: transformers must not see its parameters
-        self.__dict__["weight"] = _initialized()
+        self.__dict__["weight"] = _initialized(shape)
         self.names: dict[str, str] = {}
         for key, like in layer.storage_targets().items():
             if not (shared and key in WEIGHT_KEYS):
                 stored = self.names[key] = _STORED_NAMES.get(key, key)
                 empty = torch.empty(like.shape, dtype=like.dtype, device="meta")
-                self.register_parameter(stored, nn.Parameter(empty, requires_grad=False))
+                self._parameters[stored] = nn.Parameter(empty, requires_grad=False)
 
     layer: QModule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # a parent that initializes itself may ask for in_features
+            return getattr(self.__dict__["layer"], name)
 
     def filled(self, name: str, twin: QModule | None) -> QModule:
         """The layer with what was loaded.
@@ -297,7 +304,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             like = old.weight
             assert isinstance(like, Tensor)
             layer.dtype = like.dtype  # what from_pretrained was asked for
-            replace_everywhere(model, names[id(old)], old, _Awaiting(layer, name in stored.shared))
+            awaiting = _Awaiting(layer, like.shape, name in stored.shared)
+            replace_everywhere(model, names[id(old)], old, awaiting)
         # These have no float weight that could be tied; `shared` says which are one.
         held = {full_name(name, "weight") for name in stored.modules}
         tied = model.all_tied_weights_keys.items()

@@ -49,6 +49,7 @@ def backend(
 
     def put_together(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         rewrite(graph)
+        _let_views_copy(graph)
         # Fakes of the ops are tested, so there is no need to check each result in every call.
         inner: Any = compile_fx(graph, examples, config_patches={"size_asserts": False, **patches})
 
@@ -63,3 +64,16 @@ def backend(
     return aot_autograd(fw_compiler=put_together, inference_compiler=put_together)(
         module, list(inputs)
     )
+
+
+def _let_views_copy(module: fx.GraphModule) -> None:
+    """Replace views by reshapes: Inductor may give what they look at other strides than ATen does.
+
+    It makes torch.cat of an empty tensor and another, as caches of keys begin, a copy of the other.
+
+    Args:
+        module: is changed.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    module.recompile()

@@ -16,6 +16,11 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, QConv1d, QConv2d, QConv3d)
 # What an adapter may be for, the very classes.
 BASES = (nn.Linear, QLinear, *CONVOLUTIONS)
 _CONVOLVE: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
+# What code around a convolution may ask it for.
+_CONV_ATTRIBUTES = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
+    *("transposed", "output_padding", "groups", "padding_mode"),
+)
 
 
 class LoRA(nn.Module):
@@ -48,6 +53,12 @@ class LoRA(nn.Module):
         base.requires_grad_(False)
         self.reset_parameters()
         self.train(base.training)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base's bias."""
+        found: nn.Parameter | None = self.base.bias
+        return found
 
     def reset_parameters(self) -> None:
         """Draw A as the weight of a layer with as many outputs as the rank, and set B to zero."""
@@ -159,6 +170,8 @@ class LoRAConv(LoRA):
                 f"LoRAConv: base is {type(base).__name__}; expected an nn.Conv1d, nn.Conv2d, "
                 "nn.Conv3d, QConv1d, QConv2d or QConv3d"
             )
+        for name in _CONV_ATTRIBUTES:
+            setattr(self, name, getattr(base, name))
         self._set_up(base, rank, alpha, dropout, rslora)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -55,3 +55,23 @@ def test_options_are_inductors():
         assert torch.equal(compiled(x), model(x))
         with pytest.raises(Exception, match="no_such_option"):
             torch.compile(model, backend=backend, options={"no_such_option": 1})(x)
+
+
+class BeginsACache(nn.Module):
+    """Appends its keys to a cache that is empty yet, as transformers' models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.key = nn.Linear(16, 16)
+
+    def forward(self, x):
+        key = self.key(x).view(2, 5, 4, 4).transpose(1, 2)
+        return torch.cat([torch.empty(0), key], -2).reshape(8, -1, 4)
+
+
+def test_strides_that_inductor_chooses_otherwise():
+    model = BeginsACache().eval()
+    qk.quantize_(model, qk.W8A8())
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="qkernels")(x), model(x))

@@ -196,6 +196,52 @@ def with_zero_points(version):
     return change
 
 
+SPEECH = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "conv_dim": (16,),
+    "conv_kernel": (3,),
+    "conv_stride": (2,),
+    "num_feat_extract_layers": 1,
+    "num_conv_pos_embeddings": 2,
+    "num_conv_pos_embedding_groups": 1,
+}
+WHISPER = {
+    "vocab_size": 20,
+    "d_model": 16,
+    **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 16 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+    "num_mel_bins": 4,
+    "max_source_positions": 4,
+    "max_target_positions": 4,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (transformers.BertForMaskedLM, BERT),  # the bias of its head has two names
+        (transformers.Wav2Vec2Model, transformers.Wav2Vec2Config(**SPEECH)),
+        (transformers.WhisperModel, transformers.WhisperConfig(**WHISPER)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_models_that_ask_their_layers_for_sizes_while_they_load(kind, config, tmp_path):
+    model = kind(config).eval()
+    layers = qk.quantize_(model, qk.W8A8(), ignore=()).converted
+    assert layers
+    model.save_pretrained(tmp_path)
+    loaded, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -52,6 +52,15 @@ def dense(adapter):
 
 
 @each_convolution
+def test_what_code_may_ask_of_a_convolution(name):
+    base = CONVOLUTIONS[name][0]
+    layer = LoRAConv(copy.deepcopy(base), rank=2)
+    names = (*base.__constants__, "transposed")
+    assert [getattr(layer, n) for n in names] == [getattr(base, n) for n in names]
+    assert layer.bias is layer.base.bias
+
+
+@each_convolution
 @pytest.mark.parametrize("scheme", [None, qk.W8A16(), INT4, qk.NF4(16)], ids=str)
 def test_output_and_gradients_against_dense_float64(name, scheme):
     conv, size = CONVOLUTIONS[name]
