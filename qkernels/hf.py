@@ -50,7 +50,7 @@ from qkernels.io.save import entry_of, full_name, fused_layer
 from qkernels.nn import QModule, QMultiheadAttention
 from qkernels.nn.fused import FusedActivation
 from qkernels.nn.parents import replace_everywhere, settle_parents
-from qkernels.nn.storage import WEIGHT_KEYS, WHOLE_CODES, counts_in_parts
+from qkernels.nn.storage import STORED_NAMES, WEIGHT_KEYS, WHOLE_CODES, counts_in_parts
 from qkernels.quantize import (
     DEFAULT_IGNORE,
     dequantize_,
@@ -64,9 +64,6 @@ __all__ = ["QuantizationConfig"]
 METHOD = "qkernels"
 # Written as the first version that knows all that is in it: 2 has zero points in eighths of a code.
 VERSION = 2
-# On the disk a weight's codes are not called `weight`: without this module, from_pretrained would
-# take them for the float weight, and only note that there are scales it has no use for.
-_STORED_NAMES = {"weight": "weight_codes"}
 _ATTENTION = ("in_proj_weight", "in_proj_bias")
 _NOTHING: dict[str, Any] = {"version": 1, "modules": {}, "shared": {}, "fused": {}}
 
@@ -214,7 +211,7 @@ class _Awaiting(nn.Module):
         self.names: dict[str, str] = {}
         for key, like in layer.storage_targets().items():
             if not (shared and key in WEIGHT_KEYS):
-                stored = self.names[key] = _STORED_NAMES.get(key, key)
+                stored = self.names[key] = STORED_NAMES.get(key, key)
                 empty = torch.empty(like.shape, dtype=like.dtype, device="meta")
                 self._parameters[stored] = nn.Parameter(empty, requires_grad=False)
 
@@ -255,7 +252,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
     """What transformers calls while it saves and loads; `quantize_` puts one into each model."""
 
     quantization_config: QuantizationConfig
-    is_trainable = True  # a gradient flows through quantized layers
+    # A gradient flows through quantized layers to what is float. transformers' Trainer knows no
+    # adapters but PEFT's, and trains a model without them only if it says the second, too.
+    is_trainable = True
+    is_qat_trainable = True
     is_compileable = True
 
     def is_serializable(self) -> bool:
@@ -276,7 +276,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             for key in WEIGHT_KEYS:
                 value = state.pop(full_name(name, key), None)
                 if value is not None and name in stored.modules and name not in stored.shared:
-                    state[full_name(name, _STORED_NAMES.get(key, key))] = value
+                    state[full_name(name, STORED_NAMES.get(key, key))] = value
         config = QuantizationConfig.from_dict(stored.to_dict())
         self.quantization_config = config
         model.config = copy.copy(model.config)  # float models may have the same object
@@ -297,7 +297,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             if name not in modules:
                 raise ValueError(
                     f"from_pretrained: config.json names a quantized module {name!r}, which "
-                    f"{type(model).__name__} does not have; load it as the class that was saved"
+                    f"{type(model).__name__} does not have; load it as the class that was saved, "
+                    "and a model with adapters by qk.transfer.load_adapters, into the base"
                 )
             old = modules[name]
             layer = shell_for("config.json", entry, name, old)

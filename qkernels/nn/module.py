@@ -15,6 +15,7 @@ from qkernels.functional import Quantized
 from qkernels.nn.carry import why_no_kernels
 from qkernels.nn.sharded import gathered, is_sharded, sharded_like
 from qkernels.nn.storage import (
+    STORED_NAMES,
     WEIGHT_KEYS,
     WHOLE_CODES,
     Packing,
@@ -244,6 +245,9 @@ class QModule(nn.Module):
                 unexpected_keys,
                 error_msgs,
             )
+        for key, stored in STORED_NAMES.items():  # a file of save_pretrained, read by others
+            if prefix + stored in state_dict and prefix + key not in state_dict:
+                state_dict[prefix + key] = state_dict.pop(prefix + stored)
         is_packed = prefix + "weight" not in state_dict and (
             prefix + "packed" in state_dict or is_sharded(self.packed)
         )

@@ -17,6 +17,9 @@ from qkernels.functional import Quantized
 from qkernels.schemes import Scheme
 
 WEIGHT_KEYS = ("weight", "weight_scale", "weight_zero_point")
+# What a checkpoint of transformers calls the codes. With `weight`, from_pretrained without
+# qkernels.hf would take them for the float weight, and only note scales that it has no use for.
+STORED_NAMES = {"weight": "weight_codes"}
 
 # What is said of a weight that was stored before zero points counted in parts of a code.
 WHOLE_CODES = (

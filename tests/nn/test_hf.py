@@ -196,6 +196,41 @@ def with_zero_points(version):
     return change
 
 
+class Examples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return {"input_ids": TOKENS[0] + i, "labels": torch.tensor(i % 3)}
+
+
+def trained(model, folder, steps, **more):
+    settings = transformers.TrainingArguments(
+        folder, max_steps=steps, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    trainer = transformers.Trainer(model, settings, train_dataset=Examples())
+    trainer.train(**more)
+    return trainer.model.eval()
+
+
+@pytest.mark.parametrize("scheme", [qk.W8A8(), qk.W4A16(group_size=16)], ids=str)
+def test_the_trainer_trains_adapters_and_goes_on_from_a_checkpoint(scheme, tmp_path):
+    base = bert()
+    qk.quantize_(base, scheme)
+    base.save_pretrained(tmp_path / "base")
+    first, second = (Bert.from_pretrained(tmp_path / "base") for _ in range(2))
+    for model in (first, second):
+        qk.transfer.add_lora_(model, rank=2)
+    trained(first, tmp_path / "run", 2)
+    with torch.no_grad():  # as if the base had been another
+        for layer in second.modules():
+            if isinstance(layer, qk.nn.QModule):
+                layer.packed.zero_()
+    again = trained(second, tmp_path / "run", 2, resume_from_checkpoint=True)
+    assert torch.equal(outputs(again), outputs(first))
+    assert not torch.equal(outputs(again), outputs(base))
+
+
 SPEECH = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
