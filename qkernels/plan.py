@@ -308,7 +308,7 @@ def why_parent_needs_float(model: nn.Module, names: Sequence[str]) -> str | None
             below = tuple(parts[depth:])
             # What is read of a direct child may have been given another name before.
             close = len(below) == 1
-            for read in _weights_read(type(above)):
+            for read in _weights_read(type(above)):  # type: ignore[arg-type]
                 if read == below or (close and read[-1:] == below):
                     return f"{type(above).__name__} reads {'.'.join(below)}.weight directly"
     return None

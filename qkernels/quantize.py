@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -249,9 +250,12 @@ def ignored_patterns(ignore: str | Sequence[str], op: str = "quantize_") -> tupl
     Raises:
         TypeError: something else.
     """
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    several = isinstance(ignore, Iterable) and not isinstance(ignore, str)
+    patterns: tuple[Any, ...] = tuple(ignore) if several else (ignore,)
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{op}: ignore is {ignore!r}; expected patterns of module names")
+        raise TypeError(
+            f"{op}: ignore is {ignore!r}; expected patterns of module names, () to ignore none"
+        )
     return patterns
 
 

@@ -123,6 +123,12 @@ def lower(
 
 def _check(model: object, batches: object, calibration: object, scheme: object) -> None:
     check_model(model, "lower")
+    assert isinstance(model, nn.Module)
+    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        raise ValueError(
+            f"lower: {type(model).__name__} has float64 parameters; expected float32, bfloat16 or "
+            "float16, so call model.float() first"
+        )
     if (batches is None) == (calibration is None):
         given = "neither" if batches is None else "both"
         raise ValueError(

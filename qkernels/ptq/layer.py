@@ -170,6 +170,7 @@ def sqnr_db(reference: Sequence[Tensor], layer: QuantizedLayer, inputs: Sequence
     """
     signal = noise = 0.0
     for x, y in zip(inputs, reference, strict=True):
+        x = x.double() if layer.dtype == torch.float64 else x  # other biases go with any x
         noise += float((layer(x) - y).square().sum(dtype=torch.float64))
         signal += float(y.square().sum(dtype=torch.float64))
     ratio = torch.tensor(signal, dtype=torch.float64) / noise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -69,7 +70,8 @@ def checked_options(
     Raises:
         ValueError: they do not.
     """
-    names = (method,) if isinstance(method, str) else tuple(method)
+    several = isinstance(method, Iterable) and not isinstance(method, str)
+    names: tuple[Any, ...] = tuple(method) if several else (method,)
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names or len(set(names)) != len(names):
         raise ValueError(

@@ -221,7 +221,11 @@ def _targets(
             and m not in saved
             and why_no_adapter(model, names[m], m) is None
         ]
-        what = "the model has no linear or convolution layer that could have an adapter"
+        what = (
+            "the model has adapters already; call merge_ or remove_ first"
+            if any(isinstance(m, LoRA) for m in names)
+            else "the model has no linear or convolution layer that could have an adapter"
+        )
     else:
         chosen = choose(model, targets, modules, "add_lora_", "targets")
         found = dict.fromkeys(modules[n] for n in modules if n in chosen)

@@ -285,6 +285,11 @@ def test_arguments_that_are_refused(arguments, kind, message):
         qk.lower(small(), X, **arguments)
 
 
+def test_a_float64_model_is_refused():
+    with pytest.raises(ValueError, match="Sequential has float64 parameters; .*float"):
+        qk.lower(small().double(), X.double(), batches=[X.double()])
+
+
 def test_a_model_that_cannot_be_exported():
     class Branching(nn.Module):
         def forward(self, x):

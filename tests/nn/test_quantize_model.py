@@ -472,6 +472,7 @@ def test_refusals_come_before_any_change(make, arguments, words):
         ((Model(), {"*": "W8A8"}), ["qk.W8A8()"]),
         ((Model(), {1: qk.W8A8()}), ["patterns"]),
         ((Model(), qk.W8A8(), (1,)), ["ignore"]),
+        ((Model(), qk.W8A8(), None), ["ignore is None", "() to ignore none"]),
     ],
 )
 def test_wrong_types_are_said(arguments, words):

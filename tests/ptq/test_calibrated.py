@@ -460,6 +460,7 @@ def test_a_transformer_encoder_of_torch():
     [
         ({"method": "gtpq"}, ValueError, ["'gtpq'", "'gptq'"]),
         ({"method": ()}, ValueError, ["one or more"]),
+        ({"method": None}, ValueError, ["method is None", "one or more"]),
         ({"method": ("awq", "smoothquant")}, ValueError, ["x_premul"]),
         ({"optimize": "best"}, ValueError, ["'best'", "'mse'"]),
         ({"act_order": "yes"}, ValueError, ["'yes'", "'static'"]),

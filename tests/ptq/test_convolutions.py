@@ -263,6 +263,15 @@ def test_types_and_hooks_are_kept():
     assert calls == [1]
 
 
+def test_float64_models():
+    single, double = branches(), branches().double()
+    rows = qk.quantize_calibrated_(single, images(), INT4)
+    wide = qk.quantize_calibrated_(double, [x.double() for x in images()], INT4)
+    for row, other in zip(rows.converted, wide.converted, strict=True):
+        assert other.sqnr == pytest.approx(row.sqnr, abs=0.1)
+    assert double(images()[0].double()).dtype == torch.float64
+
+
 def test_shared_weights_see_all_inputs():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, stride=2))

@@ -296,6 +296,8 @@ def test_two_adapters_on_one_layer_are_refused(mlp):
         add_lora_(model, targets="0")
     add_lora_(model)  # the layer that has none gets one
     assert isinstance(model[2], LoRALinear) and type(model[0].base) is QLinear
+    with pytest.raises(ValueError, match="has adapters already; call merge_ or remove_ first"):
+        add_lora_(model)
 
 
 def test_a_layer_alone_cannot_be_wrapped_in_place():
