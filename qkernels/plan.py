@@ -6,10 +6,10 @@ import dis
 import fnmatch
 import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -303,8 +303,6 @@ def why_parent_needs_float(model: nn.Module, names: Sequence[str]) -> str | None
         parts = name.split(".")
         for depth in range(len(parts)):
             above = model.get_submodule(".".join(parts[:depth]))
-            if type(above).forward is nn.TransformerEncoderLayer.forward:
-                continue  # reads weights on its fused path only, which can be turned off
             below = tuple(parts[depth:])
             # What is read of a direct child may have been given another name before.
             close = len(below) == 1
@@ -326,27 +324,46 @@ def _weights_read(kind: type[nn.Module]) -> set[tuple[str, ...]]:
     pending = ["forward", *properties]
     done = set(pending)
     while pending:
-        attribute = getattr(kind, pending.pop())
-        function = inspect.unwrap(getattr(attribute, "fget", attribute))
-        code = getattr(function, "__code__", None)
-        if code is None:
-            continue
-        path: tuple[str, ...] = ()
-        for instruction in dis.get_instructions(code):
-            if instruction.opname == "EXTENDED_ARG":  # goes with the next one
-                continue
-            if instruction.opname != "LOAD_ATTR":
-                path = ()
-                continue
-            if path and instruction.argval in ("weight", "in_proj_weight"):
-                found.add(path)
-            path += (instruction.argval,)
-        for name in code.co_names:
-            method = getattr(kind, name, None)
-            if callable(method) and name not in done and not hasattr(nn.Module, name):
-                done.add(name)
-                pending.append(name)
+        for function in _definitions(kind, pending.pop()):
+            if function is nn.TransformerEncoderLayer.forward:
+                continue  # reads weights on its fused path only, which can be turned off
+            path: tuple[str, ...] = ()
+            for instruction in dis.get_instructions(function):
+                if instruction.opname == "EXTENDED_ARG":  # goes with the next one
+                    continue
+                if instruction.opname != "LOAD_ATTR":
+                    path = ()
+                    continue
+                if path and instruction.argval in ("weight", "in_proj_weight"):
+                    found.add(path)
+                path += (instruction.argval,)
+            for name in function.__code__.co_names:
+                method = getattr(kind, name, None)
+                if callable(method) and name not in done and not hasattr(nn.Module, name):
+                    done.add(name)
+                    pending.append(name)
     return found
+
+
+def _definitions(kind: type[nn.Module], name: str) -> Iterator[Any]:
+    """The Python function that a class has for a method or property, and those it calls by super.
+
+    Args:
+        kind: the class.
+        name: of the method or property.
+    """
+    for base in kind.__mro__:
+        if name not in base.__dict__:
+            continue
+        attribute = base.__dict__[name]
+        for wrapped in ("fget", "__func__"):  # of properties, and of static and class methods
+            attribute = getattr(attribute, wrapped, attribute)
+        function = inspect.unwrap(attribute)
+        if not inspect.isfunction(function):
+            return
+        yield function
+        if "super" not in function.__code__.co_names:
+            return
 
 
 def needs_range(module: nn.Module, scheme: Scheme | None) -> bool:

@@ -345,6 +345,26 @@ def test_a_weight_that_a_module_further_above_reads_stays():
     assert model(torch.ones(2, 8)).shape == (2, 8)
 
 
+class ReadsBySuper(ReadsWeight):
+    def forward(self, tokens):
+        return super().forward(tokens) * 2
+
+
+class CallsTheFusedPath(nn.TransformerEncoderLayer):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_what_super_reads_is_read_too():
+    model = nn.Sequential(ReadsBySuper())
+    note = rows(qk.quantize_(model, qk.W8A8()))["0.table"].note
+    assert note == "ReadsBySuper reads table.weight directly"
+    model = nn.Sequential(CallsTheFusedPath(16, 2, 32, batch_first=True)).eval()
+    assert len(qk.quantize_(model, qk.W8A8()).converted) == 6  # turned off there
+    with torch.no_grad():
+        assert model(torch.ones(1, 3, 16)).shape == (1, 3, 16)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
