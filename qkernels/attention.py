@@ -13,7 +13,8 @@ from torch import nn
 from qkernels.nn.attention import PROJECTIONS, QMultiheadAttention, why_not_splittable
 from qkernels.nn.fastpath import settle_fast_paths
 from qkernels.nn.parents import replace_everywhere
-from qkernels.plan import check_model, why_parent_needs_float
+from qkernels.plan import check_model
+from qkernels.reads import why_parent_needs_float
 
 T = TypeVar("T", bound=nn.Module)
 

@@ -10,7 +10,8 @@ from qkernels.nn import QLinear, QModule
 from qkernels.nn.carry import hand_over_hooks, why_not_replaceable
 from qkernels.nn.conv import QConvNd
 from qkernels.nn.parents import settle_parents
-from qkernels.plan import check_model, why_parent_needs_float
+from qkernels.plan import check_model
+from qkernels.reads import why_parent_needs_float
 from qkernels.transfer.adapter import BASES, LoRA, adapter_for, check_settings
 from qkernels.transfer.parts import choose
 from qkernels.transfer.strategy import Strategy, what_trains

@@ -324,6 +324,7 @@ class ReadsFromAfar(nn.Module):
         self.embeddings = nn.ModuleDict({"proj": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
         self.tower = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         self.tower.stem = self.tower[0]
+        self.heads = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
 
     @property
     def dtype(self):
@@ -331,6 +332,7 @@ class ReadsFromAfar(nn.Module):
 
     def forward(self, x):
         x = x.to(self.embeddings.proj.weight.dtype).to(self.dtype)
+        x = self.heads[0](x) + self.heads[1].weight
         return self.tower(self.embeddings["other"](self.embeddings["proj"](x)))
 
 
@@ -341,8 +343,9 @@ def test_a_weight_that_a_module_further_above_reads_stays():
         "ReadsFromAfar reads embeddings.proj.weight directly"
     )
     assert "reads tower.stem.weight directly" in by_name["0.tower.0"].note
-    assert len([row for row in by_name.values() if row.became]) == 2
-    assert model(torch.ones(2, 8)).shape == (2, 8)
+    assert "reads heads.1.weight directly" in by_name["0.heads.1"].note
+    assert len([row for row in by_name.values() if row.became]) == 3
+    assert model(torch.ones(8, 8)).shape == (8, 8)
 
 
 class ReadsBySuper(ReadsWeight):
