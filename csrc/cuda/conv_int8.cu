@@ -3,7 +3,6 @@
 #include "cuda/conv_int8.cuh"
 #include "cuda/conv_int8.h"
 #include "cuda/int8_gemm.cuh"
-#include "cuda/ptx_sm90.cuh"
 
 namespace qkernels::cuda {
 namespace {

@@ -11,7 +11,7 @@
 
 #include "cuda/conv_int8.cuh"
 #include "cuda/conv_int8.h"
-#include "cuda/ptx_sm90.cuh"
+#include "cuda/ptx_wgmma.cuh"
 
 namespace qkernels::cuda {
 

@@ -26,6 +26,24 @@ QK_DEVICE int64_t divide(int64_t a, int64_t b) {
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
+// One element of a float tensor, its type known to the compiler.
+template <DType kType>
+QK_DEVICE float load_element(const void* data, int64_t i) {
+  if constexpr (kType == DType::f32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return kType == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+}
+
+template <DType kType>
+QK_DEVICE void store_element(void* data, int64_t i, float value) {
+  if constexpr (kType == DType::f32) {
+    static_cast<float*>(data)[i] = value;
+  } else {
+    static_cast<uint16_t*>(data)[i] =
+        kType == DType::bf16 ? float_to_bf16(value) : float_to_f16(value);
+  }
+}
+
 // Eight elements as they lie in memory.
 template <DType kType>
 struct Eight {

@@ -2,8 +2,8 @@
 // from exact sums to y.
 #pragma once
 
+#include "cuda/elements.cuh"
 #include "cuda/linear_int8.h"
-#include "cuda/ptx.cuh"
 
 namespace qkernels::cuda {
 

@@ -11,7 +11,7 @@ namespace qkernels::cuda {
 using Stream = void*;  // a cudaStream_t
 
 // Whether the current device runs code of sm_90a, and the library has it.
-bool is_hopper();
+bool has_sm90a();
 
 // `workspace` of quantize_workspace bytes.
 void quantize(const QuantizeArgs& args, int64_t rows, void* workspace, Stream stream);

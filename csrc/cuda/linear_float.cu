@@ -131,8 +131,6 @@ void linear_rows(const LinearArgs& a, float* sums, Stream stream) {
 
 }  // namespace
 
-bool is_hopper() { return has_sm90a(); }
-
 void gather_rows(const LinearArgs& a, void* to, Stream stream) {
   for_float(a.x_type, [&](auto type) {
     launch(gather_kernel<decltype(type)::value>, blocks_for(a.rows * a.shape.k, kThreads), kThreads,

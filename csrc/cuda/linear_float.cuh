@@ -8,6 +8,7 @@
 // linear_float.h for the order of sums. A thread block does all slices, or (cuts > 1) one.
 #pragma once
 
+#include "cuda/elements.cuh"
 #include "cuda/fragments.cuh"
 #include "cuda/linear_float.h"
 

@@ -15,7 +15,7 @@
 #pragma once
 
 #include "cuda/linear_float_stages.cuh"
-#include "cuda/ptx_sm90_float.cuh"
+#include "cuda/ptx_wgmma.cuh"
 
 namespace qkernels::cuda {
 

@@ -1,6 +1,5 @@
 // linear with int8 activations, and int_mm: workspace and launches.
 #include "cuda/linear_int8.cuh"
-#include "cuda/ptx_sm90.cuh"
 
 namespace qkernels::cuda {
 namespace {

@@ -12,7 +12,6 @@
 #include "cuda/linear_int8_warpgroups.cuh"
 
 #include "cuda/linear_int8.cuh"
-#include "cuda/ptx_sm90.cuh"
 
 namespace qkernels::cuda {
 namespace {

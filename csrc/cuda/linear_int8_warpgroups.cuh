@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cuda/int8.cuh"
-#include "cuda/ptx_sm90.cuh"
+#include "cuda/ptx_wgmma.cuh"
 
 namespace qkernels::cuda {
 namespace {

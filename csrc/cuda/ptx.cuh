@@ -1,101 +1,20 @@
-// The instructions that kernels name, one function each, and `launch`. Nothing else in csrc/cuda
-// but ptx_sm90*.cuh holds inline assembly or calls the CUDA runtime. With QKERNELS_HOST the kernels
-// are compiled as C++ and run on the emulator of tests/cuda/host, so each function has a second
-// half that says what the instruction does.
+// The instructions that kernels name, one function each: those on memory are in ptx_memory.cuh,
+// those of sm_90 alone in ptx_sm90.cuh and ptx_wgmma.cuh. Nothing else in csrc/cuda holds inline
+// assembly. With QKERNELS_HOST the kernels are compiled as C++ and run on the emulator of
+// tests/cuda/host, so each function has a second half that says what the instruction does.
 #pragma once
 
 #include <cassert>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "core/codec.h"
-#include "cuda/launch.h"
-
-#ifndef QKERNELS_HOST
-#include <cuda_runtime.h>
-#endif
-
-// What a kernel calls.
-#define QK_DEVICE __device__ __forceinline__
+#include "cuda/ptx_memory.cuh"
+#include "cuda/runtime.cuh"
 
 namespace qkernels::cuda {
 
-// ---- Launch -------------------------------------------------------------------------------------
-
-// How a kernel is launched beside its grid.
-struct LaunchOptions {
-  unsigned cluster = 1;  // blocks along x that run together, from sm_90 on
-  // The kernel may begin while the one before it in the stream still runs, and calls
-  // wait_for_previous() in each thread before it reads or writes what that one writes or reads.
-  bool overlaps = false;
-};
-
-#ifndef QKERNELS_HOST
-// Whether kernels of the current device can begin before others have ended.
-inline bool device_overlaps() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
-}
-#endif
-
-// Runs kernel(args...) with `shared_bytes` of shared memory. An empty grid is nothing to do.
-template <class... Params, class... Args>
-void launch_with(LaunchOptions options, void (*kernel)(Params...), dim3 grid, dim3 block,
-                 int64_t shared_bytes, Stream stream, const Args&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-#ifdef QKERNELS_HOST
-  static_cast<void>(stream);
-  host::run_clusters(grid, block, shared_bytes, options.cluster,
-                     [&] { kernel(static_cast<Params>(args)...); });
-  if (options.overlaps) host::check_waited();
-#else
-  cudaError_t error = cudaSuccess;
-  // More than what every kernel may have must be asked for, on each device.
-  if (shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-  }
-  if (error == cudaSuccess) {
-    cudaLaunchAttribute attributes[2]{};
-    unsigned count = 0;
-    if (options.cluster > 1) {
-      attributes[count].id = cudaLaunchAttributeClusterDimension;
-      attributes[count].val.clusterDim.x = options.cluster;
-      attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
-      ++count;
-    }
-    if (options.overlaps && device_overlaps()) {
-      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[count].val.programmaticStreamSerializationAllowed = 1;
-      ++count;
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = attributes;
-    config.numAttrs = count;
-    error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-  }
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("qkernels: a CUDA kernel could not be launched: ") +
-                             cudaGetErrorString(error));
-  }
-#endif
-}
-
-template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_bytes, Stream stream,
-            const Args&... args) {
-  launch_with({}, kernel, grid, block, shared_bytes, stream, args...);
-}
-
-// ---- Kernels that overlap -----------------------------------------------------------------------
+// ---- The kernel ---------------------------------------------------------------------------------
 
 // All that the kernels before this one have written can be read, and what they read be overwritten.
 QK_DEVICE void wait_for_previous() {
@@ -113,25 +32,6 @@ QK_DEVICE void let_next_begin() {
 #endif
 }
 
-// Blocks that cover `count` with `each`; grid.x goes to 2^31 - 1, y and z to 65535.
-inline unsigned blocks_for(int64_t count, int64_t each) {
-  return static_cast<unsigned>((count + each - 1) / each);
-}
-
-// Of the current device.
-inline int multiprocessors() {
-#ifdef QKERNELS_HOST
-  return host::multiprocessors();
-#else
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    throw std::runtime_error("qkernels: the CUDA device does not answer");
-  }
-  return count;
-#endif
-}
-
 // Stops the kernel, and with it the process's use of the GPU, as an assertion of torch does.
 QK_DEVICE void device_assert(bool holds, const char* what) {
   if (holds) return;
@@ -139,211 +39,6 @@ QK_DEVICE void device_assert(bool holds, const char* what) {
   host::fault(what);
 #else
   __assert_fail(what, __FILE__, __LINE__, "qkernels");
-#endif
-}
-
-// ---- Memory -------------------------------------------------------------------------------------
-
-// The block's shared memory, of the size given to `launch`. Its content is undefined at the start.
-template <class T>
-QK_DEVICE T* shared_memory() {
-#ifdef QKERNELS_HOST
-  return static_cast<T*>(host::shared_memory());
-#else
-  extern __shared__ __align__(1024) uint8_t qkernels_shared[];
-  return reinterpret_cast<T*>(qkernels_shared);
-#endif
-}
-
-#ifndef QKERNELS_HOST
-QK_DEVICE uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
-#endif
-
-// 16 bytes of global memory that no kernel writes meanwhile. `at` is a multiple of 16.
-QK_DEVICE uint4 load_128(const void* at) {
-#ifdef QKERNELS_HOST
-  return host::aligned<uint4>("load_128", at);
-#else
-  uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(at));
-  return v;
-#endif
-}
-
-// As load_128, of bytes that are read once, such as weights: they leave L1 to the others.
-QK_DEVICE uint4 load_stream_128(const void* at) {
-#ifdef QKERNELS_HOST
-  return host::aligned<uint4>("load_stream_128", at);
-#else
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(at));
-  return v;
-#endif
-}
-
-QK_DEVICE uint2 load_64(const void* at) {
-#ifdef QKERNELS_HOST
-  return host::aligned<uint2>("load_64", at);
-#else
-  uint2 v;
-  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
-  return v;
-#endif
-}
-
-QK_DEVICE uint32_t load_32(const void* at) {
-#ifdef QKERNELS_HOST
-  return host::aligned<uint32_t>("load_32", at);
-#else
-  uint32_t v;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(at));
-  return v;
-#endif
-}
-
-QK_DEVICE void store_128(void* at, uint4 v) {
-#ifdef QKERNELS_HOST
-  host::store_aligned("store_128", at, v);
-#else
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
-               :
-               : "l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-#endif
-}
-
-QK_DEVICE void store_64(void* at, uint2 v) {
-#ifdef QKERNELS_HOST
-  host::store_aligned("store_64", at, v);
-#else
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(at), "r"(v.x), "r"(v.y) : "memory");
-#endif
-}
-
-// Shared memory.
-QK_DEVICE uint4 load_shared_128(const void* at) {
-#ifdef QKERNELS_HOST
-  host::check_shared("load_shared_128", at, 16);
-  return host::aligned<uint4>("load_shared_128", at);
-#else
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(shared_address(at))
-               : "memory");
-  return v;
-#endif
-}
-
-QK_DEVICE uint2 load_shared_64(const void* at) {
-#ifdef QKERNELS_HOST
-  host::check_shared("load_shared_64", at, 8);
-  return host::aligned<uint2>("load_shared_64", at);
-#else
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "r"(shared_address(at))
-               : "memory");
-  return v;
-#endif
-}
-
-QK_DEVICE uint32_t load_shared_32(const void* at) {
-#ifdef QKERNELS_HOST
-  host::check_shared("load_shared_32", at, 4);
-  return host::aligned<uint32_t>("load_shared_32", at);
-#else
-  uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(at)) : "memory");
-  return v;
-#endif
-}
-
-// *at += value, whoever else adds to it.
-QK_DEVICE void add_shared(int32_t* at, int32_t value) {
-#ifdef QKERNELS_HOST
-  host::add_shared(at, value);
-#else
-  asm volatile("red.shared.add.s32 [%0], %1;" : : "r"(shared_address(at)), "r"(value) : "memory");
-#endif
-}
-
-QK_DEVICE void store_shared_128(void* at, uint4 v) {
-#ifdef QKERNELS_HOST
-  host::check_shared("store_shared_128", at, 16);
-  host::store_aligned("store_shared_128", at, v);
-#else
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-               :
-               : "r"(shared_address(at)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-#endif
-}
-
-// Copies `kBytes` (4, 8 or 16) from global to shared memory in the background, the first `valid` of
-// them from `from` and zeros for the rest; `from` is not read when `valid` is 0. 16 bytes go by L2
-// alone.
-template <int kBytes>
-QK_DEVICE void cp_async(void* to, const void* from, int valid = kBytes) {
-#ifdef QKERNELS_HOST
-  host::check_shared("cp_async", to, kBytes);
-  host::copy_async(to, from, kBytes, valid);
-#else
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                 :
-                 : "r"(shared_address(to)), "l"(from), "r"(valid)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                 :
-                 : "r"(shared_address(to)), "l"(from), "n"(kBytes), "r"(valid)
-                 : "memory");
-  }
-#endif
-}
-
-// The same of 16 bytes by way of L1, where they are likely to be read again; zeros unless `there`.
-QK_DEVICE void cp_async_cached(void* to, const void* from, bool there) {
-#ifdef QKERNELS_HOST
-  cp_async<16>(to, from, there ? 16 : 0);
-#else
-  asm volatile(
-      "{\n"
-      ".reg .pred missing;\n"
-      "setp.eq.b32 missing, %2, 0;\n"
-      "cp.async.ca.shared.global [%0], [%1], 16, missing;\n"
-      "}"
-      :
-      : "r"(shared_address(to)), "l"(from), "r"(static_cast<int>(there))
-      : "memory");
-#endif
-}
-
-// Closes a group of this thread's copies, which may be empty.
-QK_DEVICE void cp_async_commit() {
-#ifdef QKERNELS_HOST
-  host::commit_async();
-#else
-  asm volatile("cp.async.commit_group;" : : : "memory");
-#endif
-}
-
-// Returns when all groups of this thread but the last `kPending` have landed. What other threads
-// copied is there after a __syncthreads() that follows.
-template <int kPending>
-QK_DEVICE void cp_async_wait() {
-#ifdef QKERNELS_HOST
-  host::wait_async(kPending);
-#else
-  asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
 #endif
 }
 
@@ -617,26 +312,6 @@ QK_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 #endif
-}
-
-// ---- By element type ----------------------------------------------------------------------------
-
-// One element of a float tensor, its type known to the compiler.
-template <DType kType>
-QK_DEVICE float load_element(const void* data, int64_t i) {
-  if constexpr (kType == DType::f32) return static_cast<const float*>(data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  return kType == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
-}
-
-template <DType kType>
-QK_DEVICE void store_element(void* data, int64_t i, float value) {
-  if constexpr (kType == DType::f32) {
-    static_cast<float*>(data)[i] = value;
-  } else {
-    static_cast<uint16_t*>(data)[i] =
-        kType == DType::bf16 ? float_to_bf16(value) : float_to_f16(value);
-  }
 }
 
 }  // namespace qkernels::cuda

@@ -15,7 +15,7 @@ void run_linear(const LinearArgs& args) {
          " that CUDA kernels take; split in_features=", args.shape.k, " and add the results");
   }
   if (args.activation != Activation::float_) return run_linear_int8(args);
-  const bool hopper = cuda::is_hopper();
+  const bool hopper = cuda::has_sm90a();
   if (cuda::by_matmul(args, hopper)) return linear_by_matmul(args);
   const cuda::FloatWorkspace needed = cuda::linear_float_workspace(args, hopper);
   LinearArgs a = args;

@@ -1,5 +1,5 @@
 // Kernels for tests/cuda/test_emulator.py: what instructions compute, and mistakes to be noticed.
-#include "cuda/ptx_sm90.cuh"
+#include "cuda/ptx_wgmma.cuh"
 #include "ops/checks.h"
 
 namespace qkernels::cuda {
