@@ -12,18 +12,6 @@ namespace {
 
 constexpr int kConsumerRegisters = 176, kProducerRegisters = 80;
 
-// One stage after the other, over all tiles of a block. A barrier's phase has the parity of
-// `round`.
-template <class T>
-struct Turn {
-  int stage = 0;
-  uint32_t round = 0;
-
-  QK_DEVICE void next() {
-    if (++stage == T::kStages) stage = 0, round ^= 1;
-  }
-};
-
 struct Tiles {
   uint32_t features, pixels;  // their numbers
   int stages;                 // of a tile
@@ -100,7 +88,7 @@ QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMem
   const int64_t pixels = a.batch * a.pixels(), blocks = a.blocks();
   const int64_t codes = a.shape.k_padded * kLanes;
   ConvCorner* const known = shared.corners() + producer * T::kOwnPixels;
-  Turn<T> turn;
+  Turn turn;
   each_tile<T>(tiles, [&](int64_t first_row, int64_t first) {
     sync_some(4 + producer, kWarpgroup);
     if (thread < T::kOwnPixels) {
@@ -118,14 +106,14 @@ QK_DEVICE void gather_tiles(const ConvArgs& a, const Tiles& tiles, const ConvMem
     const WeightCopies copies{a.packed + weights * a.shape.bytes, a.shape.bytes,
                               static_cast<int>(max(min(left, int64_t{kRows}), int64_t{0}))};
 #pragma unroll 1
-    for (int stage = 0; stage < tiles.stages; ++stage, turn.next()) {
+    for (int stage = 0; stage < tiles.stages; ++stage, turn.next(T::kStages)) {
       if (T::kStageProducers == 1 && turn.stage % T::kProducers != producer) continue;
       const ConvChunk chunk = shared.chunks()[stage * kStageChunks + place / 2];
       const int64_t begin = int64_t{shared.weight_pieces()[stage]} * kRowPieceBytes;
       const int bytes = static_cast<int>(min(codes - begin, int64_t{kRowPieceBytes}));
       Barrier* const filled = shared.filled(turn.stage);
       const uint8_t* const from = image + int64_t{chunk.offset} * int64_t{kCudaChunk};
-      barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
+      barrier_wait(shared.emptied(turn.stage), turn.parity ^ 1);
       uint8_t* const to = shared.pixels(turn.stage) + pixel_offset;
       const auto each_pixel = [&](const auto& body) {
 #pragma unroll
@@ -183,13 +171,13 @@ using StageWeights = uint32_t[kStageChunks][4];
 template <class T>
 QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], int chunks,
                              bool count, const Tiles& tiles, const ConvMemory<T>& shared,
-                             Turn<T>& turn) {
+                             Turn& turn) {
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % kWarp;
   const int row = warpgroup % T::kAcross * 4 + threadIdx.x % kWarpgroup / kWarp;
   const int weight_offset = row * kRowPieceBytes + lane * 16;
   const int pixel_offset = warpgroup / T::kAcross * T::kColumns * kPieceK;
-  const auto load = [&](StageWeights& to, const Turn<T>& from) {
-    barrier_wait(shared.filled(from.stage), from.round);
+  const auto load = [&](StageWeights& to, const Turn& from) {
+    barrier_wait(shared.filled(from.stage), from.parity);
     shared_fence();  // pixels were not written the way that products read
     const uint8_t* const weights = shared.weights(from.stage) + weight_offset;
 #pragma unroll
@@ -221,8 +209,8 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, int32_t (&weight_sums)[2], 
         weight_sums[1] = dp4a(w[1], 0x01010101u, dp4a(w[3], 0x01010101u, weight_sums[1]));
       }
     }
-    Turn<T> ahead = turn;
-    ahead.next();
+    Turn ahead = turn;
+    ahead.next(T::kStages);
     if (stage + 1 < tiles.stages) load(next, ahead);
     warpgroup_wait<0>();
     warpgroup_keep(sums);
@@ -240,7 +228,7 @@ QK_DEVICE void multiply_tiles(const ConvArgs& a, const Tiles& tiles, const ConvM
   const int chunks = static_cast<int>(a.shape.k_padded / kCudaChunk);
   const int row = threadIdx.x / kWarpgroup % T::kAcross * 64 +
                   threadIdx.x % kWarpgroup / kWarp * kLanes + threadIdx.x % kWarp / 4;
-  Turn<T> turn;
+  Turn turn;
   int64_t known = -1;  // the first packed row of the tables
   each_tile<T>(tiles, [&](int64_t first_row, int64_t pixel) {
     if (first_row != known || a.codes != nullptr) {

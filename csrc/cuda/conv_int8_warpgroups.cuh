@@ -11,13 +11,10 @@
 
 #include "cuda/conv_int8.cuh"
 #include "cuda/conv_int8.h"
-#include "cuda/ptx_wgmma.cuh"
+#include "cuda/warpgroups.cuh"
 
 namespace qkernels::cuda {
 
-// Results leave so many pixels at a time, whose words are kRoundPitch apart: the four pixels that a
-// warp writes at once, eight words each, lie in different banks.
-inline constexpr int kRoundPixels = 32, kRoundPitch = 64 + 4;
 // Of codes or of 16 bits for 64 outputs. stmatrix writes 16 bytes of eight pixels at once.
 template <int kElement>
 inline constexpr int kPackedPitch = 64 * kElement + 16;
@@ -51,7 +48,7 @@ struct ConvMemory {
   static constexpr int kOutputs = kResults + 48;
   // Words of a round, or twice a round in 16 bits.
   static constexpr int kOutputBytes =
-      std::max(kRoundPixels * kRoundPitch * 4, 2 * kRoundPixels * kPackedPitch<2>);
+      std::max(kWordColumns * kWordPitch * 4, 2 * kWordColumns * kPackedPitch<2>);
   static_assert(sizeof(ConvResults) <= 48 && kOutputs % 16 == 0 && T::kPixelBytes % 1024 == 0 &&
                 kStage % 1024 == 0);
   static constexpr int kBytes = kOutputs + T::kConsumers * kOutputBytes;
@@ -132,16 +129,16 @@ QK_DEVICE ConvOutputs outputs_at(const ConvMemory<T>& shared, int i, int64_t lef
 }
 
 // A thread's sums of a round.
-using RoundSums = int32_t[kRoundPixels / 2];
+using RoundSums = int32_t[kWordColumns / 2];
 
 template <class T>
 QK_DEVICE void select_round(RoundSums& mine, const WarpgroupSums<T>& sums, int round) {
   // Registers have no index.
 #pragma unroll
-  for (int r = 0; r < T::kColumns / kRoundPixels; ++r) {
+  for (int r = 0; r < T::kColumns / kWordColumns; ++r) {
     if (r != round) continue;
 #pragma unroll
-    for (int i = 0; i < kRoundPixels / 2; ++i) mine[i] = sums[r * kRoundPixels / 2 + i];
+    for (int i = 0; i < kWordColumns / 2; ++i) mine[i] = sums[r * kWordColumns / 2 + i];
   }
 }
 
@@ -188,8 +185,8 @@ QK_DEVICE void store_packed(const ConvArgs& a, const Encoder& encoder, const Pac
   const bool relu = a.epilogue == Epilogue::relu, bf16 = a.y_type == DType::bf16;
   constexpr int kPitch = kPackedPitch<kElement>, kUnits = 4 * kElement;  // of 16 bytes
 #pragma unroll
-  for (int round = 0; round < T::kColumns / kRoundPixels; ++round) {
-    const int first = round * kRoundPixels;
+  for (int round = 0; round < T::kColumns / kWordColumns; ++round) {
+    const int first = round * kWordColumns;
     if (first >= left) break;
     uint32_t packed[kElement][4];
 #pragma unroll
@@ -225,14 +222,14 @@ QK_DEVICE void store_packed(const ConvArgs& a, const Encoder& encoder, const Pac
     }
     // Two buffers in turn: a barrier between the reads of one and its next writes.
     uint8_t* const buffer =
-        reinterpret_cast<uint8_t*>(shared.outputs(warpgroup)) + round % 2 * (kRoundPixels * kPitch);
+        reinterpret_cast<uint8_t*>(shared.outputs(warpgroup)) + round % 2 * (kWordColumns * kPitch);
 #pragma unroll
     for (int i = 0; i < kElement; ++i) {
       stmatrix_x4_trans(buffer + lane * kPitch + (warp * kElement + i) * 16, packed[i]);
     }
     sync_some(1 + warpgroup, kWarpgroup);
 #pragma unroll
-    for (int i = thread; i < kRoundPixels * kUnits; i += kWarpgroup) {
+    for (int i = thread; i < kWordColumns * kUnits; i += kWarpgroup) {
       const int at = i / kUnits, unit = i % kUnits;
       const int64_t o = feature + features + unit * (16 / kElement);
       if (first + at >= left || o >= a.out_channels) continue;
@@ -269,25 +266,20 @@ QK_DEVICE void store_packed(const ConvArgs& a, Encoder encoder, const WarpgroupS
   }
 }
 
-// Hands the sums to the warpgroup by way of shared memory, kRoundPixels at a time: body(words,
+// Hands the sums to the warpgroup by way of shared memory, kWordColumns at a time: body(words,
 // first) for pixels from `first` of the warpgroup's on.
 template <class T, class Body>
 QK_DEVICE void exchange_sums(const WarpgroupSums<T>& sums, uint32_t* words, int64_t left,
                              const Body& body) {
-  const int warpgroup = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / kWarp;
-  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  const int warpgroup = threadIdx.x / kWarpgroup;
 #pragma unroll 1
-  for (int round = 0; round < T::kColumns / kRoundPixels; ++round) {
-    if (round * kRoundPixels >= left) break;
+  for (int round = 0; round < T::kColumns / kWordColumns; ++round) {
+    if (round * kWordColumns >= left) break;
     RoundSums mine;
     select_round<T>(mine, sums, round);
-#pragma unroll
-    for (int i = 0; i < kRoundPixels / 2; ++i) {
-      const int at = i / 4 * 8 + 2 * t + i % 2, feature = warp * 16 + g + i % 4 / 2 * 8;
-      words[at * kRoundPitch + feature] = static_cast<uint32_t>(mine[i]);
-    }
+    put_words(words, mine, 0, threadIdx.x % kWarpgroup);
     sync_some(1 + warpgroup, kWarpgroup);
-    body(static_cast<const uint32_t*>(words), round * kRoundPixels);
+    body(static_cast<const uint32_t*>(words), round * kWordColumns);
     sync_some(1 + warpgroup, kWarpgroup);
   }
 }
@@ -329,21 +321,21 @@ QK_DEVICE void store_tile(const ConvArgs& a, const ConvResults& results,
   exchange_sums<T>(sums, words, left, [&](const uint32_t* from, int first) {
     constexpr int kTogether = 2;
 #pragma unroll 1
-    for (int each = thread; each < kRoundPixels * 16; each += kTogether * kWarpgroup) {
+    for (int each = thread; each < kWordColumns * 16; each += kTogether * kWarpgroup) {
       int at[kTogether], o[kTogether];
       Ahead ahead[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const int place = each + i * kWarpgroup;
-        at[i] = last ? place / 16 : place % kRoundPixels;
-        o[i] = (last ? place % 16 : place / kRoundPixels) * 4;
+        at[i] = last ? place / 16 : place % kWordColumns;
+        o[i] = (last ? place % 16 : place / kWordColumns) * 4;
         const int64_t n = last ? 0 : divide(pixel + begin + first + at[i], a.pixels());
         ahead[i] = load(first + at[i], n, features + o[i],
                         count_of(a.out_channels - feature - features - o[i]));
       }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        const uint4 v = load_shared_128(from + at[i] * kRoundPitch + o[i]);
+        const uint4 v = load_shared_128(from + at[i] * kWordPitch + o[i]);
         store(first + at[i],
               outputs_at(shared, features + o[i], a.out_channels - feature - features - o[i]),
               ahead[i], v);

@@ -148,8 +148,8 @@ struct Products {
 
   const LinearArgs& a;
   const SharedMemory<K>& shared;
-  Turn<K::kStages>& turn;  // of the stage that is read next
-  Turn<kPages>& page;
+  Turn& turn;  // of the stage that is read next
+  Turn& page;
   int runs;       // that have not begun
   int chunk = 0;  // of the stage, that is read next
   int left = 0;   // runs of the group that have not begun
@@ -159,8 +159,8 @@ struct Products {
   uint32_t weights[2][K::kRun][4];  // of a run and of the next one
   GroupEnd<K> end{};
 
-  QK_DEVICE Products(const LinearArgs& a, const SharedMemory<K>& shared, Turn<K::kStages>& turn,
-                     Turn<kPages>& page, int runs)
+  QK_DEVICE Products(const LinearArgs& a, const SharedMemory<K>& shared, Turn& turn, Turn& page,
+                     int runs)
       : a(a), shared(shared), turn(turn), page(page), runs(runs) {}
 
   struct Run {
@@ -172,18 +172,18 @@ struct Products {
   // Reads the weights of the next run.
   QK_DEVICE Run load(int parity) {
     Run run{};
-    if (chunk == 0) barrier_wait(shared.filled(turn.place), turn.round);
+    if (chunk == 0) barrier_wait(shared.filled(turn.stage), turn.parity);
     Codes<K> codes;
-    codes.load(shared.weights(turn.place) + threadIdx.x / kWarp * K::kRowBytes, chunk);
+    codes.load(shared.weights(turn.stage) + threadIdx.x / kWarp * K::kRowBytes, chunk);
     codes.widen(weights[parity]);
-    run.tokens = matrix_in_shared(shared.tokens(turn.place)) + chunk * (kCudaChunk / 16);
+    run.tokens = matrix_in_shared(shared.tokens(turn.stage)) + chunk * (kCudaChunk / 16);
     run.begins = left == 0;
     if (run.begins) left = ++begun < a.shape.groups ? group_runs() : runs;
     run.ends = --left == 0;
     --runs;
     chunk += K::kRun;
     run.stage = -1;
-    if (chunk == kPieceK / kCudaChunk) run.stage = turn.place, chunk = 0, turn.next();
+    if (chunk == kPieceK / kCudaChunk) run.stage = turn.stage, chunk = 0, turn.next(K::kStages);
     return run;
   }
 
@@ -206,8 +206,8 @@ struct Products {
 
   QK_DEVICE void load_end() {
     const int in_page = group % kPageGroups;
-    if (in_page == 0) barrier_wait(shared.filled(shared.kPage + page.place), page.round);
-    end.load(shared, a, page.place, in_page);
+    if (in_page == 0) barrier_wait(shared.filled(shared.kPage + page.stage), page.parity);
+    end.load(shared, a, page.stage, in_page);
   }
 
   // After the last use of a run's weights and stage.
@@ -221,8 +221,8 @@ struct Products {
     ++group;
     if (group % kPageGroups != 0 && group != a.shape.groups) return;
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(shared.emptied(shared.kPage + page.place));
-    page.next();
+    if (threadIdx.x % kWarp == 0) barrier_arrive(shared.emptied(shared.kPage + page.stage));
+    page.next(kPages);
   }
 
   // The next kCount runs, of which the first one's weights are in weights[0]; leaves those of the
@@ -275,16 +275,16 @@ struct GroupProducts {
 
   const LinearArgs& a;
   const SharedMemory<K>& shared;
-  Turn<K::kStages>& turn;  // of the stage that is read next
-  Turn<kPages>& page;
+  Turn& turn;  // of the stage that is read next
+  Turn& page;
   int groups;
   int32_t exact[2][kSums];
   uint32_t weights[2][K::kRun][4];
   Codes<K> codes;  // of the group whose products are to begin next
   GroupEnd<K> end{};
 
-  QK_DEVICE GroupProducts(const LinearArgs& a, const SharedMemory<K>& shared,
-                          Turn<K::kStages>& turn, Turn<kPages>& page)
+  QK_DEVICE GroupProducts(const LinearArgs& a, const SharedMemory<K>& shared, Turn& turn,
+                          Turn& page)
       : a(a), shared(shared), turn(turn), page(page), groups(static_cast<int>(a.shape.groups)) {}
 
   struct Run {
@@ -295,10 +295,11 @@ struct GroupProducts {
   // Reads a group's codes; `number` is its place in the tile, or in what begins with a stage.
   QK_DEVICE Run load(int number, bool last) {
     const int chunk = number % K::kRuns * K::kRun;
-    if (chunk == 0) barrier_wait(shared.filled(turn.place), turn.round);
-    codes.load(shared.weights(turn.place) + threadIdx.x / kWarp * K::kRowBytes, chunk);
-    Run run{matrix_in_shared(shared.tokens(turn.place)) + chunk * (kCudaChunk / 16), -1};
-    if (last || chunk + K::kRun == kPieceK / kCudaChunk) run.stage = turn.place, turn.next();
+    if (chunk == 0) barrier_wait(shared.filled(turn.stage), turn.parity);
+    codes.load(shared.weights(turn.stage) + threadIdx.x / kWarp * K::kRowBytes, chunk);
+    Run run{matrix_in_shared(shared.tokens(turn.stage)) + chunk * (kCudaChunk / 16), -1};
+    if (last || chunk + K::kRun == kPieceK / kCudaChunk)
+      run.stage = turn.stage, turn.next(K::kStages);
     return run;
   }
 
@@ -331,7 +332,7 @@ struct GroupProducts {
     multiply(now, 0);
     load_next(1);
     if (number % kPageGroups == 0) {
-      barrier_wait(shared.filled(shared.kPage + page.place), page.round);
+      barrier_wait(shared.filled(shared.kPage + page.stage), page.parity);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -341,7 +342,7 @@ struct GroupProducts {
         multiply(now, (i + 1) % 2);
         load_next(i + 2);
       }
-      end.load(shared, a, page.place, (number + i) % kPageGroups);
+      end.load(shared, a, page.stage, (number + i) % kPageGroups);
       i + 1 < kCount ? warpgroup_wait<1>() : warpgroup_wait<0>();
       warpgroup_keep(exact[i % 2]);
 #pragma unroll
@@ -352,8 +353,8 @@ struct GroupProducts {
     first = now;
     if ((number + kCount) % kPageGroups != 0 && group + kCount != groups) return;
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.emptied(shared.kPage + page.place));
-    page.next();
+    if (lane == 0) barrier_arrive(shared.emptied(shared.kPage + page.stage));
+    page.next(kPages);
   }
 
   QK_DEVICE void add(float (&sums)[kSums]) {
@@ -371,8 +372,8 @@ struct GroupProducts {
 // The sums of a tile; of outputs beyond the weight's last ones they are anything.
 template <class K>
 QK_DEVICE void multiply_tile(float (&sums)[K::kPieces][K::kTokens / 2], const LinearArgs& a,
-                             const Tiles& tiles, const SharedMemory<K>& shared,
-                             Turn<K::kStages>& turn, Turn<kPages>& page) {
+                             const Tiles& tiles, const SharedMemory<K>& shared, Turn& turn,
+                             Turn& page) {
   int runs = tiles.stages * K::kRuns;
   if (runs == 0) return;
   if constexpr (K::kWhole) {

@@ -11,16 +11,13 @@
 
 #include "cuda/int8.cuh"
 #include "cuda/linear_int8.cuh"
-#include "cuda/ptx_wgmma.cuh"
+#include "cuda/warpgroups.cuh"
 
 namespace qkernels::cuda {
 
 inline constexpr int kPageGroups = 8, kPages = 2;
 // Of the last warpgroup, for stages: one warp alone takes 600 cycles for the copies of a stage.
 inline constexpr int kCopyingWarps = 3;
-// Results leave so many tokens at a time, whose words are kRoundPitch apart: the four tokens that a
-// warp writes at once, eight words each, lie in different banks.
-inline constexpr int kRoundTokens = 32, kRoundPitch = 64 + 4;
 
 struct OutputFacts {
   float weight_sum, bias;
@@ -57,7 +54,7 @@ struct SharedMemory {
       kTokenFacts + T::kTokens * static_cast<int>(sizeof(TokenCodes));
   static constexpr int kResults =
       kOutputFacts + T::kBlockFeatures * static_cast<int>(sizeof(OutputFacts));
-  static constexpr int kResultBytes = kRoundTokens * kRoundPitch * 4;
+  static constexpr int kResultBytes = kWordColumns * kWordPitch * 4;
   static constexpr int kBarriers = kResults + T::kConsumers * kResultBytes;
   static constexpr int kBytes = kBarriers + 8 * 2 * (K::kStages + kPages + 1);
   static_assert(kPagesAt % 16 == 0 && K::kPageBytes % 16 == 0 && kResults % 16 == 0);
@@ -84,42 +81,15 @@ struct SharedMemory {
   static constexpr int kPage = K::kStages, kFacts = kPage + kPages;  // the first of them
 };
 
-// One place of a ring after the other, over all tiles of a block. A barrier's phase has the parity
-// of `round`.
-template <int kCount>
-struct Turn {
-  int place = 0;
-  uint32_t round = 0;
-
-  QK_DEVICE void next() {
-    if (++place == kCount) place = 0, round ^= 1;
-  }
-  QK_DEVICE void skip(int places) {  // fewer than there are
-    place += places;
-    if (place >= kCount) place -= kCount, round ^= 1;
-  }
-};
-
 struct Tiles {
   uint32_t features, tokens;  // clusters of tiles side by side, tiles of tokens
   int stages;                 // of a tile
 };
 
-// Calls body(first packed row of the block, first token) for each of its tiles. The blocks that run
-// at the same time take 16 tiles of tokens and then the next features, so that they share both
-// operands in the L2 cache.
 template <class T, class Body>
 QK_DEVICE void each_tile(const Tiles& tiles, int rank, const Body& body) {
-  constexpr uint32_t kBand = 16;
-  const uint32_t per_band = kBand * tiles.features;
-  for (uint32_t tile = blockIdx.x / T::kTogether; tile < tiles.features * tiles.tokens;
-       tile += gridDim.x / T::kTogether) {
-    const uint32_t band = tile / per_band, first = band * kBand;
-    const uint32_t width = min(tiles.tokens - first, kBand), left = tile - band * per_band;
-    const int64_t cluster = left / width;
-    body((cluster * T::kTogether + rank) * (T::kBlockFeatures / kLanes),
-         int64_t{first + left % width} * T::kTokens);
-  }
+  each_in_bands<T::kTogether, T::kBlockFeatures / kLanes, T::kTokens>(tiles.features, tiles.tokens,
+                                                                      T::kTogether, rank, body);
 }
 
 // Packed rows of a block that exist.
@@ -130,6 +100,13 @@ QK_DEVICE int packed_rows(const LinearArgs& a, int64_t row) {
 }
 
 // ---- Copies -------------------------------------------------------------------------------------
+
+// Fewer than there are.
+template <int kStages>
+QK_DEVICE void skip(Turn& turn, int count) {
+  turn.stage += count;
+  if (turn.stage >= kStages) turn.stage -= kStages, turn.parity ^= 1;
+}
 
 // By kCopyingWarps warps, a stage each in turn. All lanes go along, so that the compiler sees that
 // addresses are a warp's and not a lane's: those it would hand to each copy one lane after the
@@ -142,8 +119,8 @@ QK_DEVICE void copy_stages(const LinearArgs& a, const Tiles& tiles, const Shared
   static_assert(kPanelRows % (T::kTokens / T::kTogether) == 0);
   const int64_t row_codes = a.shape.k_padded * kLanes * info(K::kFormat).bits / 8;
   const bool first = threadIdx.x % kWarp == 0;
-  Turn<K::kStages> turn;
-  turn.skip(warp);
+  Turn turn;
+  skip<K::kStages>(turn, warp);
   int stage = warp;
   bool waited = false;
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
@@ -160,19 +137,18 @@ QK_DEVICE void copy_stages(const LinearArgs& a, const Tiles& tiles, const Shared
       waited = true;
     }
     const int64_t mine = token + rank * (T::kTokens / T::kTogether);
-    const uint8_t* const tokens =
-        a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
+    const uint8_t* const tokens = tiled_rows(a, mine);
 #pragma unroll 1
-    for (; stage < tiles.stages; stage += kCopyingWarps, turn.skip(kCopyingWarps)) {
-      barrier_wait(shared.emptied(turn.place), turn.round ^ 1);
-      Barrier* const filled = shared.filled(turn.place);
+    for (; stage < tiles.stages; stage += kCopyingWarps, skip<K::kStages>(turn, kCopyingWarps)) {
+      barrier_wait(shared.emptied(turn.stage), turn.parity ^ 1);
+      Barrier* const filled = shared.filled(turn.stage);
       const int64_t begin = int64_t{stage} * K::kRowBytes;
       const int bytes = static_cast<int>(min(row_codes - begin, int64_t{K::kRowBytes}));
       if (!first) continue;
       barrier_expect(filled, T::kTokenBytes + rows * bytes);
-      copy_bulk(shared.tokens(turn.place) + rank * kShare, tokens + int64_t{stage} * kPieceBytes,
+      copy_bulk(shared.tokens(turn.stage) + rank * kShare, tokens + int64_t{stage} * kPieceBytes,
                 kShare, filled, (1u << T::kTogether) - 1);
-      uint8_t* const to = shared.weights(turn.place);
+      uint8_t* const to = shared.weights(turn.stage);
       const uint8_t* from = weights + begin;
 #pragma unroll
       for (int i = 0; i < K::kRows; ++i) {
@@ -226,17 +202,17 @@ QK_DEVICE void copy_ends(const LinearArgs& a, const Tiles& tiles, const SharedMe
   using T = typename K::T;
   const int lane = threadIdx.x % kWarp;
   const int64_t groups = tiles.stages == 0 ? 0 : a.shape.groups;
-  Turn<kPages> turn;
-  Turn<1> tile;
+  Turn page;
+  Turn tile;
   wait_for_previous();
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
-    for (int64_t first = 0; first < groups; first += kPageGroups, turn.next()) {
-      barrier_wait(shared.emptied(shared.kPage + turn.place), turn.round ^ 1);
+    for (int64_t first = 0; first < groups; first += kPageGroups, page.next(kPages)) {
+      barrier_wait(shared.emptied(shared.kPage + page.stage), page.parity ^ 1);
       const int64_t count = min(groups - first, int64_t{kPageGroups});
-      copy_page<K>(a, shared, turn.place, row, token, first, static_cast<int>(count));
+      copy_page<K>(a, shared, page.stage, row, token, first, static_cast<int>(count));
     }
     __syncwarp();
-    barrier_wait(shared.emptied(shared.kFacts), tile.round ^ 1);
+    barrier_wait(shared.emptied(shared.kFacts), tile.parity ^ 1);
     for (int i = lane; i < T::kTokens; i += kWarp) {
       shared.token_facts()[i] = load_token(a, min(token + i, a.rows - 1), false);
     }
@@ -245,7 +221,7 @@ QK_DEVICE void copy_ends(const LinearArgs& a, const Tiles& tiles, const SharedMe
       shared.output_facts()[i] = {o.weight_sum[0], o.bias[0]};
     }
     barrier_arrive(shared.filled(shared.kFacts));
-    tile.next();
+    tile.next(1);
   });
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/linear_float.cuh"
-#include "cuda/ptx_sm90.cuh"
+#include "cuda/warpgroups.cuh"
 
 namespace qkernels::cuda {
 
@@ -93,16 +93,6 @@ struct FloatWarpgroups {
       return sums() + kTokens * pitch + sender * words;
     }
   };
-
-  // One stage after the other. A barrier's phase has the parity of `round`.
-  struct Turn {
-    int stage = 0;
-    uint32_t round = 0;
-
-    QK_DEVICE void next(int stages) {
-      if (++stage == stages) stage = 0, round ^= 1;
-    }
-  };
 };
 
 // What of the product a block has.
@@ -183,10 +173,10 @@ QK_DEVICE void copy_operands(const FloatKernelArgs& a, const WarpgroupPart& part
     }
   };
 
-  typename T::Turn turn;
+  Turn turn;
 #pragma unroll 1
   for (int stage = 0; stage < part.stages; ++stage, turn.next(shared.stages)) {
-    if (stage >= shared.stages) barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
+    if (stage >= shared.stages) barrier_wait(shared.emptied(turn.stage), turn.parity ^ 1);
     if (thread % 8 == 0) copy_weights(stage, turn.stage);
     copy_x(stage, turn.stage);
     barrier_arrive_copied(shared.filled(turn.stage));

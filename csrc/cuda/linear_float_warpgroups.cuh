@@ -15,7 +15,6 @@
 #pragma once
 
 #include "cuda/linear_float_stages.cuh"
-#include "cuda/ptx_wgmma.cuh"
 
 namespace qkernels::cuda {
 
@@ -83,14 +82,14 @@ QK_DEVICE void multiply_slice(const FloatKernelArgs& a, const WarpgroupPart& par
   int group_after = first_group_of(a, first) + a.group_chunks - first;
   int group_end = a.group_end - first;
   int before = 0;
-  typename T::Turn turn;
+  Turn turn;
 #pragma unroll 1
   for (int stage = 0; stage < part.stages; ++stage, turn.next(shared.stages)) {
     // Of the group that this stage begins in, or of the first that begins in it.
     const uint8_t* scales = shared.groups(turn.stage, warp);
     const uint8_t* zeros = scales + T::kZeros;
     if (group_at != 0) scales += scales_bytes, zeros += kLanes;
-    barrier_wait(shared.filled(turn.stage), turn.round);
+    barrier_wait(shared.filled(turn.stage), turn.parity);
     shared_fence();  // x was copied the way of stores
     const uint8_t* const weights = shared.weights(turn.stage, warp) + lane * 16;
     const uint64_t tokens = matrix_in_shared(shared.tokens(turn.stage, team));

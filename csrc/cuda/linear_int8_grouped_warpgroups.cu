@@ -14,14 +14,13 @@ namespace {
 
 // ---- Results ------------------------------------------------------------------------------------
 
-// Hands the sums to the warpgroup by way of shared memory, kRoundTokens at a time, so that a thread
+// Hands the sums to the warpgroup by way of shared memory, kWordColumns at a time, so that a thread
 // finishes four consecutive outputs of a token, the same ones each time.
 template <class K>
 QK_DEVICE void store_tile(const LinearArgs& a, const float (&sums)[K::kPieces][K::kTokens / 2],
                           const SharedMemory<K>& shared, int64_t row, int64_t token) {
   using T = typename K::T;
   const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
-  const int warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
   const int first_output = warpgroup * 64 + thread % 16 * 4;
   Outputs<4> outputs{};
   outputs.feature = row * kLanes + first_output;
@@ -33,27 +32,20 @@ QK_DEVICE void store_tile(const LinearArgs& a, const float (&sums)[K::kPieces][K
   }
   uint32_t* const piece = shared.results(warpgroup);
 #pragma unroll 1
-  for (int round = 0; round < T::kTokens / kRoundTokens; ++round) {
-    const int first = round * kRoundTokens;
+  for (int round = 0; round < T::kTokens / kWordColumns; ++round) {
+    const int first = round * kWordColumns;
     if (token + first >= a.rows) break;
     // Registers have no index: each round has its own stores.
 #pragma unroll
-    for (int eight = 0; eight < T::kTokens / 8; ++eight) {
-      if (eight / (kRoundTokens / 8) != round) continue;
-      constexpr int kEights = K::kTokens / 8;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int at = eight % (kRoundTokens / 8) * 8 + 2 * t + e % 2;
-        const int feature = warp * 16 + g + e / 2 * 8;
-        piece[at * kRoundPitch + feature] =
-            bit_cast<uint32_t>(sums[eight / kEights][eight % kEights * 4 + e]);
-      }
+    for (int r = 0; r < T::kTokens; r += kWordColumns) {
+      if (r / kWordColumns != round) continue;
+      put_words(piece, sums[r / K::kTokens], r % K::kTokens / 2, thread);
     }
     sync_some(1 + warpgroup, kWarpgroup);
 #pragma unroll
-    for (int at = thread / 16; at < kRoundTokens; at += kWarpgroup / 16) {
+    for (int at = thread / 16; at < kWordColumns; at += kWarpgroup / 16) {
       if (token + first + at >= a.rows) break;
-      const uint4 v = load_shared_128(piece + at * kRoundPitch + thread % 16 * 4);
+      const uint4 v = load_shared_128(piece + at * kWordPitch + thread % 16 * 4);
       const float four[4] = {bit_cast<float>(v.x), bit_cast<float>(v.y), bit_cast<float>(v.z),
                              bit_cast<float>(v.w)};
       finish<4>(a, token + first + at, shared.token_facts()[first + at], outputs, four);
@@ -65,17 +57,15 @@ QK_DEVICE void store_tile(const LinearArgs& a, const float (&sums)[K::kPieces][K
 template <class K>
 QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
                               const SharedMemory<K>& shared, int rank) {
-  Turn<K::kStages> turn;
-  Turn<kPages> page;
-  Turn<1> tile;
+  Turn turn, page, tile;
   each_tile<typename K::T>(tiles, rank, [&](int64_t row, int64_t token) {
     float sums[K::kPieces][K::kTokens / 2] = {};
     multiply_tile<K>(sums, a, tiles, shared, turn, page);
-    barrier_wait(shared.filled(shared.kFacts), tile.round);
+    barrier_wait(shared.filled(shared.kFacts), tile.parity);
     store_tile<K>(a, sums, shared, row, token);
     __syncwarp();
     if (threadIdx.x % kWarp == 0) barrier_arrive(shared.emptied(shared.kFacts));
-    tile.next();
+    tile.next(1);
   });
 }
 

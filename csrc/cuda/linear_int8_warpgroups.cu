@@ -16,18 +16,6 @@
 namespace qkernels::cuda {
 namespace {
 
-// One stage after the other, over all tiles of a block. A barrier's phase has the parity of
-// `round`.
-template <class T>
-struct Turn {
-  int stage = 0;
-  uint32_t round = 0;
-
-  QK_DEVICE void next() {
-    if (++stage == T::kStages) stage = 0, round ^= 1;
-  }
-};
-
 struct Tiles {
   uint32_t features, tokens;  // tiles of a cluster, in both directions
   int stages;                 // of a tile
@@ -48,21 +36,10 @@ QK_DEVICE Place place_in(const Tiles& tiles) {
           tiles.stages * (part + 1) / tiles.parts};
 }
 
-// Calls body(first packed row of the block, first token) for each of its tiles. The blocks that run
-// at the same time take 16 tiles of tokens and then the next features, so that they share both
-// operands in the L2 cache.
 template <class T, class Body>
 QK_DEVICE void each_tile(const Tiles& tiles, const Place& place, const Body& body) {
-  constexpr uint32_t kBand = 16;
-  const uint32_t per_band = kBand * tiles.features;
-  for (uint32_t tile = blockIdx.x / kTogether; tile < tiles.features * tiles.tokens;
-       tile += gridDim.x / kTogether) {
-    const uint32_t band = tile / per_band, first = band * kBand;
-    const uint32_t width = min(tiles.tokens - first, kBand), left = tile - band * per_band;
-    const int64_t across = left / width;
-    body((across * tiles.sides + place.side) * (kFeatures / kLanes),
-         int64_t{first + left % width} * T::kTokens);
-  }
+  each_in_bands<kTogether, kFeatures / kLanes, T::kTokens>(tiles.features, tiles.tokens,
+                                                           tiles.sides, place.side, body);
 }
 
 // ---- The third warpgroup ------------------------------------------------------------------------
@@ -76,7 +53,7 @@ QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedM
   static_assert(kHalf <= kPieceBytes);
   const int lane = threadIdx.x % kWarp;
   const int64_t blocks = (a.n + kLanes - 1) / kLanes, row_codes = a.shape.k_padded * kLanes;
-  Turn<T> turn;
+  Turn turn;
   bool waited = false;
   each_tile<T>(tiles, place, [&](int64_t row, int64_t token) {
     const int rows = static_cast<int>(max(int64_t{0}, min(blocks - row, int64_t{kTokenLane})));
@@ -90,11 +67,10 @@ QK_DEVICE void copy_tiles(const LinearArgs& a, const Tiles& tiles, const SharedM
       waited = true;
     }
     const int64_t mine = token + place.side * (T::kTokens / kTogether);  // side 0 where not shared
-    const uint8_t* tokens =
-        a.panel + mine / kPanelRows * tiled_pitch(a.shape) + mine % kPanelRows * kPieceK;
+    const uint8_t* const tokens = tiled_rows(a, mine);
 #pragma unroll 1
-    for (int stage = place.begin; stage < place.end; ++stage, turn.next()) {
-      barrier_wait(shared.emptied(turn.stage), turn.round ^ 1);
+    for (int stage = place.begin; stage < place.end; ++stage, turn.next(T::kStages)) {
+      barrier_wait(shared.emptied(turn.stage), turn.parity ^ 1);
       Barrier* const filled = shared.filled(turn.stage);
       const int64_t begin = int64_t{stage} * kRowPieceBytes;
       const int bytes = static_cast<int>(min(row_codes - begin, int64_t{kRowPieceBytes}));
@@ -148,7 +124,7 @@ QK_DEVICE void fetch_terms(const LinearArgs& a, const Tiles& tiles, const Shared
 // The sums of a tile; of outputs beyond the weight's last ones they are anything.
 template <class T>
 QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const SharedMemory<T>& shared,
-                             const Place& place, Turn<T>& turn) {
+                             const Place& place, Turn& turn) {
   const int lane = threadIdx.x % kWarp;
   const int offset = threadIdx.x / kWarp * kRowPieceBytes + lane * 16;
   uint32_t a[2][kPieceK / kCudaChunk][4];  // of this stage and of the one before, still in use
@@ -159,7 +135,7 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const SharedMemory<T>& shar
   };
   const auto multiply = [&](uint32_t (&mine)[kPieceK / kCudaChunk][4],
                             uint32_t (&others)[kPieceK / kCudaChunk][4], bool first) {
-    barrier_wait(shared.filled(turn.stage), turn.round);
+    barrier_wait(shared.filled(turn.stage), turn.parity);
     const uint8_t* weights = shared.weights(turn.stage) + offset;
 #pragma unroll
     for (int chunk = 0; chunk < kPieceK / kCudaChunk; ++chunk) {
@@ -179,7 +155,7 @@ QK_DEVICE void multiply_tile(WarpgroupSums<T>& sums, const SharedMemory<T>& shar
     for (int chunk = 0; chunk < kPieceK / kCudaChunk; ++chunk) warpgroup_keep(others[chunk]);
     if (!first) release(before);
     before = turn.stage;
-    turn.next();
+    turn.next(T::kStages);
   };
   const int stages = place.end - place.begin;
   warpgroup_keep(sums);
@@ -242,7 +218,7 @@ QK_DEVICE void multiply_tiles(const LinearArgs& a, const Tiles& tiles,
   const bool pairs = (a.y_type == DType::bf16 || a.y_type == DType::f16) &&
                      (a.epilogue == Epilogue::none || a.epilogue == Epilogue::relu);
   const bool plain = a.layout.symmetric && a.activation == Activation::int8_symmetric;
-  Turn<T> turn;
+  Turn turn;
   uint32_t round = 0;
   each_tile<T>(tiles, place, [&](int64_t row, int64_t token) {
     WarpgroupSums<T> sums;

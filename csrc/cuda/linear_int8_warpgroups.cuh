@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cuda/int8.cuh"
-#include "cuda/ptx_wgmma.cuh"
+#include "cuda/warpgroups.cuh"
 
 namespace qkernels::cuda {
 namespace {
@@ -16,9 +16,8 @@ constexpr int kThreads = 3 * kWarpgroup, kMultiplying = 2 * kWarpgroup;
 constexpr int kFetching = kWarpgroup - kWarp;
 constexpr int kFeatures = 128;            // of a tile
 constexpr int kPrefetchBytes = 8 * 1024;  // of 16 outputs' weights
-// Results of 16 bits leave so many tokens at a time, others so many words, which are kWordPitch
-// apart: the four tokens that a warp writes at once, eight words each, lie in different banks.
-constexpr int kRoundTokens = 64, kWordTokens = 32, kWordPitch = 64 + 4;
+// Results of 16 bits leave so many tokens at a time, others kWordColumns.
+constexpr int kRoundTokens = 64;
 
 // What results need of an output.
 struct OutputTerms {
@@ -35,7 +34,7 @@ struct SharedMemory {
   static constexpr int kTokenTerms = kOutputTerms + kFeatures * 16;
   static constexpr int kResults = kTokenTerms + T::kTokens * static_cast<int>(sizeof(TokenCodes));
   static_assert(kOutputTerms % 16 == 0 && kResults % 16 == 0);
-  static constexpr int kResultBytes = kWordTokens * kWordPitch * 4;
+  static constexpr int kResultBytes = kWordColumns * kWordPitch * 4;
   static_assert(kRoundTokens * 128 <= kResultBytes);
   static constexpr int kBytes = kResults + 2 * kResultBytes;
 
@@ -159,7 +158,6 @@ template <class T>
 QK_DEVICE void store_words(const LinearArgs& a, const WarpgroupSums<T>& sums,
                            const SharedMemory<T>& shared, const Stored& stored) {
   const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
-  const int warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
   uint32_t* const piece = reinterpret_cast<uint32_t*>(shared.results(warpgroup));
   RowOutputs<Format::int8, 4> outputs;
   outputs.all.feature = stored.feature + thread % 16 * 4;
@@ -171,22 +169,18 @@ QK_DEVICE void store_words(const LinearArgs& a, const WarpgroupSums<T>& sums,
     outputs.all.weight_sum[i] = o.weight_sum, outputs.all.bias[i] = o.bias;
   }
 #pragma unroll 1
-  for (int first = 0; first < T::kTokens; first += kWordTokens) {
-    if (!stored.meets(first, kWordTokens)) continue;
+  for (int first = 0; first < T::kTokens; first += kWordColumns) {
+    if (!stored.meets(first, kWordColumns)) continue;
     sync_some(1 + warpgroup, kWarpgroup);
     // Registers have no index: each round has its own stores.
 #pragma unroll
-    for (int r = 0; r < T::kTokens; r += kWordTokens) {
+    for (int r = 0; r < T::kTokens; r += kWordColumns) {
       if (r != first) continue;
-#pragma unroll
-      for (int i = 0; i < kWordTokens / 2; ++i) {
-        const int at = i / 4 * 8 + 2 * t + i % 2, feature = warp * 16 + g + i / 2 % 2 * 8;
-        piece[at * kWordPitch + feature] = static_cast<uint32_t>(sums[r / 2 + i]);
-      }
+      put_words(piece, sums, r / 2, thread);
     }
     sync_some(1 + warpgroup, kWarpgroup);
 #pragma unroll
-    for (int at = thread / 16; at < kWordTokens; at += kWarpgroup / 16) {
+    for (int at = thread / 16; at < kWordColumns; at += kWarpgroup / 16) {
       const int token = first + at;
       if (token < stored.begin || token >= stored.end) continue;
       const uint4 v = load_shared_128(piece + at * kWordPitch + thread % 16 * 4);
