@@ -277,7 +277,6 @@ QK_HD inline constexpr int64_t cuda_code_offset(Format format, int64_t kp, int l
   return kp / (2 * kCudaChunk) * kCudaUnit + thread * 16 + kp / kCudaChunk % 2 * 8 + half * 4 +
          byte;
 }
-QK_HD inline constexpr int cuda_code_shift(int64_t kp) { return kp % 4 < 2 ? 0 : 4; }
 
 // ---- Codes of an op's arguments -----------------------------------------------------------------
 

@@ -106,13 +106,7 @@ struct ResultTables {
 
   // Of outputs i to i + 3 of the tile, `left` of which exist.
   QK_DEVICE ConvOutputs outputs(int i, int64_t left) const {
-    ConvOutputs o{static_cast<int>(max(int64_t{0}, min(left, int64_t{4}))), {}, {}, {}};
-    const uint4 v[3] = {load_shared_128(scales + i), load_shared_128(biases + i),
-                        load_shared_128(weight_sums + i)};
-    std::memcpy(o.scale, &v[0], 16);
-    std::memcpy(o.bias, &v[1], 16);
-    std::memcpy(o.weight_sum, &v[2], 16);
-    return o;
+    return load_conv_outputs(scales + i, biases + i, weight_sums + i, left);
   }
 };
 

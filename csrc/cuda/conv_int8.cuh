@@ -78,6 +78,23 @@ struct ConvOutputs {
   int32_t weight_sum[4];  // 0 where images have no zero points
 };
 
+// How many of four outputs exist.
+QK_DEVICE int count_of(int64_t left) {
+  return static_cast<int>(max(int64_t{0}, min(left, int64_t{4})));
+}
+
+// From tables in shared memory, for four outputs of which `left` exist.
+QK_DEVICE ConvOutputs load_conv_outputs(const float* scales, const float* biases,
+                                        const int32_t* weight_sums, int64_t left) {
+  ConvOutputs o{count_of(left), {}, {}, {}};
+  const uint4 v[3] = {load_shared_128(scales), load_shared_128(biases),
+                      load_shared_128(weight_sums)};
+  std::memcpy(o.scale, &v[0], 16);
+  std::memcpy(o.bias, &v[1], 16);
+  std::memcpy(o.weight_sum, &v[2], 16);
+  return o;
+}
+
 // Of output `lane` of a packed row, which is output `o` of y.
 struct ConvOutput {
   float scale, bias;

@@ -2,7 +2,6 @@
 // ask.
 #pragma once
 
-#include <algorithm>
 #include <string>
 
 #include "cuda/tile.h"

@@ -111,21 +111,11 @@ QK_DEVICE void fill_tables(const ConvArgs& a, const ConvMemory<T>& shared, int64
   }
 }
 
-// How many of four outputs exist.
-QK_DEVICE int count_of(int64_t left) {
-  return static_cast<int>(max(int64_t{0}, min(left, int64_t{4})));
-}
-
 // Of outputs i to i + 3 of the tile, `left` of which exist.
 template <class T>
 QK_DEVICE ConvOutputs outputs_at(const ConvMemory<T>& shared, int i, int64_t left) {
-  ConvOutputs o{count_of(left), {}, {}, {}};
-  const uint4 v[3] = {load_shared_128(shared.scales() + i), load_shared_128(shared.biases() + i),
-                      load_shared_128(shared.weight_sums() + i)};
-  std::memcpy(o.scale, &v[0], 16);
-  std::memcpy(o.bias, &v[1], 16);
-  std::memcpy(o.weight_sum, &v[2], 16);
-  return o;
+  return load_conv_outputs(shared.scales() + i, shared.biases() + i, shared.weight_sums() + i,
+                           left);
 }
 
 // A thread's sums of a round.

@@ -6,7 +6,6 @@
 
 #include <cassert>
 #include <cstdint>
-#include <cstring>
 
 #include "core/codec.h"
 #include "cuda/ptx_memory.cuh"
@@ -284,16 +283,6 @@ QK_DEVICE float f16_to_float(uint16_t bits) {
 QK_DEVICE float bf16_to_float(uint16_t bits) { return from_bf16(bits); }
 
 // a * b + c of both halves, each rounded once.
-QK_DEVICE uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
-#ifdef QKERNELS_HOST
-  return host::fma_16(a, b, c, from_f16, float_to_f16);
-#else
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-#endif
-}
-
 QK_DEVICE uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef QKERNELS_HOST
   return host::fma_16(a, b, c, from_bf16, float_to_bf16);
