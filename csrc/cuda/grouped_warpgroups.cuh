@@ -101,7 +101,7 @@ QK_DEVICE int packed_rows(const LinearArgs& a, int64_t row) {
 
 // ---- Copies -------------------------------------------------------------------------------------
 
-// Fewer than there are.
+// On by `count` stages, fewer than there are.
 template <int kStages>
 QK_DEVICE void skip(Turn& turn, int count) {
   turn.stage += count;
@@ -202,8 +202,7 @@ QK_DEVICE void copy_ends(const LinearArgs& a, const Tiles& tiles, const SharedMe
   using T = typename K::T;
   const int lane = threadIdx.x % kWarp;
   const int64_t groups = tiles.stages == 0 ? 0 : a.shape.groups;
-  Turn page;
-  Turn tile;
+  Turn page, tile;
   wait_for_previous();
   each_tile<T>(tiles, rank, [&](int64_t row, int64_t token) {
     for (int64_t first = 0; first < groups; first += kPageGroups, page.next(kPages)) {

@@ -1,7 +1,7 @@
 // quantize in one pass over memory where groups.cuh allows it, and quantize_with: codes for given
 // scales. There a thread makes eight codes of one group where rows and groups consist of eights, so
-// that 16-bit x is read and 8-bit codes are written in whole vectors; otherwise one code, or the two
-// of a byte.
+// that 16-bit x is read and 8-bit codes are written in whole vectors; otherwise one code, or the
+// two of a byte.
 #include "cuda/dispatch.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/groups.cuh"

@@ -10,7 +10,7 @@ namespace qkernels::cuda {
 
 // Where a thread is in a ring, over all tiles of its block: the stage, and the parity of the phase
 // of its `filled` that is waited for. That of `emptied` is the other one, so that nobody waits in
-// the first round.
+// the first round. (CUTLASS calls such a thing a PipelineState.)
 struct Turn {
   int stage = 0;
   uint32_t parity = 0;
@@ -47,7 +47,8 @@ QK_DEVICE const uint8_t* tiled_rows(const LinearArgs& a, int64_t row) {
 // each, lie in different banks.
 inline constexpr int kWordColumns = 32, kWordPitch = 64 + 4;
 
-// Puts the sums of kWordColumns columns there, those of a thread from `first` on.
+// Puts the sums of kWordColumns columns there, which thread `thread` of the warpgroup has from
+// `first` on.
 template <class Word, int kCount>
 QK_DEVICE void put_words(uint32_t* words, const Word (&sums)[kCount], int first, int thread) {
   const int warp = thread / kWarp, g = thread % kWarp / 4, t = thread % 4;
