@@ -130,6 +130,7 @@ def test_a_matrix_that_was_stored_wants_a_fence(emulator: Any) -> None:
         ),
         ("write past the end", "block (0, 0, 0) wrote to byte 64 of its 64 bytes of shared memory"),
         ("write before the start", "wrote to byte -1 of its 64 bytes of shared memory"),
+        ("store across the end", "a load or store at byte 56 of 60 bytes of shared memory"),
         ("load past the end", "load_shared_128 at byte 64 of 64 bytes of shared memory"),
         ("unaligned load", "load_shared_128 of 16 bytes at an address that is not a multiple"),
         ("half a barrier", "24 threads wait in __syncthreads, 40 have returned"),

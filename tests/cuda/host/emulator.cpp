@@ -750,10 +750,11 @@ namespace {
 void plain(qkernels::host::Access access, const void* at, int64_t bytes) {
   using namespace qkernels::host;
   if (block == nullptr || !block->holds(at)) return;
-  const std::string race = race_in(block, access, at, bytes, {actor(), &self->clock});
-  if (race.empty()) return;
   // The caller is compiled as if this could not throw: the thread ends here.
   try {
+    check_shared("a load or store", at, bytes);
+    const std::string race = race_in(block, access, at, bytes, {actor(), &self->clock});
+    if (race.empty()) return;
     fault(race);
   } catch (...) {
     failure = std::current_exception();

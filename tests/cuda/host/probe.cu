@@ -94,6 +94,10 @@ __global__ void stray_write_kernel(int64_t at) {
   if (threadIdx.x == 0) shared_memory<uint8_t>()[at] = 1;
 }
 
+__global__ void crossing_store_kernel(int64_t at) {
+  if (threadIdx.x == 0) *reinterpret_cast<uint64_t*>(shared_memory<uint8_t>() + at) = 1;
+}
+
 __global__ void stray_load_kernel(int64_t at) { load_shared_128(shared_memory<uint8_t>() + at); }
 
 __global__ void half_barrier_kernel() {
@@ -260,6 +264,8 @@ void mistake(const std::string& which) {
   if (which == "write past the end") launch(stray_write_kernel, 1, 32, 64, nullptr, int64_t{64});
   if (which == "write before the start")
     launch(stray_write_kernel, 1, 32, 64, nullptr, int64_t{-1});
+  if (which == "store across the end")
+    launch(crossing_store_kernel, 1, 32, 60, nullptr, int64_t{56});
   if (which == "load past the end") launch(stray_load_kernel, 1, 32, 64, nullptr, int64_t{64});
   if (which == "unaligned load") launch(stray_load_kernel, 1, 32, 64, nullptr, int64_t{4});
   if (which == "half a barrier") launch(half_barrier_kernel, 1, 64, 0, nullptr);
